@@ -1,0 +1,35 @@
+"""Likelihoods against torch.distributions; in float64."""
+
+import torch
+from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Normal
+
+from vaelib.likelihoods import Bernoulli, Gaussian
+
+
+def test_bernoulli_agrees_with_torch_and_survives_extreme_logits():
+    logits = torch.tensor([-800.0, -3.0, 0.0, 2.5, 800.0], dtype=torch.float64).expand(3, 2, 5).clone().requires_grad_()
+    for x in (torch.zeros(2, 5), torch.ones(2, 5), torch.tensor([[0.0, 1, 0, 1, 0], [1, 0, 1, 0, 1]])):
+        x = x.double()
+        mine = Bernoulli(logits).log_prob(x)
+        torch.testing.assert_close(mine, TorchBernoulli(logits=logits).log_prob(x).sum(-1))
+        assert torch.autograd.grad(mine.sum(), logits)[0].isfinite().all()
+
+
+def test_gaussian_agrees_with_torch_with_one_scale_and_with_many():
+    generator = torch.Generator().manual_seed(0)
+    x, mean = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(2, 5), (3, 2, 5)])
+    for log_std in (torch.tensor(-0.4).double(), torch.randn(5, generator=generator, dtype=torch.float64)):
+        expected = Normal(mean, log_std.exp()).log_prob(x).sum(-1)
+        torch.testing.assert_close(Gaussian(mean, log_std).log_prob(x), expected)
+
+
+def test_samples_have_the_right_mean():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([-2.0, 0.0, 1.0]).expand(20_000, 1, 3)
+    draws = Bernoulli(logits).sample(generator)
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    assert ((draws.mean(0) - logits[0].sigmoid()).abs() < 4 * draws.std(0) / 20_000**0.5).all()
+    draws = Gaussian(logits, torch.tensor(0.3)).sample(generator)
+    assert ((draws.mean(0) - logits[0]).abs() < 4 * draws.std(0) / 20_000**0.5).all()
+    assert (draws.std(0) / torch.tensor(0.3).exp() - 1).abs().max() < 4 / (2 * 20_000) ** 0.5

@@ -1,0 +1,5 @@
+"""``python -m vaelib`` is the command ``vaelib``."""
+
+from vaelib.cli import main
+
+main()

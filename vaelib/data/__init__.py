@@ -1,0 +1,113 @@
+"""Data sets by name: ``data.load("digits")``.
+ The files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the
+user's cache, and downloaded into it otherwise, once, with a checksum. ``digits`` comes with scikit-learn and
+needs none of this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaelib.data import files
+from vaelib.data.images import BINARISATIONS, Images, ImageSet, Split
+from vaelib.data.registry import DATASETS
+from vaelib.errors import choose
+
+__all__ = [
+    "BINARISATIONS",
+    "DATASETS",
+    "ImageSet",
+    "Images",
+    "Listing",
+    "Split",
+    "describe",
+    "fetch",
+    "load",
+    "names",
+]
+
+
+def names() -> list[str]:
+    """Return the names that :func:`load` takes."""
+    return list(DATASETS)
+
+
+def load(name: str, binarisation: str | None = None, seed: int = 0, valid: int = 0) -> Images:
+    """Load a data set, downloading it first if it is nowhere on this machine.
+
+    Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    name : str
+        ``"digits"``, ``"mnist"``, ``"binarized-mnist"``, ``"fashion-mnist"``, ``"omniglot"`` or
+        ``"omniglot-burda"``. Mind that ``"omniglot"`` is area-averaged from the original drawings and is not
+        the ``chardata.mat`` of Burda et al.: log-likelihoods on it do not compare with published ones.
+        ``"omniglot-burda"`` is that file.
+    binarisation : str, optional
+        What a batch holds: ``"dynamic"``, x ~ Bernoulli(grey) drawn anew at every access, as in Burda et al.;
+        ``"fixed"``, drawn once, by ``seed``; ``"grey"``, the grey levels in [0, 1]. The default is ``"grey"``
+        for digits (whose running example is a Gaussian model), ``"fixed"``, and nothing else, for
+        binarized-mnist, and ``"dynamic"`` for the rest.
+    seed : int
+        Of the ``"fixed"`` draws alone; the splits never change.
+    valid : int
+        Hold out the last ``valid`` training images as ``images.valid``. With 0, ``images.valid`` is None, but
+        for binarized-mnist, which has its own.
+
+    Returns
+    -------
+    Images
+        ``.train``, ``.valid`` (or None), ``.test``, each a :class:`Split`; ``.note`` says what to mind.
+
+    Raises
+    ------
+    InputError
+        if a name is not known, if the files are cut, altered or not to be had, or if ``VAELIB_DATA`` is no
+        folder.
+    """
+    return choose("data set", name, DATASETS).load(binarisation, seed, valid)
+
+
+def fetch(name: str) -> Path | None:
+    """Make sure that the files of a data set are on this machine and whole; return their folder (None if
+    built in).
+
+    Raises
+    ------
+    InputError
+        as :func:`load`.
+    """
+    row = choose("data set", name, DATASETS)
+    paths = [files.fetch(name, parts) for parts in (row.files or {}).values()]
+    return paths[0].parent if paths else None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A line of ``vaelib data list``: ``where`` is "built in", the folder that has it, or what is to be
+    downloaded."""
+
+    name: str
+    description: str
+    splits: str
+    where: str
+    note: str
+
+
+def describe() -> list[Listing]:
+    """Return a line for each data set; looks whether files exist, and opens none."""
+    return [Listing(row.name, row.description, row.splits, where(row), row.note) for row in DATASETS.values()]
+
+
+def where(row: ImageSet) -> str:
+    """Say where the files of a data set are."""
+    if not row.files:
+        return "built in"
+    found = {part: files.find(parts) for part, parts in row.files.items()}
+    missing = [parts for part, parts in row.files.items() if not found[part]]
+    if not missing:
+        return " and ".join(dict.fromkeys(f"{place} ({path.parent})" for place, _, path in found.values()))
+    sizes = [next(file.size for file in parts if file.obtainable) for parts in missing]
+    return "to be downloaded" if None in sizes else f"to be downloaded, {sum(sizes) / 1e6:.1f} MB"

@@ -1,0 +1,206 @@
+"""Where a data set's files come from: a folder that holds them already, the user's cache, or a mirror.
+ Every file is named once, as a :class:`File`: its path inside a data folder, its checksum, its addresses.
+Files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the user's
+cache; what neither has is downloaded into the cache with pooch, mirror after mirror, and checked before it
+gets its name there. So a file that has its name is whole. What lies in ``VAELIB_DATA`` is checked too, and
+never written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+from tqdm import tqdm
+
+from vaelib.errors import InputError
+
+ROUNDS = 3  # how often the whole list of mirrors is tried
+PAUSE = 1.0  # seconds before the second round; twice as long before the third
+TIMEOUT = 30.0  # seconds without a sign of life from a server
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a data set.
+
+    Attributes
+    ----------
+    path : str
+        Place in a data folder, with forward slashes: ``"mnist/train-images-idx3-ubyte.gz"``.
+    digest : str
+        ``"sha256:…"``, ``"md5:…"`` or ``"git:…"`` (the id of the git blob: the SHA-1 of ``b"blob <size>\\0"``
+        and the content). Empty for a file made on this machine, in a format that holds its own checksums.
+    size : int, optional
+        Bytes.
+    addresses : tuple of str
+        Mirrors, tried in this order.
+    made_from : tuple of File
+        Files that :attr:`make` turns into this one.
+    make : callable, optional
+        ``make(sources, target)`` reads the paths ``sources`` and writes the path ``target``.
+    """
+
+    path: str
+    digest: str = ""
+    size: int | None = None
+    addresses: tuple[str, ...] = ()
+    made_from: tuple[File, ...] = ()
+    make: Callable[[Sequence[Path], Path], None] | None = None
+
+    @property
+    def expected(self) -> str:
+        """What a whole copy looks like, in words."""
+        size = "" if self.size is None else f"{self.size:,} bytes, "
+        return size + self.digest[: self.digest.find(":") + 9].replace(":", " ") + "…"
+
+    @property
+    def obtainable(self) -> bool:
+        """Whether this machine can get the file by itself, given a network."""
+        return bool(self.addresses or self.made_from)
+
+    def fault(self, path: Path) -> str:
+        """Say what is wrong with the copy at ``path``; empty if it is whole."""
+        size = path.stat().st_size
+        if self.size is not None and size != self.size:
+            return f"has {size:,} bytes"
+        if self.digest and (found := digest(path, self.digest.partition(":")[0])) != self.digest:
+            return f"has {found[: found.find(':') + 9].replace(':', ' ')}…"
+        return ""
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """Return ``"algorithm:hex"`` of a file, for ``sha256``, ``md5`` or ``git`` (the id of a git blob)."""
+    with open(path, "rb") as file:
+        if algorithm != "git":
+            return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        return f"git:{hashlib.file_digest(file, lambda: blob).hexdigest()}"
+
+
+def cache() -> Path:
+    """Return the folder that downloads go to; laid out as ``VAELIB_DATA`` is."""
+    return Path(pooch.os_cache("vaelib"))
+
+
+def folders() -> dict[str, Path]:
+    """Return the folders to look in, by name and in order.
+
+    Raises
+    ------
+    InputError
+        if ``VAELIB_DATA`` is set but is not a folder.
+    """
+    named = os.environ.get("VAELIB_DATA")
+    if not named:
+        return {"cache": cache()}
+    if not (folder := Path(named).expanduser()).is_dir():
+        raise InputError(
+            f"VAELIB_DATA is '{named}', which is not a folder: set it to a folder that holds the data "
+            "already, or unset it to have the data downloaded"
+        )
+    return {"VAELIB_DATA": folder, "cache": cache()}
+
+
+def find(files: Sequence[File]) -> tuple[str, File, Path] | None:
+    """Return the first of interchangeable ``files`` that exists, as (name of the folder, file, path)."""
+    places = ((place, file, folder / file.path) for place, folder in folders().items() for file in files)
+    return next((found for found in places if found[2].is_file()), None)
+
+
+def fetch(name: str, files: Sequence[File]) -> Path:
+    """Return the path of a whole copy of one of interchangeable ``files`` of data set ``name``.
+
+    A damaged copy in the cache is downloaded again; one in ``VAELIB_DATA`` is an error.
+
+    Raises
+    ------
+    InputError
+        if a file in ``VAELIB_DATA`` is cut or altered, or no mirror gives a whole one.
+    """
+    if found := find(files):
+        place, file, path = found
+        if not (fault := file.fault(path)):
+            return path
+        if place != "cache" or not file.obtainable:
+            raise InputError(
+                f"'{path}' is cut or altered: it {fault}, expected {file.expected}; delete it and run "
+                f"`vaelib data fetch {name}` with a network, or put a whole copy in its place"
+            )
+    file = next((file for file in files if file.obtainable), files[0])
+    target = cache() / file.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if file.make is None:
+        download(name, file, target)
+    else:
+        sources = [fetch(name, [source]) for source in file.made_from]
+        with whole(target) as part:
+            file.make(sources, part)
+    return target
+
+
+def download(name: str, file: File, target: Path) -> None:
+    """Download ``file`` from the first mirror that gives a whole copy, and only then call it ``target``."""
+    from requests import RequestException  # takes a tenth of a second, and is wanted only here
+
+    failures: dict[str, str] = {}
+    for attempt in range(ROUNDS):
+        time.sleep(attempt * PAUSE)
+        for address in file.addresses:
+            try:
+                with whole(target) as part, progress(target.name, file.size) as bar:
+                    get = pooch.HTTPDownloader(
+                        progressbar=bar,
+                        chunk_size=2**16,
+                        timeout=TIMEOUT,
+                        headers={"Accept-Encoding": "identity"},
+                    )
+                    get(address, str(part), None)
+                    if fault := file.fault(part):
+                        raise InputError(f"what it sends {fault}")
+                return
+            except (InputError, RequestException) as error:
+                failures[address] = reason(error)
+    tried = "; ".join(f"{address}: {why}" for address, why in failures.items()) or "it has no address"
+    looked = " or ".join(f"'{folder}'" for folder in folders().values())
+    raise InputError(
+        f"no whole copy of '{file.path}' (expected: {file.expected}) is in {looked}, and none could be "
+        f"downloaded ({tried}): run `vaelib data fetch {name}` with a network, or set VAELIB_DATA to a "
+        "folder that holds it"
+    )
+
+
+def progress(name: str, size: int | None) -> tqdm:
+    """Return a progress bar in bytes, which shows on a terminal only."""
+    return tqdm(desc=name, total=size or 1, unit="B", unit_scale=True, disable=None)
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words why a download failed."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code}"
+    return str(error) if isinstance(error, InputError) else type(error).__name__
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``target`` to write to, and name it ``target`` once it is written and on
+    disk."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

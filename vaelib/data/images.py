@@ -1,0 +1,326 @@
+"""Image data as plain tensors: :class:`Split` and :class:`Images`, and the readers of the published file
+formats."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vaelib.data.files import File, fetch
+from vaelib.errors import InputError, choose
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (float32 [N, H, W] in [0, 1], labels [N])
+
+
+def draw(grey: Tensor, generator: torch.Generator) -> Tensor:
+    """Return x ~ Bernoulli(grey), float32 zeros and ones; exact for grey 0 and 1, and to 2**-24 between.
+
+    Four times as fast on a CPU as ``torch.bernoulli``, which draws a double for each pixel.
+    """
+    return torch.rand(grey.shape, generator=generator, device=grey.device).lt_(grey)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one split, flattened to rows.
+
+    Attributes
+    ----------
+    grey : Tensor
+        [N, D] float32 in [0, 1], D = H W, row by row from the top left; 1 is ink (white on black, as in
+        MNIST). For binarisation ``"fixed"`` these are the binary images themselves, zeros and ones.
+    labels : Tensor or None
+        [N] int64.
+    shape : tuple of int
+        (H, W).
+    binarisation : str
+        What :meth:`batch` returns: see :func:`vaelib.data.load`.
+    """
+
+    grey: Tensor
+    labels: Tensor | None
+    shape: tuple[int, int]
+    binarisation: str
+
+    def __len__(self) -> int:
+        return len(self.grey)
+
+    def batch(self, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
+        """Return the images ``index`` as float32 [len(index), D]; for ``"dynamic"`` a fresh draw at every
+        call.
+
+        Parameters
+        ----------
+        index : Tensor of int64, or slice
+            Which images.
+        generator : torch.Generator, optional
+            Source of the draws, on the device of the data; needed for ``"dynamic"``, not touched otherwise.
+        """
+        grey = self.grey[index] if isinstance(index, slice) else self.grey.index_select(0, index)
+        if self.binarisation != "dynamic":
+            return grey
+        if generator is None:
+            raise InputError("dynamic binarisation draws at every access: give batch() a torch.Generator")
+        return draw(grey, generator)
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the same split on ``device``."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, grey=self.grey.to(device), labels=labels)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of images: ``train``, ``test``, and ``valid`` where there is one (else None)."""
+
+    name: str
+    note: str
+    train: Split
+    valid: Split | None
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of an image."""
+        return self.train.shape
+
+    def to(self, device: torch.device | str) -> Images:
+        """Return the same data on ``device``."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return replace(self, train=self.train.to(device), valid=valid, test=self.test.to(device))
+
+
+BINARISATIONS = {
+    "dynamic": "Bernoulli(grey), drawn anew at every access",
+    "fixed": "Bernoulli(grey), drawn once and for all",
+    "grey": "grey levels in [0, 1], not binarised",
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A row of the registry: all that is known of one set of images.
+
+    Attributes
+    ----------
+    name, description, splits, licence, citation : str
+        For people.
+    read : callable
+        Turns the paths of the parts into arrays, split by split.
+    binarisations : tuple of str
+        The possible ones, the default first.
+    files : mapping
+        Part -> interchangeable files that hold it, the preferred one first. Empty for what is built in.
+    note : str
+        What must be said wherever numbers on this set are shown.
+    """
+
+    name: str
+    description: str
+    splits: str
+    read: Callable[[Mapping[str, Path]], Arrays]
+    binarisations: tuple[str, ...]
+    licence: str
+    citation: str
+    files: Mapping[str, tuple[File, ...]] | None = None
+    note: str = ""
+
+    def load(self, binarisation: str | None = None, seed: int = 0, valid: int = 0) -> Images:
+        """Read the files and return the splits; see :func:`vaelib.data.load`."""
+        binarisation = self.binarisations[0] if binarisation is None else binarisation
+        choose("binarisation", binarisation, BINARISATIONS)
+        if binarisation not in self.binarisations:
+            raise InputError(
+                f"{self.name} cannot be had as '{binarisation}', since its images are zeros and ones "
+                f"already: leave the binarisation out, or choose '{self.binarisations[0]}'"
+            )
+        arrays = self.read({part: fetch(self.name, files) for part, files in (self.files or {}).items()})
+        generator = torch.Generator().manual_seed(seed)
+        once = binarisation == "fixed" and len(self.binarisations) > 1
+        splits: dict[str, Split] = {}
+        for split, (pixels, labels) in arrays.items():
+            grey = torch.from_numpy(pixels.reshape(len(pixels), -1))
+            splits[split] = Split(
+                draw(grey, generator) if once else grey,
+                None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+                pixels.shape[1:],
+                binarisation,
+            )
+        if valid:
+            splits["train"], splits["valid"] = self.hold_out(splits, valid)
+        return Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"])
+
+    def hold_out(self, splits: Mapping[str, Split], valid: int) -> tuple[Split, Split]:
+        """Part the last ``valid`` images of the training set from the rest."""
+        train = splits["train"]
+        if "valid" in splits:
+            raise InputError(f"{self.name} has validation images of its own: leave valid at 0")
+        if not 0 < valid < len(train):
+            raise InputError(
+                f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train"
+            )
+
+        def part(rows: slice) -> Split:
+            labels = None if train.labels is None else train.labels[rows]
+            return replace(train, grey=train.grey[rows], labels=labels)
+
+        return part(slice(None, -valid)), part(slice(-valid, None))
+
+
+# ------------------------------------------------------------------------------------- the file formats
+
+
+def read_digits(paths: Mapping[str, Path]) -> Arrays:
+    """Scikit-learn's 1,797 digits, 8 x 8, levels 0 to 16, shuffled by a fixed seed: 1,497 train, 300 test."""
+    from sklearn.datasets import load_digits  # two seconds
+
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))  # a stream that NumPy keeps for ever
+    grey, labels = (digits.images[order] / 16).astype(np.float32), digits.target[order]
+    return {"train": (grey[:1497], labels[:1497]), "test": (grey[1497:], labels[1497:])}
+
+
+def idx(path: Path) -> np.ndarray:
+    """Read a gzipped idx file of bytes: 0, 0, 8, number of axes, their lengths (big-endian int32), values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        zeros, kind, axes = struct.unpack_from(">HBB", content)
+        shape = struct.unpack_from(f">{axes}I", content, 4)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise InputError(
+            f"'{path}' is no gzipped idx file ({error}): delete it and fetch it again"
+        ) from error
+    if (zeros, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
+        raise InputError(
+            f"'{path}' is not an idx file of bytes: it begins with {list(content[:4])} and has "
+            f"{len(content):,} bytes for axes {shape}, expected 0, 0, 8 and as many bytes as the axes say; "
+            "delete it and fetch it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def read_idx(paths: Mapping[str, Path]) -> Arrays:
+    """MNIST and the sets in its layout: images [N, H, W] and labels [N] as bytes, for train and test."""
+
+    def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = idx(paths[f"{name} images"]), idx(paths[f"{name} labels"])
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"'{paths[f'{name} images']}' has shape {images.shape} and its labels {labels.shape}, "
+                "expected [N, H, W] and [N]; delete both and fetch them again"
+            )
+        return images / np.float32(255), labels
+
+    return {"train": split("train"), "test": split("test")}
+
+
+def read_amat(paths: Mapping[str, Path]) -> Arrays:
+    """Larochelle's binarized MNIST: an image a line, 784 digits parted by single spaces, so 1,568 bytes."""
+
+    def split(path: Path) -> tuple[np.ndarray, None]:
+        content = path.read_bytes()
+        text = np.frombuffer(gzip.decompress(content) if path.suffix == ".gz" else content, np.uint8)
+        pixels = text[::2].astype(np.float32) - ord("0")
+        if len(text) % 1568 or not np.isin(pixels, (0, 1)).all():
+            raise InputError(f"'{path}' is not lines of 784 zeros and ones: delete it and fetch it again")
+        return pixels.reshape(-1, 28, 28), None
+
+    return {name: split(path) for name, path in paths.items()}
+
+
+def read_omniglot(paths: Mapping[str, Path]) -> Arrays:
+    """Omniglot as :func:`shrink_omniglot` makes it: drawings 1 to 15 of each character train, 16 to 20 test.
+
+    Rows run through the characters (sorted by background before evaluation set, alphabet, number), then
+    through the drawings, so the last 1,623 training images are the 15th drawing of every character. The label
+    is the character.
+    """
+    path = paths["drawings"]
+    try:
+        with np.load(path, allow_pickle=False) as fields:
+            images = fields["images"]
+            order = np.lexsort((fields["character"], fields["alphabet"], ~fields["background"]))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"'{path}' is cut or altered ({error}): delete it and fetch it again") from error
+    drawings = images[order].swapaxes(0, 1) / np.float32(255)  # [20, characters, 28, 28]
+
+    def split(drawings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return drawings.reshape(-1, *drawings.shape[2:]), np.tile(np.arange(drawings.shape[1]), len(drawings))
+
+    return {"train": split(drawings[:15]), "test": split(drawings[15:])}
+
+
+def shrink(ink: np.ndarray, side: int = 28) -> np.ndarray:
+    """Return the share of ink in each cell of a ``side`` x ``side`` grid, as round(255 share).
+
+    With A[i, j] the length of pixel j that lies in cell i, the area of ink in a cell is (A ink A')[i, j]: an
+    exact average, also where a cell's border cuts a pixel. Lengths are counted in the unit 1/side of a pixel,
+    so all sums are whole numbers that float32 holds.
+
+    Parameters
+    ----------
+    ink : ndarray
+        [..., n, n] of 0 and 1, n <= 4096.
+    """
+    n = ink.shape[-1]
+    pixel, cell = side * np.arange(n), n * np.arange(side)[:, None]
+    lengths = np.minimum(pixel + side, cell + n) - np.maximum(pixel, cell)
+    a = lengths.clip(0).astype(np.float32)
+    area = (a @ ink.astype(np.float32) @ a.T).astype(np.int64)  # of n * n
+    return ((2 * 255 * area + n * n) // (2 * n * n)).astype(np.uint8)
+
+
+def shrink_omniglot(sources: Sequence[Path], target: Path) -> None:
+    """Write Lake's drawings (zips of 105 x 105 PNGs, black on white) as 28 x 28 images, area-averaged.
+
+    This is not the reduction in Burda et al.'s ``chardata.mat``, whose method is not stated; log-likelihoods
+    on the two do not compare.
+    """
+    from matplotlib.image import imread  # most of a second
+
+    images, labels = [], []
+    for source in sources:
+        with zipfile.ZipFile(source) as archive:
+            names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+            for folder, group in groupby(names, key=lambda name: name.split("/")[:-1]):
+                drawings = [archive.open(name) for name in group]
+                images.append(shrink(np.stack([imread(drawing, format="png") < 0.5 for drawing in drawings])))
+                labels.append(folder)
+    top, alphabet, character = zip(*labels, strict=True)
+    background = np.array(top) == "images_background"
+    with open(target, "wb") as file:
+        np.savez_compressed(
+            file, images=np.stack(images), background=background, alphabet=alphabet, character=character
+        )
+
+
+def read_chardata(paths: Mapping[str, Path]) -> Arrays:
+    """Burda et al.'s Omniglot: each column of ``data`` and ``testdata`` is an image, stored column by column.
+
+    The training images are put in the order of the paper's code (``RandomState(123)``), so that
+    ``valid=1345`` holds out the images that it held out.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    path = paths["images"]
+    try:
+        fields = loadmat(path, variable_names=("data", "testdata"))
+        train, test = (
+            np.ascontiguousarray(fields[key].T.reshape(-1, 28, 28).swapaxes(1, 2), np.float32)
+            for key in ("data", "testdata")
+        )
+    except (MatReadError, OSError, KeyError, ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"'{path}' is not a chardata.mat ({error}): delete it and fetch it again") from error
+    return {"train": (train[np.random.RandomState(123).permutation(len(train))], None), "test": (test, None)}

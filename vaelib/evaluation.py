@@ -1,0 +1,123 @@
+r"""What a trained model is worth: its log-likelihood and how much of its latent space it uses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vaelib.errors import InputError
+
+
+class StreamingLogMeanExp:
+    r"""The log of a mean of exponentials, and its standard error, from values that arrive in chunks.
+
+    Keeps, for each observation, the largest log-weight m so far and the sums of :math:`e^{\log w - m}` and of its
+    square; nothing overflows, and memory does not grow with the number of values.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.peak = self.total = self.squares = None
+
+    def add(self, log_w: Tensor) -> None:
+        """Take in ``log_w`` ``[k, B]``."""
+        peak = log_w.amax(0)
+        if self.count:
+            peak = torch.maximum(peak, self.peak)
+        anchor = peak.clamp_min(torch.finfo(peak.dtype).min)  # all weights zero so far: keep the sums at 0, not nan
+        w = (log_w - anchor).exp()
+        total, squares = w.sum(0), w.square().sum(0)
+        if self.count:
+            shrink = (self.peak.clamp_min(torch.finfo(peak.dtype).min) - anchor).exp()
+            total += shrink * self.total
+            squares += shrink.square() * self.squares
+        self.count += log_w.shape[0]
+        self.peak, self.total, self.squares = peak, total, squares
+
+    @property
+    def value(self) -> Tensor:
+        r"""The estimate :math:`\log \tfrac1K \sum_k w_k`, ``[B]``."""
+        return self.peak + (self.total / self.count).log()
+
+    @property
+    def standard_error(self) -> Tensor:
+        r"""Its standard error by the delta method, :math:`\sqrt{\sum_k \tilde w_k^2 - 1/K}`, ``[B]``."""
+        return (self.squares / self.total.square() - 1 / self.count).clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: nn.Module,
+    x: Tensor,
+    samples: int = 5000,
+    chunk: int = 100,
+    generator: torch.Generator | None = None,
+    *,
+    batch_size: int = 100,
+    return_standard_error: bool = False,
+    progress: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Estimate log p(x) of every observation by importance sampling from the encoder, ``[N]``, in nats.
+
+    .. math:: \log p(x) \approx \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad z_k \sim q(z \mid x)
+
+    The estimate is a lower bound in expectation. The weights stream through ``chunk`` at a time, so that memory
+    depends on ``chunk`` and ``batch_size`` and not on ``samples`` or the number of observations. Used throughout the
+    book; introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    model
+        anything with a ``joint`` and an ``encoder`` (with ``noise``), such as :class:`vaelib.models.VAE`.
+    x
+        observations, ``[N, ...]``.
+    samples, chunk, batch_size
+        how many draws an observation, how many of them at a time, and for how many observations at a time.
+    generator
+        draws the noise, on the device of ``x``.
+    return_standard_error
+        return ``(values, standard_errors)``, the Monte Carlo error of each value by the delta method.
+    progress
+        show a progress bar.
+    """
+    for name, value in {"samples": samples, "chunk": chunk, "batch_size": batch_size}.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, but is {value}")
+    values, errors = [], []
+    for batch in tqdm(x.split(batch_size), desc="log p(x)", unit="batch", disable=not progress, leave=False):
+        posterior = model.encoder(batch)
+        estimate = StreamingLogMeanExp()
+        for start in range(0, samples, chunk):
+            eps = model.encoder.noise(min(chunk, samples - start), batch, generator)
+            z = posterior.sample(eps)
+            estimate.add(model.joint(batch, z) - posterior.log_prob(z))
+        values.append(estimate.value)
+        errors.append(estimate.standard_error)
+    return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)
+
+
+def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of independent ``values`` ``[N]`` and its standard error."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batch_size: int = 1000) -> list[int]:
+    r"""Count the latent units that carry information: those with :math:`\operatorname{Var}_x(E_q[z_d]) > ` threshold.
+
+    (Burda et al. 2016; 0.01 is their threshold.) One number for each stochastic layer. The mean of a second layer is
+    taken at the mean of the first. The variance is over ``x`` ``[N, ...]``, gathered in batches.
+    Introduced in book/01-elbo-forms.ipynb.
+    """
+    means = [posterior_means(encoder(batch)) for batch in x.split(batch_size)]
+    return [int((torch.cat(layer).var(0, correction=0) > threshold).sum()) for layer in zip(*means)]
+
+
+def posterior_means(posterior) -> tuple[Tensor, ...]:
+    """Return the mean of each stochastic layer, ``[B, D]`` each; an upper layer's at the mean of the one below."""
+    if hasattr(posterior, "second"):
+        return posterior.first.mean, posterior.second(posterior.first.mean).mean
+    return (posterior.mean,)

@@ -1,0 +1,69 @@
+r"""Likelihoods p(x given z): what a decoder returns.
+
+Each is built from the decoder's output for ``[K, B]`` latents and has one method, ``log_prob(x)``, summed over the
+pixels: ``x`` is ``[B, D]``, the result ``[K, B]``, in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaelib.posteriors import LOG_2PI
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    r"""Binary pixels, :math:`p(x \mid z) = \prod_d \pi_d^{x_d} (1-\pi_d)^{1-x_d}` with :math:`\pi = \operatorname{sigmoid}(l)`.
+
+    Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    logits
+        :math:`l`, ``[K, B, D]``. Logits and not probabilities, so that no pixel's log-probability overflows.
+    """
+
+    logits: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The probabilities :math:`\pi`, ``[K, B, D]``."""
+        return self.logits.sigmoid()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\sum_d [x_d l_d - \log(1 + e^{l_d})]`, ``[K, B]``."""
+        return (x * self.logits).sum(-1) - F.softplus(self.logits).sum(-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw images of 0 and 1, ``[K, B, D]``."""
+        return torch.bernoulli(self.mean, generator=generator)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    r"""Real-valued pixels, :math:`p(x \mid z) = \mathcal N(x; m, \operatorname{diag} s^2)`.
+
+    Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    mean, log_std
+        :math:`m`, ``[K, B, D]``, and :math:`\log s`, anything that broadcasts against it.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        r"""Return :math:`-\tfrac12 \sum_d [(x_d-m_d)^2/s_d^2 + 2\log s_d + \log 2\pi]`, ``[K, B]``."""
+        whitened = (x - self.mean) * (-self.log_std).exp()
+        return -(0.5 * whitened.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw images, ``[K, B, D]``."""
+        eps = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + self.log_std.exp() * eps

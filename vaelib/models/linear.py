@@ -1,0 +1,140 @@
+r"""The linear-Gaussian VAE, the book's running example: everything about it is known exactly.
+
+.. math:: p(z) = \mathcal N(0, I), \qquad p(x \mid z) = \mathcal N(W z + b, \operatorname{diag} s^2)
+
+Its marginal likelihood, its posterior and hence the gradients of its ELBO are closed forms, so that whatever an
+estimator claims can be held against the truth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vaelib.errors import InputError
+from vaelib.likelihoods import Gaussian
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal_log_prob
+
+
+class LinearGaussian(nn.Module):
+    r"""The joint density :math:`\log p(x, z)` of the linear-Gaussian model. Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    weight, bias, log_std
+        W ``[X, D]``, b ``[X]`` and :math:`\log s` ``[X]`` or ``[]`` (one scale for all pixels).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self.log_std = nn.Parameter(log_std)
+
+    def decode(self, z: Tensor) -> Gaussian:
+        """Return p(x given z) for ``z`` ``[K, B, D]``."""
+        return Gaussian(z @ self.weight.mT + self.bias, self.log_std)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Return log p(z), ``[K, B]``."""
+        return standard_normal_log_prob(z)
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return log p(x given z), ``[K, B]``."""
+        return self.decode(z).log_prob(x)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return log p(x, z), ``[K, B]``."""
+        return self.log_prior(z) + self.log_likelihood(x, z)
+
+    def posterior(self, x: Tensor) -> FullGaussian:
+        r"""Return the exact posterior :math:`\mathcal N(M^{-1} W^\top S^{-1} (x - b), M^{-1})`.
+
+        Here :math:`S = \operatorname{diag} s^2` and :math:`M = I + W^\top S^{-1} W`; the covariance is the same for
+        every x.
+        """
+        whitened = self.weight * (-self.log_std).exp().unsqueeze(-1)  # S^(-1/2) W
+        residual = (x - self.bias) * (-self.log_std).exp()
+        precision = torch.eye(whitened.shape[1], dtype=x.dtype, device=x.device) + whitened.mT @ whitened
+        covariance = torch.linalg.inv(precision)
+        return FullGaussian(residual @ whitened @ covariance, torch.linalg.cholesky(covariance))
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        r"""Return the exact :math:`\log p(x) = \log \mathcal N(x; b, W W^\top + \operatorname{diag} s^2)`, ``[B]``.
+
+        Computed in the latent dimension (Woodbury), so it costs no more than the posterior.
+        """
+        whitened = self.weight * (-self.log_std).exp().unsqueeze(-1)
+        residual = (x - self.bias) * (-self.log_std).exp()
+        precision = torch.eye(whitened.shape[1], dtype=x.dtype, device=x.device) + whitened.mT @ whitened
+        factor = torch.linalg.cholesky(precision)
+        projected = torch.linalg.solve_triangular(factor, (residual @ whitened).mT, upper=False)
+        distance = residual.square().sum(-1) - projected.square().sum(0)
+        log_det = 2 * factor.diagonal().log().sum() + 2 * self.log_std.expand(self.bias.shape).sum()
+        return -0.5 * (distance + log_det + x.shape[-1] * LOG_2PI)
+
+
+class LinearEncoder(nn.Module):
+    r"""The encoder :math:`q(z \mid x) = \mathcal N(V x + v, \operatorname{diag} \sigma^2)`, one scale for all x.
+
+    It contains the exact posterior of a :class:`LinearGaussian` whenever :math:`W^\top S^{-1} W` is diagonal.
+    Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    weight, bias, log_std
+        V ``[D, X]``, v ``[D]`` and :math:`\log \sigma` ``[D]``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self.log_std = nn.Parameter(log_std)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        """Return q(z given x) for ``x`` ``[B, X]``."""
+        mean = x @ self.weight.mT + self.bias
+        return DiagonalGaussian(mean, self.log_std.expand_as(mean))
+
+    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
+        return torch.randn((k, len(x), len(self.bias)), generator=generator, dtype=x.dtype, device=x.device)
+
+
+def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
+    r"""Return the linear-Gaussian model of highest likelihood for the data ``x`` ``[N, X]``, in closed form.
+
+    (Tipping and Bishop 1999.) With the eigenvalues :math:`\lambda_1 \ge \lambda_2 \ge \dots` and eigenvectors U of
+    the sample covariance, :math:`b = \bar x`, :math:`s^2` is the mean of the eigenvalues left out and
+    :math:`W = U (\Lambda - s^2 I)^{1/2}`. This choice of W makes the exact posterior's covariance diagonal.
+    Introduced in book/01-elbo-forms.ipynb.
+
+    Raises
+    ------
+    InputError
+        if ``latent_dim`` is not between 1 and X - 1.
+    """
+    if not 1 <= latent_dim < x.shape[1]:
+        raise InputError(f"latent_dim must be between 1 and {x.shape[1] - 1} for data of {x.shape[1]} dimensions, but is {latent_dim}")
+    mean = x.mean(0)
+    eigenvalues, eigenvectors = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
+    eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
+    variance = eigenvalues[latent_dim:].mean()
+    scale = (eigenvalues[:latent_dim] - variance).clamp_min(0).sqrt()
+    return LinearGaussian(eigenvectors[:, :latent_dim] * scale, mean, 0.5 * variance.log())
+
+
+def exact_encoder(joint: LinearGaussian) -> LinearEncoder:
+    r"""Return the linear encoder of the exact posterior; its factorised part, where the covariance is not diagonal.
+
+    The mean is :math:`M^{-1} W^\top S^{-1} (x - b)`; the scale :math:`\sigma_d^2 = 1 / M_{dd}` is that of the
+    factorised Gaussian closest to the posterior in :math:`\mathrm{KL}(q \,\|\, p)`, and exact if M is diagonal.
+    Introduced in book/01-elbo-forms.ipynb.
+    """
+    with torch.no_grad():
+        inverse_variance = (-2 * joint.log_std).exp()
+        scaled = joint.weight * inverse_variance.unsqueeze(-1)  # S^(-1) W
+        precision = torch.eye(joint.weight.shape[1], dtype=scaled.dtype, device=scaled.device) + joint.weight.mT @ scaled
+        weight = torch.linalg.solve(precision, scaled.mT)
+        return LinearEncoder(weight, -weight @ joint.bias, -0.5 * precision.diagonal().log())

@@ -1,0 +1,223 @@
+r"""Approximate posteriors q(z given x), and the one operation the whole book turns on: holding their parameters still.
+
+A posterior is what an encoder returns. It is built from a batch of ``B`` observations and knows four things: how to draw
+the noise its samples are made of, how to turn noise into a sample, the log-density of a sample, and a copy of itself
+whose parameters are constants:
+
+=====================  ==============================  ==========================================================
+``noise(k, g)``        eps, ``[K, B, D]``              standard normal draws from the generator ``g``
+``sample(eps)``        z = t(eps, phi), ``[K, B, D]``  differentiable in phi (the *path*)
+``log_prob(z)``        log q(z given x), ``[K, B]``    differentiable in phi (the *score*) and in z
+``stop_gradient()``    the same q                      phi held constant; still differentiable in z
+=====================  ==============================  ==========================================================
+
+A latent of two stochastic layers is a tuple ``(z1, z2)``, and so is its noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vaelib.errors import InputError
+
+Latent = Tensor | tuple[Tensor, ...]
+"""A sample or its noise: one tensor ``[K, B, D]``, or one for each stochastic layer."""
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def map_latent(function: Callable[[Tensor], Tensor], z: Latent) -> Latent:
+    """Apply ``function`` to every stochastic layer of ``z``."""
+    return tuple(function(layer) for layer in z) if isinstance(z, tuple) else function(z)
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    r"""Return :math:`\log \mathcal N(z; 0, I)`, summed over the last axis: ``[..., D] -> [...]``."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * LOG_2PI)
+
+
+def standard_normal(k: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw ``k`` standard normal variables for each entry of ``like``: ``[B, D] -> [K, B, D]``."""
+    if k < 1:
+        raise InputError(f"the number of draws k must be at least 1, but is {k}")
+    return torch.randn((k, *like.shape), generator=generator, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    r"""The factorised Gaussian :math:`q(z \mid x) = \mathcal N(z; \mu, \operatorname{diag} \sigma^2)`.
+
+    Its samples are :math:`z = \mu + \sigma \varepsilon`. Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    mean, log_std
+        :math:`\mu` and :math:`\log \sigma`, each ``[B, D]`` (or ``[K, B, D]``, for a conditional of a sampled layer).
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw standard normal noise, ``[K, B, D]``."""
+        return standard_normal(k, self.mean, generator)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        r"""Return :math:`z = \mu + \sigma \varepsilon`, ``[K, B, D]``."""
+        return torch.addcmul(self.mean, self.log_std.exp(), eps)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Return :math:`\log q(z) = -\tfrac12 \sum_d [(z_d-\mu_d)^2/\sigma_d^2 + 2\log\sigma_d + \log 2\pi]`."""
+        return standard_normal_log_prob((z - self.mean) * (-self.log_std).exp()) - self.log_std.sum(-1)
+
+    def entropy(self) -> Tensor:
+        r"""Return :math:`H[q] = \sum_d [\log\sigma_d + \tfrac12 (1 + \log 2\pi)]` in nats, ``[B]``."""
+        return self.log_std.sum(-1) + 0.5 * self.mean.shape[-1] * (1 + LOG_2PI)
+
+    def kl(self) -> Tensor:
+        r"""Return :math:`\mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12 \sum_d [\mu_d^2 + \sigma_d^2 - 1 - 2\log\sigma_d]`, ``[B]``."""
+        return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
+
+    def stop_gradient(self) -> DiagonalGaussian:
+        """Return the same Gaussian with its parameters held constant."""
+        return DiagonalGaussian(self.mean.detach(), self.log_std.detach())
+
+
+@dataclass(frozen=True)
+class FullGaussian:
+    r"""The Gaussian :math:`q(z \mid x) = \mathcal N(z; \mu, L L^\top)` with a full covariance.
+
+    Its samples are :math:`z = \mu + L \varepsilon`. The exact posterior of a linear-Gaussian model is one.
+    Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    mean
+        :math:`\mu`, ``[B, D]``.
+    scale_tril
+        :math:`L`, lower triangular with a positive diagonal, ``[D, D]`` (shared) or ``[B, D, D]``.
+    """
+
+    mean: Tensor
+    scale_tril: Tensor
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw standard normal noise, ``[K, B, D]``."""
+        return standard_normal(k, self.mean, generator)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        r"""Return :math:`z = \mu + L \varepsilon`, ``[K, B, D]``."""
+        return self.mean + (self.scale_tril @ eps.unsqueeze(-1)).squeeze(-1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Return :math:`\log q(z) = \log \mathcal N(L^{-1}(z - \mu); 0, I) - \log\det L`, ``[K, B]``."""
+        residual = (z - self.mean).unsqueeze(-1)
+        whitened = torch.linalg.solve_triangular(self.scale_tril, residual, upper=False).squeeze(-1)
+        return standard_normal_log_prob(whitened) - self._log_det()
+
+    def entropy(self) -> Tensor:
+        r"""Return :math:`H[q] = \log\det L + \tfrac{D}{2}(1 + \log 2\pi)` in nats, ``[B]``."""
+        return (self._log_det() + 0.5 * self.mean.shape[-1] * (1 + LOG_2PI)).expand(self.mean.shape[:-1])
+
+    def kl(self) -> Tensor:
+        r"""Return :math:`\mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12[\|\mu\|^2 + \|L\|_F^2 - D] - \log\det L`, ``[B]``."""
+        second_moment = self.mean.square().sum(-1) + self.scale_tril.square().sum((-2, -1))
+        return 0.5 * (second_moment - self.mean.shape[-1]) - self._log_det()
+
+    def stop_gradient(self) -> FullGaussian:
+        """Return the same Gaussian with its parameters held constant."""
+        return FullGaussian(self.mean.detach(), self.scale_tril.detach())
+
+    def _log_det(self) -> Tensor:
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+@dataclass(frozen=True)
+class HierarchicalGaussian:
+    r"""Two stochastic layers, :math:`q(z_1, z_2 \mid x) = q(z_1 \mid x)\, q(z_2 \mid z_1)`.
+
+    The second layer's mean and scale are functions of the *sampled* first layer, so a gradient can reach the
+    parameters of :math:`q(z_1 \mid x)` through them. Stopping them must therefore hold the parameters of the second
+    network constant and not its outputs, which would cut that path as well. Introduced in book/01-elbo-forms.ipynb.
+
+    Parameters
+    ----------
+    first
+        the posterior of the layer next to the data.
+    second
+        a module called as ``second(z1)`` that returns the posterior of the layer above it.
+    """
+
+    first: DiagonalGaussian
+    second: nn.Module
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Latent:
+        """Draw standard normal noise for both layers, ``([K, B, D1], [K, B, D2])``."""
+        eps1 = self.first.noise(k, generator)
+        with torch.no_grad():
+            above = self.second(self.first.sample(eps1[:1]))
+        return eps1, standard_normal(k, above.mean[0], generator)
+
+    def sample(self, eps: Latent) -> Latent:
+        r"""Return :math:`z_1 = t_1(\varepsilon_1)` and :math:`z_2 = t_2(\varepsilon_2, z_1)`."""
+        eps1, eps2 = eps
+        z1 = self.first.sample(eps1)
+        return z1, self.second(z1).sample(eps2)
+
+    def log_prob(self, z: Latent) -> Tensor:
+        r"""Return :math:`\log q(z_1 \mid x) + \log q(z_2 \mid z_1)`, ``[K, B]``."""
+        z1, z2 = z
+        return self.first.log_prob(z1) + self.second(z1).log_prob(z2)
+
+    def stop_gradient(self) -> HierarchicalGaussian:
+        """Return the same posterior with the parameters of both layers held constant."""
+        return HierarchicalGaussian(self.first.stop_gradient(), stop_gradient(self.second))
+
+
+def stop_gradient(module: nn.Module) -> nn.Module:
+    r"""Return the same module with its parameters held constant, :math:`f_{\bar\phi}` for :math:`f_\phi`.
+
+    The copy shares the parameters' storage, follows every later change of their values, and can be differentiated
+    with respect to its *input*. It is a shallow copy whose parameters are detached, module by module, and it works
+    under ``torch.func.functional_call``, ``vmap`` and ``grad``. Buffers are copied, so that the running statistics
+    of a stopped batch normalisation do not move twice. Introduced in book/01-elbo-forms.ipynb.
+
+    Raises
+    ------
+    InputError
+        if an active dropout layer is inside: a second pass would draw another mask, and would not be the same q.
+    """
+    return _stopped_copy(module, {})
+
+
+def _stopped_copy(module: nn.Module, known: dict[int, object]) -> nn.Module:
+    if id(module) in known:
+        return known[id(module)]
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        raise InputError(
+            "stop_gradient found an active dropout layer, whose second pass would draw another mask and evaluate "
+            "another q; call .eval() on the module or leave dropout out of the posterior"
+        )
+    stopped = known[id(module)] = object.__new__(type(module))  # copy.copy refuses parametrised modules
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            known.setdefault(id(parameter), parameter.detach())
+    stopped.__dict__ = {  # lists of parameters, such as an LSTM's flat weights, are rewritten too
+        key: [known.get(id(item), item) for item in value] if type(value) is list else value
+        for key, value in module.__dict__.items()
+    }
+    stopped.__dict__["_parameters"] = {
+        name: None if parameter is None else known[id(parameter)] for name, parameter in module._parameters.items()
+    }
+    stopped.__dict__["_buffers"] = {
+        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
+    stopped.__dict__["_modules"] = {
+        name: None if child is None else _stopped_copy(child, known) for name, child in module._modules.items()
+    }
+    return stopped

@@ -1,0 +1,273 @@
+r"""The training loop: :func:`train_step`, and :class:`Trainer` around it, whose state can be saved and taken up again.
+
+:func:`fit` trains in memory, for a chapter; :func:`vaelib.runs.train` in a folder, for the command line. Both are the
+one loop :meth:`Trainer.run`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vaelib import objectives
+from vaelib.config import Recipe
+from vaelib.data import Split
+from vaelib.errors import InputError, choose
+from vaelib.estimators import ESTIMATORS, Estimator
+from vaelib.posteriors import Latent
+
+CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
+
+BURDA_STAGES = 8
+BURDA_EPOCHS = tuple(3**i for i in range(BURDA_STAGES))
+BURDA_FACTORS = tuple(round(10 ** (1 - i / 7), 1) / 10 for i in range(BURDA_STAGES))
+
+
+def constant(epoch: int) -> float:
+    """The same learning rate in every epoch."""
+    return 1.0
+
+
+def burda(epoch: int) -> float:
+    r"""Eight stages: stage i has :math:`3^{i-1}` epochs at :math:`10^{-(i-1)/7}` times the rate, two digits of it.
+
+    (Burda et al. 2016.) With lr = 1e-3: 1 epoch at 1e-3, 3 at 7.2e-4, 9 at 5.2e-4, 27 at 3.7e-4 ... 2187 at 1e-4;
+    3,280 in all, and 4, 13, 40, 121, 364, 1093 after the stages in between. Beyond, the last rate stays.
+    """
+    stage = int(np.searchsorted(np.cumsum(BURDA_EPOCHS), epoch))
+    return BURDA_FACTORS[min(stage, BURDA_STAGES - 1)]
+
+
+SCHEDULES: dict[str, Callable[[int], float]] = {"constant": constant, "burda": burda}
+"""Learning-rate schedules by name: the number of the epoch, from 1, gives the factor on the learning rate."""
+
+
+class Diverged(InputError):
+    """The bound or a parameter is not finite any more."""
+
+
+def train_step(
+    model: nn.Module,
+    estimator: Estimator,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    eps: Latent,
+    clip: float | None = None,
+) -> Tensor:
+    """Take one step up the bound and return its mean over the batch ``x``, before the step, ``[]``.
+
+    ``clip`` limits the global norm of the gradient. Introduced in book/01-elbo-forms.ipynb.
+    """
+    optimizer.zero_grad()
+    bound = objectives.backward(estimator, model.joint, model.encoder, x, eps)
+    if clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return bound.mean()
+
+
+STREAMS = ("init", "order", "binarisation", "noise", "test")
+
+
+def stream(name: str, seed: int, device: torch.device | str = "cpu", step: int = 0) -> torch.Generator:
+    """Return the generator of one kind of randomness (a name in ``STREAMS``); they do not depend on each other."""
+    state = np.random.SeedSequence((seed, STREAMS.index(name), step)).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
+
+
+class Trainer:
+    """A training, and everything that a checkpoint has to hold of it.
+
+    Parameters
+    ----------
+    model
+        with ``joint``, ``encoder`` and ``binary``, such as :class:`vaelib.models.VAE`; trained in place.
+    split
+        the training images, on the device of the model.
+    estimator
+        a row of the tableau.
+    recipe
+        how long, how fast, from which seed.
+
+    Attributes
+    ----------
+    step : int
+        steps taken so far.
+    history : list of dict
+        one record an epoch: its number, the steps so far, the mean bound of its steps in nats, the learning rate, and
+        the seconds of training so far.
+
+    Raises
+    ------
+    InputError
+        if model, images, estimator and recipe do not go together.
+    """
+
+    def __init__(self, model: nn.Module, split: Split, estimator: Estimator, recipe: Recipe) -> None:
+        self.model, self.split, self.estimator, self.recipe = model, split, estimator, recipe
+        check_fit(model, split, estimator, recipe)
+        device = split.grey.device
+        self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
+        self.optimizer = torch.optim.Adam(model.parameters(), recipe.lr, eps=recipe.adam_eps, fused=True)
+        self.streams = {
+            "order": stream("order", recipe.seed),
+            "binarisation": stream("binarisation", recipe.seed, device),
+            "noise": stream("noise", recipe.seed, device),
+        }
+        self.step = 0
+        self.order = torch.arange(len(split), device=device)
+        self.bounds = torch.zeros(self.steps_per_epoch, device=device)
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps after which the recipe's epochs are done."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    def update(self, x: Tensor) -> Tensor:
+        """Learn from one batch and return its mean bound, ``[]``."""
+        eps = self.model.encoder.noise(self.recipe.k, x, self.streams["noise"])
+        return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip)
+
+    def run(self, after_step: Callable[[], None] = lambda: None, progress: bool = False) -> list[dict[str, Any]]:
+        """Train until the recipe's epochs are done, from wherever :attr:`step` stands; return the history.
+
+        Raises
+        ------
+        Diverged
+            if a bound is not finite; it names the first such step.
+        """
+        start = time.monotonic() - self.seconds
+        batch_size, binarisation = self.recipe.batch_size, self.streams["binarisation"]
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
+        with bar:
+            while self.step < self.total_steps:
+                i = self.step % self.steps_per_epoch
+                if i == 0:
+                    self.begin_epoch()
+                index = self.order[i * batch_size : (i + 1) * batch_size]
+                self.bounds[i] = self.update(self.split.batch(index, binarisation))
+                self.step += 1
+                if self.step % CHECK_EVERY == 0:
+                    self.check_bounds()
+                self.seconds = time.monotonic() - start
+                if i + 1 == self.steps_per_epoch:
+                    self.end_epoch()
+                    bar.set_postfix_str(f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats")
+                after_step()
+                bar.update()
+        return self.history
+
+    def begin_epoch(self) -> None:
+        """Shuffle the data and set the learning rate."""
+        self.order = torch.randperm(len(self.split), generator=self.streams["order"]).to(self.order.device)
+        epoch = self.step // self.steps_per_epoch + 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * SCHEDULES[self.recipe.schedule](epoch)
+
+    def end_epoch(self) -> None:
+        """Add the epoch to the history."""
+        self.check_bounds()
+        self.history.append(
+            {
+                "epoch": self.step // self.steps_per_epoch,
+                "step": self.step,
+                "bound": self.bounds.double().mean().item(),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": round(self.seconds, 3),
+            }
+        )
+
+    def check_bounds(self) -> None:
+        """Raise Diverged, with the step, if one of this epoch's bounds is not finite."""
+        begin = (self.step - 1) // self.steps_per_epoch * self.steps_per_epoch
+        bounds = self.bounds[: self.step - begin]
+        if not bounds.isfinite().all():
+            first = int(bounds.isfinite().logical_not().nonzero()[0])
+            raise self.diverged(f"the bound is {bounds[first].item()} at step {begin + first + 1}")
+
+    def diverged(self, what: str) -> Diverged:
+        """Return the error that says so."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        return Diverged(
+            f"{what} with estimator '{self.estimator.name}', k = {self.recipe.k} and learning rate {lr:g}: "
+            "train anew with a lower lr, or limit the gradient with clip"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that :meth:`load_state_dict` needs to go on bit for bit; only if all of it is finite.
+
+        Raises
+        ------
+        Diverged
+            if a bound, a parameter or a moment of Adam is not.
+        """
+        self.check_bounds()
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        if not all(bool(tensor.isfinite().all()) for tensor in (*self.model.parameters(), *moments)):
+            raise self.diverged(f"a parameter or its gradient is not finite at step {self.step}")
+        return {
+            "device": self.order.device.type,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "streams": {name: generator.get_state() for name, generator in self.streams.items()},
+            "order": self.order,
+            "bounds": self.bounds,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, bit for bit; on another kind of device with other noise from there on."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self.order.copy_(state["order"])
+        self.bounds.copy_(state["bounds"])
+        for name, generator in self.streams.items():
+            if name == "order" or state["device"] == self.order.device.type:
+                generator.set_state(state["streams"][name])
+            else:
+                self.streams[name] = stream(name, self.recipe.seed, generator.device, self.step)
+
+
+def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Recipe) -> None:
+    """Raise InputError if these do not go together."""
+    estimator.check(recipe.k)
+    if recipe.batch_size > len(split):
+        raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training images")
+    if model.binary and split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
+        raise InputError(
+            "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
+            "use binarisation=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"
+        )
+    x = split.batch(slice(0, 1), stream("test", 0, split.grey.device))
+    try:
+        with torch.no_grad():
+            eps = model.encoder.noise(recipe.k, x, stream("test", 0, x.device))
+            model.joint(x, model.encoder(x).sample(eps))
+    except RuntimeError as error:
+        raise InputError(
+            f"the model cannot take these images of {x.shape[1]} pixels ({error}): build it with data_dim={x.shape[1]}"
+        ) from error
+
+
+def fit(
+    model: nn.Module, split: Split, estimator: Estimator | str = "elbo-path", progress: bool = False, **recipe: Any
+) -> list[dict[str, Any]]:
+    """Train ``model`` in place, in memory, and return its history, one record an epoch.
+
+    ``fit(model, images.train, "elbo-path", epochs=5, lr=1e-3, seed=0)``; the keywords are the fields of
+    :class:`vaelib.config.Recipe`, the records are those of :class:`Trainer`. Introduced in book/01-elbo-forms.ipynb.
+    """
+    if isinstance(estimator, str):
+        estimator = choose("estimator", estimator, ESTIMATORS)
+    return Trainer(model, split, estimator, Recipe(**recipe)).run(progress=progress)
