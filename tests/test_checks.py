@@ -13,6 +13,7 @@ def test_checks_pass_print_one_line_and_fail(capsys):
         (checks.unbiased, (DRAWS, 0.0), (DRAWS + 0.06, 0.0)),
         (checks.biased, (DRAWS + 0.06, 0.0), (DRAWS, 0.0)),
         (checks.less_variance, (DRAWS, 1.1 * DRAWS.flip(0)), (DRAWS, 1.01 * DRAWS.flip(0))),
+        (checks.below, (DRAWS[:, 0], DRAWS[:, 0] + 0.01 + 0.1 * DRAWS[:, 1]), (DRAWS[:, 0], DRAWS[:, 1] + 0.01)),
         (checks.no_variance, (DRAWS[:1].expand(50, 3),), (DRAWS * 1e-9,)),
         (checks.same, (DRAWS, DRAWS + 1e-12), (DRAWS, DRAWS + 1e-4)),
         (checks.holds, (True, "it is so"), (False, "it is so")),

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -28,6 +28,7 @@ from vaelib.data import files, images
 from vaelib.data.files import File
 from vaelib.errors import InputError
 
+quiet = settings(deadline=None, database=None)  # no timed check, nothing written into the tree
 REAL = Path(os.environ.get("VAELIB_DATA") or "/nowhere")
 
 
@@ -362,7 +363,8 @@ def within(mean: torch.Tensor, grey: torch.Tensor, draws: int) -> bool:
     """Whether all empirical means agree with their Bernoulli means.
 
     z is compared with its two-sided normal quantile for an error of 1e-6 over all pixels together
-    (Bonferroni); pixels with fewer than 20 expected draws on either side, where the normal law does not hold, are left out.
+    (Bonferroni); pixels with fewer than 20 expected draws on either side, where the normal law does not
+    hold, are left out.
     """
     inner = draws * torch.minimum(grey, 1 - grey) >= 20
     z = (mean - grey).abs()[inner] / (grey * (1 - grey) / draws).sqrt()[inner]
@@ -455,6 +457,7 @@ def idx_bytes(values: np.ndarray) -> bytes:
     return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
+@quiet
 @given(arrays(np.uint8, st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)))
 def test_idx_files_are_read_back(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("idx") / "values.gz"
@@ -583,6 +586,46 @@ def omniglot_zip(path: Path, characters: dict[str, np.ndarray]) -> None:
                 archive.writestr(f"{folder}/{number:04d}_{drawing + 1:02d}.png", png.getvalue())
 
 
+def test_omniglot_comes_in_one_order_whatever_the_order_in_its_file(tmp_path):
+    keys = np.array([(True, "A", "1"), (True, "A", "2"), (True, "B", "1"), (False, "A", "1")], object)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 20, 28, 28), np.uint8)
+    read = []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        background, alphabet, character = (column.tolist() for column in keys[order].T)
+        fields = {"background": background, "alphabet": alphabet, "character": character}
+        np.savez(tmp_path / "file.npz", images=pixels[order], **fields)
+        read.append(images.read_omniglot({"drawings": tmp_path / "file.npz"})["train"][0])
+    assert np.array_equal(*read) and np.array_equal(read[0][:4] * 255, pixels[:, 0])
+
+
+@pytest.fixture(scope="module")
+def small_npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("npz") / "small.npz"
+    fields = {"background": np.array([True, False]), "alphabet": np.array(["A", "B"])}
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 28, 28), np.uint8)
+    np.savez_compressed(path, images=pixels, character=np.array(["1", "2"]), **fields)
+    return path.read_bytes(), images.read_omniglot({"drawings": path})
+
+
+@quiet
+@given(place=st.floats(0, 1, exclude_max=True), near_the_ends=st.booleans(), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_the_made_file_is_found_or_harmless(
+    small_npz, tmp_path_factory, place, near_the_ends, bit
+):
+    content, expected = bytearray(small_npz[0]), small_npz[1]
+    at = int(place * 1600) - 1000 if near_the_ends else int(place * len(content))  # headers and directory
+    content[at] ^= 1 << bit
+    path = tmp_path_factory.mktemp("npz") / "damaged.npz"
+    path.write_bytes(content)
+    try:
+        found = images.read_omniglot({"drawings": path})
+    except InputError:
+        return
+    for split in expected:
+        assert all(np.array_equal(a, b) for a, b in zip(found[split], expected[split], strict=True))
+
+
+@quiet
 @given(arrays(np.bool_, (12, 12)))
 def test_shrinking_keeps_the_area_of_every_cell(ink):
     fine = np.kron(ink, np.ones((7, 7))).reshape(7, 12, 7, 12).mean((1, 3))  # the same, by 7 x 7 finer pixels

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from vaelib.errors import InputError, choose
 from vaelib.posteriors import Latent
 
 
@@ -27,7 +28,7 @@ def iwae(log_w: Tensor) -> Tensor:
     r"""Return the importance-weighted bound :math:`\log \tfrac1K \sum_k w_k`: ``[K, B] -> [B]``, in nats.
 
     (Burda et al. 2016; eq. 9 of "Sticking the Landing".) Its expectation grows with K towards :math:`\log p(x)`;
-    for K = 1 it is the ELBO. Introduced in book/01-elbo-forms.ipynb.
+    for K = 1 it is the ELBO. Introduced in book/05-mixtures-and-iwae.ipynb.
     """
     return log_w.logsumexp(0) - math.log(log_w.shape[0])
 
@@ -75,3 +76,28 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "kl": elbo_kl,
 }
 """The three forms of the ELBO, eq. 1 to 3 of "Sticking the Landing", by name."""
+
+
+def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:
+    """Return ``bound`` estimated from the draws ``z`` with the ELBO written in ``form``, ``[B]``.
+
+    Differentiable in everything, so that ``(-estimate(...).mean()).backward()`` is a step of training with the
+    divergence or the entropy in closed form. Introduced in book/05-mixtures-and-iwae.ipynb.
+
+    Raises
+    ------
+    InputError
+        for a name that does not exist, for a closed form that the posterior does not have, and for the
+        importance-weighted bound in a form that is not the full Monte Carlo one: its integrand is then not a
+        log-weight, and the "bound" bounds nothing.
+    """
+    integrand = choose("form of the ELBO", form, FORMS)
+    combine = choose("bound", bound, BOUNDS)
+    if form != "monte-carlo" and bound != "elbo":
+        raise InputError(
+            f"the form '{form}' takes an expectation out of log w, but bound '{bound}' needs log w itself for every "
+            "draw: use form 'monte-carlo', or bound 'elbo'"
+        )
+    if form != "monte-carlo" and not hasattr(posterior, form):
+        raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
+    return combine(integrand(joint, x, posterior, z))

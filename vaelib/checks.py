@@ -1,7 +1,7 @@
 r"""Checks of what the book claims, each of which can fail.
 
 A check takes draws, compares them with the truth or with each other, and either raises AssertionError with the figures
-or prints one line that is the same on every machine. Statistical checks are in units of standard errors: a coordinate
+or prints one line that is the same on every machine; "(4 s.e.)" in it means: to 4 standard errors. Statistical checks are in units of standard errors: a coordinate
 whose claim is true fails a two-sided check at 4 standard errors once in 16,000 times, and once and for all, since every
 seed is fixed. See the page "How this book checks itself".
 """
@@ -39,7 +39,8 @@ def unbiased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
     exact = torch.as_tensor(exact, dtype=draws.dtype)
     scores = z_scores(draws, exact)
     assert (scores <= SIGMAS).all(), f"{what}: off by {scores.max():.1f} standard errors of {len(draws)} draws"
-    print(f"ok: {what} is exact in {_coordinates(scores)}, within {SIGMAS:g} standard errors")
+    where = f" in all {scores.numel()} coordinates" if scores.numel() > 1 else ""
+    print(f"ok: {what} is right{where} (4 s.e.)")
 
 
 def biased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
@@ -47,7 +48,7 @@ def biased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
     exact = torch.as_tensor(exact, dtype=draws.dtype)
     scores = z_scores(draws, exact)
     assert (scores > SIGMAS).any(), f"{what}: only {scores.max():.1f} standard errors away with {len(draws)} draws"
-    print(f"ok: {what} differs from the exact value, by more than {SIGMAS:g} standard errors")
+    print(f"ok: {what} is wrong (4 s.e.)")
 
 
 def less_variance(quiet: Tensor, noisy: Tensor, factor: float = 1.0, what: str = "variance") -> None:
@@ -56,7 +57,14 @@ def less_variance(quiet: Tensor, noisy: Tensor, factor: float = 1.0, what: str =
     gap, error = high - factor * low, (high_error**2 + (factor * low_error) ** 2) ** 0.5
     assert gap > SIGMAS * error, f"{what}: {low:.3g} against {high:.3g}, a gap of {gap / error:.1f} standard errors"
     times = "less" if factor == 1 else f"more than {factor:g} times less"
-    print(f"ok: {what} is {times}, by more than {SIGMAS:g} standard errors")
+    print(f"ok: {what} is {times} (4 s.e.)")
+
+
+def below(low: Tensor, high: Tensor, what: str = "mean") -> None:
+    """Check that the mean of ``low`` ``[S]`` is below that of ``high`` ``[S]``, paired, by over 4 standard errors."""
+    mean, error = mean_and_error(high - low)
+    assert mean > SIGMAS * error, f"{what}: a gap of {mean:.3g}, {mean / error:.1f} standard errors"
+    print(f"ok: {what} (4 s.e.)")
 
 
 def no_variance(draws: Tensor, what: str = "variance") -> None:
@@ -78,6 +86,3 @@ def holds(condition: bool | Tensor, what: str) -> None:
     assert bool(condition), f"does not hold: {what}"
     print(f"ok: {what}")
 
-
-def _coordinates(values: Tensor) -> str:
-    return "1 coordinate" if values.numel() == 1 else f"all {values.numel()} coordinates"

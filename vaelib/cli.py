@@ -30,7 +30,7 @@ app.add_typer(data_app, name="data")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; what the user can put right is one sentence on stderr and exit code 2."""
     try:
-        app(arguments)
+        app(arguments, prog_name="vaelib")
     except (InputError, OSError) as error:
         print(f"vaelib: {explain(error)}", file=sys.stderr)
         sys.exit(2)
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 def explain(error: Exception) -> str:
     """Return the sentence for ``error``."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"'{error.filename}': {error.strerror}"
+        return f"cannot use '{error.filename}': {error.strerror}"
     return str(error)
 
 
@@ -52,7 +52,8 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -64,8 +65,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 
 def option(field: str, *flags: str, **settings: Any) -> Any:
     """An option that sets a field of the configuration, and is None if not given."""
-    default = getattr(Config, field, None)
-    return typer.Option(*flags, show_default="none" if default is None else str(default), **settings)
+    return typer.Option(*flags, **{"show_default": str(getattr(Config, field)), **settings})
 
 
 @app.command()
@@ -73,14 +73,20 @@ def train(
     run_dir: RunDir,
     data: Annotated[str | None, option("data", help="Data set; see `vaelib data list`.")] = None,
     binarisation: Annotated[
-        str | None, option("binarisation", help="dynamic, fixed or grey; the data set decides if not given.")
+        str | None, option("binarisation", help="dynamic, fixed or grey.", show_default="of the data set")
     ] = None,
     model: Annotated[str | None, option("model", help="Model; see `vaelib models`.")] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=N", help="A width of the model, such as latent=10; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME=N",
+            help="A width of the model, such as latent=10; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
-    estimator: Annotated[str | None, option("estimator", help="Gradient estimator; see `vaelib estimators`.")] = None,
+    estimator: Annotated[
+        str | None, option("estimator", help="Gradient estimator; see `vaelib estimators`.")
+    ] = None,
     k: Annotated[int | None, option("k", "--k", help="Draws of the latent an image.")] = None,
     batch_size: Annotated[int | None, option("batch_size", help="Images a step.")] = None,
     epochs: Annotated[int | None, option("epochs", help="Passes through the training images.")] = None,
@@ -93,18 +99,24 @@ def train(
             "the first four are 40 epochs, all are 3280).",
         ),
     ] = None,
-    clip: Annotated[float | None, option("clip", help="Largest global norm of a gradient.")] = None,
+    clip: Annotated[
+        float | None, option("clip", help="Largest global norm of a gradient.", show_default="no limit")
+    ] = None,
     adam_eps: Annotated[float | None, option("adam_eps", help="The constant in Adam's denominator.")] = None,
-    seed: Annotated[int | None, option("seed", help="Seed of weights, data order, binarisation and noise.")] = None,
+    seed: Annotated[
+        int | None, option("seed", help="Seed of weights, data order, binarisation and noise.")
+    ] = None,
     device: Annotated[str | None, option("device", help="cpu, cuda or auto.")] = None,
     checkpoint_seconds: Annotated[
-        float | None, option("checkpoint_seconds", help="Longest time between two checkpoints; each epoch ends with one.")
+        float | None,
+        option("checkpoint_seconds", help="Longest time between two checkpoints; each epoch ends with one."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model in RUN_DIR, or go on with the training that RUN_DIR holds.
+    """Train a model in RUN_DIR, or go on with it.
 
-    A run that was stopped goes on with `vaelib train RUN_DIR`, and ends bit for bit where an uninterrupted one ends.
+    A run that was stopped goes on with `vaelib train RUN_DIR`, and ends bit for bit where an uninterrupted one ends:
+    options that are not given are those of the run in RUN_DIR, and the defaults below if there is none yet.
     RUN_DIR then holds config.json, metrics.jsonl (one line an epoch), checkpoint.pt and result.json.
 
     \b
@@ -139,13 +151,17 @@ def train(
 def evaluate(
     run_dir: RunDir,
     samples: Annotated[int, typer.Option(help="Importance samples an image.")] = 5000,
-    chunk: Annotated[int, typer.Option(help="How many of them at a time; less needs less memory.")] = 50,
-    limit: Annotated[int | None, typer.Option(help="Take the first LIMIT test images alone.", show_default="all")] = None,
+    chunk: Annotated[int, typer.Option(help="How many of them at a time; less needs less memory.")] = 20,
+    limit: Annotated[
+        int | None, typer.Option(help="Take the first LIMIT test images alone.", show_default="all")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of dynamic binarisation.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Estimate -log p(x) of the test images under the model trained in RUN_DIR; add it to RUN_DIR/result.json.
+    """Estimate -log p(x) of the test images.
+
+    The model is the one trained in RUN_DIR; what is found is also written into RUN_DIR/result.json.
 
     \b
     Examples:
@@ -161,31 +177,48 @@ def evaluate(
         f"({found['images']} test images, {found['samples']} samples each)\n"
         f"bound: {found['bound']:.2f} nats; active units: {', '.join(map(str, found['active_units']))}"
     )
+    if found["mind"]:
+        typer.echo(f"mind: {found['mind']}")
 
 
 @app.command()
 def estimators() -> None:
-    """List the gradient estimators: bound, what they are unbiased for, least k."""
+    """List the gradient estimators."""
     from vaelib.estimators import ESTIMATORS
 
-    typer.echo(f"{'name':15}{'bound':7}{'unbiased for':14}{'least k':9}")
-    for row in ESTIMATORS.values():
-        typer.echo(f"{row.name:15}{row.bound:7}{row.target or 'nothing':14}{row.least_k:<9}{inspect.getdoc(row.rule)}")
+    rows = [
+        (row.name, row.bound, row.target or "-", str(row.least_k), inspect.getdoc(row.rule))
+        for row in ESTIMATORS.values()
+    ]
+    table(("name", "bound", "unbiased for", "least k", ""), *rows)
 
 
 @app.command()
 def models() -> None:
-    """List the models and the widths that --size can set."""
+    """List the models and their sizes."""
     from vaelib.models import MODELS
 
-    for name, builder in MODELS.items():
-        sizes = " ".join(f"{size}={width}" for size, width in builder.__kwdefaults__.items())
-        typer.echo(f"{name:10}{sizes:46}{inspect.getdoc(builder)}")
+    rows = [
+        (
+            name,
+            " ".join(f"{size}={width}" for size, width in builder.__kwdefaults__.items()),
+            inspect.getdoc(builder),
+        )
+        for name, builder in MODELS.items()
+    ]
+    table(("name", "sizes", ""), *rows)
+
+
+def table(*rows: tuple[str, ...]) -> None:
+    """Print rows of cells in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @data_app.command("list")
 def list_data() -> None:
-    """List the data sets, their splits, and whether they are on this machine."""
+    """List the data sets, and where they are."""
     from vaelib import data
 
     for row in data.describe():
@@ -195,8 +228,12 @@ def list_data() -> None:
 
 
 @data_app.command("fetch")
-def fetch_data(name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `vaelib data list`.")]) -> None:
-    """Make sure that a data set is on this machine and whole; download it if not.
+def fetch_data(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `vaelib data list`.")],
+) -> None:
+    """Download a data set, if it is not here.
+
+    A copy that is here already is checked against its checksum.
 
     \b
     Example:

@@ -96,7 +96,9 @@ class Config(Recipe):
         choose("estimator", self.estimator, estimators.ESTIMATORS).check(self.k)
         choose("device", self.device, DEVICES)
         if not isinstance(self.sizes, Mapping):
-            raise InputError(f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}")
+            raise InputError(
+                f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}"
+            )
         for name, value in self.sizes.items():
             whole_number(f"size '{name}'", value, least=1)
         if self.checkpoint_seconds != 0:

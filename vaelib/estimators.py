@@ -39,7 +39,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimator:
-    """One row of the tableau. Introduced in book/01-elbo-forms.ipynb.
+    """One row of the tableau. Introduced in book/02-score-and-path.ipynb.
 
     Attributes
     ----------
@@ -181,3 +181,18 @@ def rws_dreg(log_w: Tensor) -> Weights:
     """The wake-phase update of phi, doubly reparameterised."""
     w = log_w.softmax(0)
     return Weights(theta=w, path=w - w**2, score=None)
+
+
+def elbo_scaled(scale: float) -> Estimator:
+    r"""Return the row that keeps the score times ``scale``: 0 is ``elbo-path``, 1 is ``elbo-total``.
+
+    Unbiased for every fixed scale, since the score's mean is zero. "Sticking the Landing" counts what is *removed*: its
+    control-variate scale :math:`c^*` is ``1 - scale``. Not in :data:`ESTIMATORS`, being a family of rows.
+    Introduced in book/02-score-and-path.ipynb.
+    """
+
+    def rule(log_w: Tensor) -> Weights:
+        u = uniform(log_w)
+        return Weights(theta=u, path=u, score=-scale * u)
+
+    return Estimator(f"elbo-scaled({scale:g})", "elbo", "elbo", 1, "roeder2017", rule)

@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vaelib.errors import InputError
+from vaelib.posteriors import Mixture
 
 
 class StreamingLogMeanExp:
@@ -93,7 +94,8 @@ def log_likelihood(
         for start in range(0, samples, chunk):
             eps = model.encoder.noise(min(chunk, samples - start), batch, generator)
             z = posterior.sample(eps)
-            estimate.add(model.joint(batch, z) - posterior.log_prob(z))
+            log_w = model.joint(batch, z) - posterior.log_prob(z)
+            estimate.add(log_w + posterior.log_share(len(eps)) if isinstance(posterior, Mixture) else log_w)
         values.append(estimate.value)
         errors.append(estimate.standard_error)
     return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)
@@ -106,7 +108,7 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batch_size: int = 1000) -> list[int]:
-    r"""Count the latent units that carry information: those with :math:`\operatorname{Var}_x(E_q[z_d]) > ` threshold.
+    r"""Count the latent units that carry information: those with :math:`\operatorname{Var}_x(E_q[z_d])` above the threshold.
 
     (Burda et al. 2016; 0.01 is their threshold.) One number for each stochastic layer. The mean of a second layer is
     taken at the mean of the first. The variance is over ``x`` ``[N, ...]``, gathered in batches.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vaelib.bounds import BOUNDS
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator
-from vaelib.posteriors import Latent, map_latent, stop_gradient
+from vaelib.posteriors import Latent, Mixture, map_latent, stop_gradient
 
 
 def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
@@ -22,7 +22,7 @@ def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tens
     The sample is cut in two. The first leg goes back from :math:`a_k \log w_k`, with q stopped, through the decoder:
     it leaves the theta channel in the decoder's parameters and :math:`a_k\, \partial_z \log w_k` at the cut. The
     second leg goes back through the encoder, from z with that gradient times :math:`b_k / a_k`, and from
-    :math:`\log q` with weight :math:`c_k`. Introduced in book/01-elbo-forms.ipynb.
+    :math:`\log q` with weight :math:`c_k`. Introduced in book/02-score-and-path.ipynb.
 
     Parameters
     ----------
@@ -40,15 +40,22 @@ def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tens
     Raises
     ------
     InputError
-        if the row is not defined for this K, or the joint density does not have the shape ``[K, B]``.
+        if the row is not defined for this K, if it needs a sample that is differentiable in phi and the posterior's
+        is not, or if the joint density does not have the shape ``[K, B]``.
     """
     posterior = encoder(x)
+    if isinstance(posterior, Mixture):
+        bound = mixture_bound(estimator, joint, posterior, x, eps)
+        (-bound.mean()).backward()
+        return bound.detach()
     z = posterior.sample(eps)
     cut = map_latent(lambda layer: layer.detach().requires_grad_(), z)
     log_p = joint(x, cut)
     _check(estimator, log_p, x, eps)
     log_w = log_p - posterior.stop_gradient().log_prob(cut)
     a, b, c = estimator.rule(log_w.detach())
+    if b is not None:
+        _check_path(estimator, z)
     batch = x.shape[0]
 
     log_w.backward(a / -batch)
@@ -71,15 +78,19 @@ def surrogate(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Ten
     Each line is a channel of the tableau: theta alone, phi through the density alone, phi through the sample alone.
     Two decoder passes and three of q, hence slower than :func:`backward`, but without state: under
     ``torch.func.functional_call`` it can be mapped (``vmap``) and differentiated (``grad``), which gives the
-    gradient of every single draw. Parameters as for :func:`backward`. Introduced in book/01-elbo-forms.ipynb.
+    gradient of every single draw. Parameters as for :func:`backward`. Introduced in book/02-score-and-path.ipynb.
     """
     posterior = encoder(x)
+    if isinstance(posterior, Mixture):
+        return -mixture_bound(estimator, joint, posterior, x, eps)
     z = posterior.sample(eps)
     z_stopped = map_latent(Tensor.detach, z)
 
     theta = joint(x, z_stopped)
     _check(estimator, theta, x, eps)
     score = posterior.log_prob(z_stopped)
+    if score.requires_grad and estimator.reparameterised:
+        _check_path(estimator, z)
     path = stop_gradient(joint)(x, z) - posterior.stop_gradient().log_prob(z)
 
     log_w = (theta - score).detach()
@@ -88,11 +99,49 @@ def surrogate(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Ten
     return -(BOUNDS[estimator.bound](log_w) + total - total.detach())
 
 
+MIXTURE_ROWS = ("elbo-total", "elbo-path", "iwae-total", "iwae-path")
+"""The rows that a mixture posterior can be trained with: those that differentiate log w as one function."""
+
+
+def mixture_bound(estimator: Estimator, joint: nn.Module, posterior: Mixture, x: Tensor, eps: Tensor) -> Tensor:
+    r"""Return the bound, ``[B]``, for a mixture posterior, as a function whose gradient is the estimator.
+
+    With K draws, K / C from each component, and :math:`s_k = C \pi_{c(k)}` the share of a draw,
+
+    .. math:: \mathcal L = \tfrac1K \sum_k s_k \log w_k \qquad\text{or}\qquad \log \tfrac1K \sum_k s_k w_k,
+        \qquad w_k = \frac{p(x, z_k)}{\sum_c \pi_c q_c(z_k \mid x)}
+
+    (algorithm 3 of "Sticking the Landing"; Morningstar et al. 2021 for the second, whose expectation is at most
+    log p(x) too). The path rows stop the mixture in the denominator, weights and all; the shares stay live in all
+    rows and give the weights their gradient. Automatic differentiation needs one pass through the decoder here, and
+    :func:`backward` and :func:`surrogate` both call this. Introduced in book/05-mixtures-and-iwae.ipynb.
+
+    Raises
+    ------
+    InputError
+        for a row that is not in :data:`MIXTURE_ROWS`.
+    """
+    if estimator.name not in MIXTURE_ROWS:
+        raise InputError(
+            f"estimator '{estimator.name}' weighs path and score by draws of one q, but a mixture is drawn from "
+            f"component by component: use one of {', '.join(MIXTURE_ROWS)}"
+        )
+    z = posterior.sample(eps)
+    log_p = joint(x, z)
+    _check(estimator, log_p, x, eps)
+    density = posterior if estimator.name.endswith("total") else posterior.stop_gradient()
+    log_w = log_p - density.log_prob(z)
+    log_share = posterior.log_share(len(eps))
+    if estimator.bound == "elbo":
+        return BOUNDS["elbo"](log_share.exp() * log_w)
+    return BOUNDS["iwae"](log_share + log_w)
+
+
 class Objective(nn.Module):
     """:func:`surrogate` as a module of its two networks, for ``torch.func.functional_call``.
 
     ``functional_call(Objective(estimator, joint, encoder), parameters, (x, eps))`` is the surrogate at other
-    parameters. Introduced in book/01-elbo-forms.ipynb.
+    parameters. Introduced in book/02-score-and-path.ipynb.
     """
 
     def __init__(self, estimator: Estimator, joint: nn.Module, encoder: nn.Module) -> None:
@@ -116,3 +165,12 @@ def _check(estimator: Estimator, log_p: Tensor, x: Tensor, eps: Latent) -> None:
             f"observation, but returned {list(log_p.shape)}; see that it sums over the last axis"
         )
     estimator.check(log_p.shape[0])
+
+
+def _check_path(estimator: Estimator, z: Latent) -> None:
+    if not any(layer.requires_grad for layer in _layers(z)):
+        raise InputError(
+            f"estimator '{estimator.name}' is reparameterised: it needs a sample that moves with the encoder's "
+            "parameters, but this one has no gradient (a discrete posterior, or an encoder that is frozen); use a row "
+            "without the path channel, such as elbo-score-loo, iwae-vimco or rws"
+        )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import torch
+from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
+
+from vaelib.gradients import BiasTest, Moments
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#AA4499", "#56B4E9", "#1A1A1A", "#7A7A7A",
@@ -37,6 +44,8 @@ LOOKS = {
     "elbo-path": Look(RED, "-", "s", "path"),
     "elbo-score": Look(GREY, ":", "v", "score"),
     "elbo-score-loo": Look(BLACK, "-.", "^", "score, leave-one-out"),
+    "elbo-scaled": Look(SKY, "-.", "D", "scaled score"),
+    "detached": Look(ORANGE, "--", "X", "outputs detached"),
     "iwae-total": Look(BLUE, "-", "o", "IWAE total"),
     "iwae-path": Look(RED, "--", "s", "IWAE path (biased)"),
     "iwae-dreg": Look(GREEN, "-", "D", "DReG"),
@@ -44,6 +53,7 @@ LOOKS = {
     "iwae-vimco": Look(BLACK, "-.", "^", "VIMCO"),
     "rws": Look(PURPLE, "--", "P", "RWS"),
     "rws-dreg": Look(PURPLE, "-", "X", "RWS-DReG"),
+    "one-pass": Look(RED, "--", "X", "path, one pass"),
     "monte-carlo": Look(BLUE, "-", "o", "full Monte Carlo (1)"),
     "entropy": Look(ORANGE, "--", "s", "entropy (2)"),
     "kl": Look(GREEN, "-.", "D", "KL (3)"),
@@ -98,3 +108,86 @@ def images(axes: Axes, pictures: Tensor, columns: int) -> None:
     sheet = sheet.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
     axes.imshow(sheet.reshape(rows * (height + 1), columns * (width + 1)).detach()[:-1, :-1], vmin=0)
     axes.set_axis_off()
+
+
+def variance_along(axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]], level: float = 0.95) -> None:
+    """Draw the total variance of each estimator at each ``x``, with its confidence interval, on a log axis."""
+    for name, moments in measured.items():
+        value = torch.tensor([m.total_variance for m in moments])
+        ends = torch.tensor([m.variance_interval(level) for m in moments]).mT
+        bars = (ends - value).abs()
+        axes.errorbar(x, value, bars, **LOOKS[name].points(linestyle="none"))
+    axes.set(yscale="log", ylabel="variance of the gradient")
+
+
+def snr(axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]]) -> None:
+    """Draw the signal-to-noise ratio of the whole gradient of each estimator at each ``x``, on log axes."""
+    for name, moments in measured.items():
+        axes.plot(x, [m.total_snr for m in moments], **LOOKS[name].points())
+    axes.set(xscale="log", yscale="log", ylabel="signal-to-noise ratio")
+
+
+def gradient_components(axes: Axes, x: Sequence[float], components: Mapping[str, Sequence[Tensor]]) -> None:
+    """Draw single gradients at each ``x``: the median and the range of the middle 90 % of the draws ``[S]``.
+
+    A key is the name of a look; a component that is no estimator, such as the score alone, borrows one.
+    """
+    middle = torch.tensor([0.05, 0.5, 0.95])
+    for name, draws in components.items():
+        low, median, high = torch.stack([d.quantile(middle.to(d)) for d in draws]).mT
+        axes.plot(x, median, **LOOKS[name].line())
+        axes.fill_between(x, low, high, color=LOOKS[name].color, alpha=0.25, linewidth=0)
+
+
+def variance_time(axes: Axes, measured: Mapping[str, Moments]) -> None:
+    """Draw variance x time of each estimator as a row, relative to the best one; ``measured`` must have the time."""
+    best = min(m.variance_time for m in measured.values() if m.variance_time > 0)
+    for row, (name, moments) in enumerate(measured.items()):
+        axes.barh(-row, moments.variance_time / best, color=LOOKS[name].color)
+    axes.set_yticks([-row for row in range(len(measured))], [LOOKS[name].label for name in measured])
+    axes.set(xscale="log", xlabel="variance x time, relative to the best")
+
+
+def bias(axes: Axes, tests: Mapping[str, BiasTest]) -> None:
+    """Draw the t statistic of every coordinate of each test; beyond the dashed line is a bias."""
+    for row, (name, test) in enumerate(tests.items()):
+        axes.plot(test.t.abs(), torch.full(test.t.shape, -row), **LOOKS[name].points(linestyle="none", alpha=0.6))
+        axes.plot([test.threshold] * 2, [-row - 0.4, -row + 0.4], color=BLACK, linestyle="--", linewidth=1)
+    axes.set_yticks([-row for row in range(len(tests))], [LOOKS[name].label for name in tests])
+    axes.set(xlabel="standard errors from the reference")
+
+
+def rotatable(figure: Figure, traces: Sequence[Mapping[str, Any]], scene: Mapping[str, Any]) -> None:
+    """Show ``figure`` as a picture that can also be turned by hand, where there is something to turn it with.
+
+    The output holds the PNG and, beside it, the same thing for plotly as plain numbers, rounded to keep it small.
+    JupyterLab and the book's site offer the second; a printed page and a plain viewer show the first.
+
+    Parameters
+    ----------
+    figure
+        the still picture, of matplotlib.
+    traces, scene
+        plotly's ``data`` and ``layout.scene``, as dictionaries; tensors become lists.
+    """
+    from IPython.display import display
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    pyplot.close(figure)
+    layout = {"scene": scene, "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "showlegend": False, "height": 460}
+    turning = {"data": [_plain(trace) for trace in traces], "layout": _plain(layout)}
+    still = base64.b64encode(picture.getvalue()).decode()
+    display(
+        {"image/png": still, "application/vnd.plotly.v1+json": turning, "text/plain": "<a figure to turn>"}, raw=True
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

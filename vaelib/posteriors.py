@@ -143,7 +143,7 @@ class HierarchicalGaussian:
 
     The second layer's mean and scale are functions of the *sampled* first layer, so a gradient can reach the
     parameters of :math:`q(z_1 \mid x)` through them. Stopping them must therefore hold the parameters of the second
-    network constant and not its outputs, which would cut that path as well. Introduced in book/01-elbo-forms.ipynb.
+    network constant and not its outputs, which would cut that path as well. Introduced in book/02-score-and-path.ipynb.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def stop_gradient(module: nn.Module) -> nn.Module:
     The copy shares the parameters' storage, follows every later change of their values, and can be differentiated
     with respect to its *input*. It is a shallow copy whose parameters are detached, module by module, and it works
     under ``torch.func.functional_call``, ``vmap`` and ``grad``. Buffers are copied, so that the running statistics
-    of a stopped batch normalisation do not move twice. Introduced in book/01-elbo-forms.ipynb.
+    of a stopped batch normalisation do not move twice. Introduced in book/02-score-and-path.ipynb.
 
     Raises
     ------
@@ -221,3 +221,88 @@ def _stopped_copy(module: nn.Module, known: dict[int, object]) -> nn.Module:
         name: None if child is None else _stopped_copy(child, known) for name, child in module._modules.items()
     }
     return stopped
+
+
+@dataclass(frozen=True)
+class Mixture:
+    r"""The mixture :math:`q(z \mid x) = \sum_c \pi_c\, q_c(z \mid x)`, with the choice of the component summed out.
+
+    A drawn component would be a sample without a derivative. Instead every component is drawn from equally often
+    (the draws are *stratified*), and a draw from component c counts :math:`C \pi_c` times as much as its share
+    (:meth:`log_share`). So K draws mean K / C from each component, component after component, and the weights get
+    their gradient through the shares (algorithm 3 of "Sticking the Landing"; see
+    :func:`vaelib.objectives.mixture_bound`). Introduced in book/05-mixtures-and-iwae.ipynb.
+
+    Parameters
+    ----------
+    components
+        C posteriors of one family for the same ``B`` observations, whose samples are tensors.
+    logits
+        ``[C, B]``; :math:`\pi = \operatorname{softmax}_c` of it, which keeps the weights on the simplex.
+    """
+
+    components: tuple[DiagonalGaussian | FullGaussian, ...]
+    logits: Tensor
+
+    @classmethod
+    def from_weights(cls, components: tuple[DiagonalGaussian | FullGaussian, ...], weights: Tensor) -> Mixture:
+        """Build a mixture from its weights :math:`\\pi`, ``[C, B]``.
+
+        Raises
+        ------
+        InputError
+            if a weight is negative, or those of an observation do not sum to 1.
+        """
+        total = weights.sum(0)
+        off = (total - 1).abs() > 1e3 * torch.finfo(weights.dtype).eps
+        if (weights < 0).any() or off.any():
+            found = f"one is {weights.min():.6g}" if (weights < 0).any() else f"those of one observation sum to {total[off][0]:.6g}"
+            raise InputError(
+                f"mixture weights must be at least 0 and sum to 1 over the components, but {found}; "
+                "divide them by their sum, or give logits: Mixture(components, logits)"
+            )
+        return cls(components, weights.log())
+
+    @property
+    def log_weights(self) -> Tensor:
+        r"""The log-weights :math:`\log \pi_c`, normalised, ``[C, B]``."""
+        return self.logits.log_softmax(0)
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The mean :math:`\sum_c \pi_c \mu_c`, ``[B, D]``."""
+        means = torch.stack([q.mean for q in self.components])
+        return (self.log_weights.exp().unsqueeze(-1) * means).sum(0)
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw noise for ``k`` draws in all, ``[K, B, D]``; ``k`` must be a multiple of C."""
+        equal_shares(k, len(self.components))
+        return self.components[0].noise(k, generator)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        r"""Return :math:`z = t(\varepsilon, \phi_c)`, ``[K, B, D]``, the first K / C from the first component."""
+        equal_shares(len(eps), len(self.components))
+        return torch.cat([q.sample(e) for q, e in zip(self.components, eps.chunk(len(self.components)))])
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Return :math:`\log \sum_c \pi_c\, q_c(z)` of any ``z``, whichever component it is from, ``[K, B]``."""
+        log_q = torch.stack([q.log_prob(z) for q in self.components])
+        return (self.log_weights.unsqueeze(1) + log_q).logsumexp(0)
+
+    def log_share(self, k: int) -> Tensor:
+        r"""Return :math:`\log (C \pi_c)` for each of ``k`` draws, ``[K, B]``: what turns their mean into that of q."""
+        count = len(self.components)
+        return (self.log_weights + math.log(count)).repeat_interleave(k // count, 0)
+
+    def stop_gradient(self) -> Mixture:
+        """Return the same mixture with its components and weights held constant."""
+        return Mixture(tuple(q.stop_gradient() for q in self.components), self.logits.detach())
+
+
+def equal_shares(k: int, components: int) -> None:
+    """Raise InputError unless ``k`` draws can be shared equally among the components of a mixture."""
+    if k < 1 or k % components:
+        raise InputError(
+            f"a mixture of {components} components is drawn from in equal shares, so the number of draws k must be a "
+            f"multiple of {components}, but is {k}"
+        )

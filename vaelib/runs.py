@@ -121,7 +121,11 @@ def train(run_dir: str | Path, config: Config, progress: bool = False) -> dict[s
         try:
             trainer.run(after_step, progress)
         except Diverged as error:
-            good = f"is '{folder.checkpoint}', after step {saved}" if saved else "is none: it did not get that far"
+            good = (
+                f"is '{folder.checkpoint}', after step {saved}"
+                if saved
+                else "is none: it did not get that far"
+            )
             raise Diverged(f"{error}; the last good checkpoint {good}") from None
         if not folder.result.exists():
             write_json(folder.result, {"training": {**trainer.history[-1], **provenance(trainer)}})
@@ -131,7 +135,7 @@ def train(run_dir: str | Path, config: Config, progress: bool = False) -> dict[s
 def evaluate(
     run_dir: str | Path,
     samples: int = 5000,
-    chunk: int = 50,
+    chunk: int = 20,
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -153,7 +157,8 @@ def evaluate(
     dict
         ``nll``, the mean of :math:`-\log p(x)` in nats; ``nll_error``, its standard error over the images;
         ``sampling_error``, the part of that error which more samples would remove; ``bound``, the estimator's bound at
-        its K; ``active_units``, one number a stochastic layer; and what all this was computed from.
+        its K; ``active_units``, one number a stochastic layer; ``mind``, what must be said of the data; and what all
+        this was computed from.
 
     Raises
     ------
@@ -172,14 +177,16 @@ def evaluate(
         images = load_images(config)
         trainer = build(config, images)
         restore(trainer, folder.checkpoint)
-        model, device = trainer.model, images.test.grey.device
+        model, device = trainer.model.eval(), images.test.grey.device
         x = images.test.batch(slice(0, limit), stream("test", seed, device))
         noise = stream("noise", seed, device)
         values, errors = evaluation.log_likelihood(
             model, x, samples, chunk, noise, return_standard_error=True, progress=progress
         )
         if not values.isfinite().all():
-            raise InputError(f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images")
+            raise InputError(
+                f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images"
+            )
         nll, nll_error = evaluation.mean_and_standard_error(-values)
         found = {
             "nll": nll,
@@ -191,6 +198,7 @@ def evaluate(
             "samples": samples,
             "seed": seed,
             "step": trainer.step,
+            "mind": images.note,
             **provenance(trainer),
         }
         known = read_json(folder.result) if folder.result.exists() else {}
@@ -253,7 +261,9 @@ def in_use(folder: Folder) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another process works in '{folder.path}': wait for it, or choose another folder") from None
+                raise InputError(
+                    f"another process works in '{folder.path}': wait for it, or choose another folder"
+                ) from None
         for stray in folder.path.glob(".*.part"):
             stray.unlink()
         yield
@@ -319,7 +329,9 @@ def restore(trainer: Trainer, path: Path) -> None:
         raise InputError(f"'{path}' is not a checkpoint of this run's model and data ({error})") from error
     if trainer.step > trainer.total_steps:
         done = trainer.step / trainer.steps_per_epoch
-        raise InputError(f"'{path}' has done {done:g} epochs, but only {trainer.recipe.epochs} are asked for: ask for more")
+        raise InputError(
+            f"'{path}' has done {done:g} epochs, but only {trainer.recipe.epochs} are asked for: ask for more"
+        )
 
 
 def read_config(path: Path) -> Config | None:

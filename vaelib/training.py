@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vaelib import objectives
 from vaelib.config import Recipe
@@ -113,7 +113,9 @@ class Trainer:
         self.model, self.split, self.estimator, self.recipe = model, split, estimator, recipe
         check_fit(model, split, estimator, recipe)
         device = split.grey.device
-        self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
+        self.steps_per_epoch = (
+            len(split) // recipe.batch_size
+        )  # an incomplete batch is left out; every epoch another
         self.optimizer = torch.optim.Adam(model.parameters(), recipe.lr, eps=recipe.adam_eps, fused=True)
         self.streams = {
             "order": stream("order", recipe.seed),
@@ -136,7 +138,9 @@ class Trainer:
         eps = self.model.encoder.noise(self.recipe.k, x, self.streams["noise"])
         return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip)
 
-    def run(self, after_step: Callable[[], None] = lambda: None, progress: bool = False) -> list[dict[str, Any]]:
+    def run(
+        self, after_step: Callable[[], None] = lambda: None, progress: bool = False
+    ) -> list[dict[str, Any]]:
         """Train until the recipe's epochs are done, from wherever :attr:`step` stands; return the history.
 
         Raises
@@ -146,7 +150,9 @@ class Trainer:
         """
         start = time.monotonic() - self.seconds
         batch_size, binarisation = self.recipe.batch_size, self.streams["binarisation"]
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5
+        )
         with bar:
             while self.step < self.total_steps:
                 i = self.step % self.steps_per_epoch
@@ -160,7 +166,9 @@ class Trainer:
                 self.seconds = time.monotonic() - start
                 if i + 1 == self.steps_per_epoch:
                     self.end_epoch()
-                    bar.set_postfix_str(f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats")
+                    bar.set_postfix_str(
+                        f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
+                    )
                 after_step()
                 bar.update()
         return self.history
@@ -243,25 +251,34 @@ def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Reci
     """Raise InputError if these do not go together."""
     estimator.check(recipe.k)
     if recipe.batch_size > len(split):
-        raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training images")
+        raise InputError(
+            f"batch_size is {recipe.batch_size}, but there are only {len(split)} training images"
+        )
     if model.binary and split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
         raise InputError(
             "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
             "use binarisation=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"
         )
     x = split.batch(slice(0, 1), stream("test", 0, split.grey.device))
+    mode = model.training
     try:
         with torch.no_grad():
-            eps = model.encoder.noise(recipe.k, x, stream("test", 0, x.device))
+            eps = model.eval().encoder.noise(recipe.k, x, stream("test", 0, x.device))
             model.joint(x, model.encoder(x).sample(eps))
     except RuntimeError as error:
         raise InputError(
             f"the model cannot take these images of {x.shape[1]} pixels ({error}): build it with data_dim={x.shape[1]}"
         ) from error
+    finally:
+        model.train(mode)
 
 
 def fit(
-    model: nn.Module, split: Split, estimator: Estimator | str = "elbo-path", progress: bool = False, **recipe: Any
+    model: nn.Module,
+    split: Split,
+    estimator: Estimator | str = "elbo-path",
+    progress: bool = False,
+    **recipe: Any,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place, in memory, and return its history, one record an epoch.
 

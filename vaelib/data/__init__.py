@@ -1,5 +1,6 @@
 """Data sets by name: ``data.load("digits")``.
- The files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the
+
+The files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the
 user's cache, and downloaded into it otherwise, once, with a checksum. ``digits`` comes with scikit-learn and
 needs none of this.
 """

@@ -1,5 +1,6 @@
 """Where a data set's files come from: a folder that holds them already, the user's cache, or a mirror.
- Every file is named once, as a :class:`File`: its path inside a data folder, its checksum, its addresses.
+
+Every file is named once, as a :class:`File`: its path inside a data folder, its checksum, its addresses.
 Files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the user's
 cache; what neither has is downloaded into the cache with pooch, mirror after mirror, and checked before it
 gets its name there. So a file that has its name is whole. What lies in ``VAELIB_DATA`` is checked too, and
@@ -17,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
 from tqdm import tqdm
 
 from vaelib.errors import InputError
@@ -87,6 +87,8 @@ def digest(path: Path, algorithm: str) -> str:
 
 def cache() -> Path:
     """Return the folder that downloads go to; laid out as ``VAELIB_DATA`` is."""
+    import pooch  # here and below: it warns on import inside a notebook without widgets, and most need no download
+
     return Path(pooch.os_cache("vaelib"))
 
 
@@ -148,6 +150,7 @@ def fetch(name: str, files: Sequence[File]) -> Path:
 
 def download(name: str, file: File, target: Path) -> None:
     """Download ``file`` from the first mirror that gives a whole copy, and only then call it ``target``."""
+    import pooch
     from requests import RequestException  # takes a tenth of a second, and is wanted only here
 
     failures: dict[str, str] = {}

@@ -7,12 +7,21 @@ from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
 from vaelib.models.linear import LinearEncoder, LinearGaussian, exact_encoder, ppca
-from vaelib.models.mlp import BernoulliMLP, GaussianMLP, HierarchicalEncoder, HierarchicalJoint, Joint, linear
+from vaelib.models.mlp import (
+    BernoulliMLP,
+    GaussianMixtureMLP,
+    GaussianMLP,
+    HierarchicalEncoder,
+    HierarchicalJoint,
+    Joint,
+    linear,
+)
 
 __all__ = [
     "MODELS",
     "VAE",
     "BernoulliMLP",
+    "GaussianMixtureMLP",
     "GaussianMLP",
     "HierarchicalEncoder",
     "HierarchicalJoint",
@@ -77,7 +86,22 @@ def mlp_2(
     return VAE(HierarchicalJoint(prior, decoder), encoder, binary=True)
 
 
-MODELS = {"linear": linear_vae, "mlp-1": mlp_1, "mlp-2": mlp_2}
+def mlp_1_mixture(
+    data_dim: int,
+    mean: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    hidden: int = 200,
+    latent: int = 50,
+    components: int = 4,
+) -> VAE:
+    """One stochastic layer as in mlp-1, with a mixture of Gaussians as posterior; k counts the draws of all of them."""
+    encoder = GaussianMixtureMLP((data_dim, hidden, hidden), latent, components, generator)
+    decoder = BernoulliMLP((latent, hidden, hidden), data_dim, mean, generator)
+    return VAE(Joint(decoder), encoder, binary=True)
+
+
+MODELS = {"linear": linear_vae, "mlp-1": mlp_1, "mlp-2": mlp_2, "mlp-1-mixture": mlp_1_mixture}
 """The builders of the models, by name."""
 
 

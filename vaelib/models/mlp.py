@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.likelihoods import Bernoulli
-from vaelib.posteriors import DiagonalGaussian, HierarchicalGaussian, Latent, standard_normal_log_prob
+from vaelib.posteriors import (
+    DiagonalGaussian,
+    HierarchicalGaussian,
+    Latent,
+    Mixture,
+    equal_shares,
+    standard_normal_log_prob,
+)
 
 
 def linear(inputs: int, outputs: int, generator: torch.Generator | None = None) -> nn.Linear:
@@ -56,7 +63,7 @@ class GaussianMLP(nn.Module):
 
 
 class HierarchicalEncoder(nn.Module):
-    r"""The encoder :math:`q(z_1 \mid x)\, q(z_2 \mid z_1)` of two stochastic layers. Introduced in book/01-elbo-forms.ipynb."""
+    r"""The encoder :math:`q(z_1 \mid x)\, q(z_2 \mid z_1)` of two stochastic layers. Introduced in book/02-score-and-path.ipynb."""
 
     def __init__(self, first: GaussianMLP, second: GaussianMLP) -> None:
         super().__init__()
@@ -131,7 +138,7 @@ class Joint(nn.Module):
 class HierarchicalJoint(nn.Module):
     r"""The joint density :math:`\log p(z_2) + \log p(z_1 \mid z_2) + \log p(x \mid z_1)` of two stochastic layers.
 
-    Introduced in book/01-elbo-forms.ipynb.
+    Introduced in book/02-score-and-path.ipynb.
 
     Parameters
     ----------
@@ -157,3 +164,41 @@ class HierarchicalJoint(nn.Module):
     def forward(self, x: Tensor, z: Latent) -> Tensor:
         """Return log p(x, z), ``[K, B]``."""
         return self.log_prior(z) + self.log_likelihood(x, z)
+
+
+class GaussianMixtureMLP(nn.Module):
+    r"""An encoder that returns a mixture: C means, log-scales and a logit each, linear in the last of some tanh layers.
+
+    Introduced in book/05-mixtures-and-iwae.ipynb.
+
+    Parameters
+    ----------
+    sizes
+        the widths of input and hidden layers.
+    latent_dim
+        the dimension of the Gaussians.
+    components
+        how many there are, C.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], latent_dim: int, components: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.shape = (components, latent_dim)
+        self.hidden = tanh_layers(sizes, generator)
+        self.mean = linear(sizes[-1], components * latent_dim, generator)
+        self.log_std = linear(sizes[-1], components * latent_dim, generator)
+        self.logits = linear(sizes[-1], components, generator)
+
+    def forward(self, x: Tensor) -> Mixture:
+        """Return the mixture for ``x`` ``[B, X]``."""
+        hidden = self.hidden(x)
+        means, log_stds = (head(hidden).unflatten(-1, self.shape).unbind(-2) for head in (self.mean, self.log_std))
+        return Mixture(tuple(map(DiagonalGaussian, means, log_stds)), self.logits(hidden).mT)
+
+    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``; ``k`` must be a multiple of C."""
+        components, latent_dim = self.shape
+        equal_shares(k, components)
+        return torch.randn((k, len(x), latent_dim), generator=generator, dtype=x.dtype, device=x.device)

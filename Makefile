@@ -1,0 +1,82 @@
+# Every target does all of its own set-up. `make` alone lists them.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+BENCH := .venv-bench
+BENCH_PY := $(BENCH)/bin/python
+BOOK = $(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
+
+# Nothing of the caller's own set-up leaks in: no other environment, no Python path, no matplotlib or IPython profile.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS VIRTUAL_ENV __PYVENV_LAUNCHER__
+unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT
+unexport MPLBACKEND MATPLOTLIBRC PYTEST_ADDOPTS
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export JUPYTER_PREFER_ENV_PATH := 1
+export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
+
+# An environment that was copied here from another folder would run that folder's code: install again.
+ifneq ("$(shell cat $(VENV)/home 2>/dev/null)","$(CURDIR)")
+ANEW := anew
+endif
+
+.PHONY: help book test notebooks lab bench clean distclean anew
+.DELETE_ON_ERROR:
+
+help:  ## list the commands
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+book: $(VENV)/installed  ## render the book into _build/html
+	@rm -rf _build
+	@$(BOOK)
+	@printf '\nThe book is ready. Open it in a browser:\n  file://%s/_build/html/index.html\n' '$(CURDIR)'
+
+test: $(VENV)/installed  ## run the unit tests, every chapter, and the checks of the built site
+	@echo '== Unit tests'
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests
+	@echo '== Every chapter, run again and compared with the outputs it stores'
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope --nbval --nbval-current-env \
+		--nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=120 book
+	@echo '== The site, built from nothing'
+	@rm -rf _build
+	@$(BOOK) --quiet
+	@echo '== The built pages'
+	@$(PY) tests/check_site.py _build/html
+
+notebooks: $(VENV)/installed  ## run every chapter in place and store its outputs
+	@$(PY) book/_tools/run_notebooks.py book/*.ipynb
+
+lab: $(VENV)/installed  ## open the chapters in JupyterLab
+	@$(PY) -m jupyterlab book
+
+bench:  ## measure speed beside Pyro, NumPyro and pythae (its own environment; minutes)
+	@$(call environment,$(BENCH))
+	@$(BENCH_PY) -m pip install -c constraints.txt -r benchmarks/requirements.txt -e .
+	@$(BENCH_PY) benchmarks/steps.py
+
+clean:  ## remove what was built
+	@rm -rf _build .pytest_cache .hypothesis .ruff_cache
+	@find . -name .venv -prune -o -name .venv-bench -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## remove the environments too
+	@rm -rf $(VENV) $(BENCH)
+
+# $(call environment,FOLDER): a virtual environment, or one sentence that says what is missing.
+define environment
+command -v "$(PYTHON)" >/dev/null || \
+	{ echo 'Python 3.11 or newer is needed, but "$(PYTHON)" is not on the PATH. Install it, or say: make PYTHON=/path/to/python3' >&2; exit 2; }; \
+"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo 'Python 3.11 or newer is needed, but "$(PYTHON)" is' "$$('$(PYTHON)' --version 2>&1). Say which one to use: make PYTHON=/path/to/python3" >&2; exit 2; }; \
+"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo '"$(PYTHON)" lacks the module venv. On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 2; }; \
+"$(PYTHON)" -m venv $(1)
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt $(ANEW)
+	@$(call environment,$(VENV))
+	@echo 'Installing into $(VENV): a few minutes the first time.'
+	@$(PY) -m pip install -c constraints.txt -e '.[book,test,lab]'
+	@printf '%s\n' '$(CURDIR)' > $(VENV)/home
+	@touch $@

@@ -1,0 +1,79 @@
+"""What the pages need beyond the extensions: MathJax from a package, the contents of the API page, small repairs."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.util.fileutil import copy_asset
+
+# sphinx-proof and sphinx-exercise give these ids to every block; nothing points at them, and an id must be unique.
+_REPEATED_ID = re.compile(r' id="(?:proof|proof-content|exercise-content|solution-content)"')
+_MATHJAX = ("tex-svg.js", "input/tex/extensions", "a11y", "sre")
+_CHAPTER = re.compile(r"\bbook/(\d\d-[\w-]+)\.ipynb")
+
+
+def unique_ids(body: str) -> str:
+    """The page without the ids that the proof and exercise extensions repeat."""
+    return _REPEATED_ID.sub("", body)
+
+
+def without_thebe(scripts: list[Any]) -> list[Any]:
+    """The scripts of a page less thebe, which would come from another host and is not used here."""
+    return [script for script in scripts if "thebe" not in f"{script.filename} {script.attributes}".lower()]
+
+
+def linked_chapters(line: str, documents: Collection[str]) -> str:
+    """A line of a docstring with "book/01-name.ipynb" made a link to that chapter, if it is written."""
+
+    def link(found: re.Match) -> str:
+        document = f"book/{found[1]}"
+        return f":doc:`/{document}`" if document in documents else f"chapter {int(found[1][:2])} (in preparation)"
+
+    return _CHAPTER.sub(link, line)
+
+
+def modules(package: str = "vaelib") -> list[str]:
+    """The names of the package's public modules, in alphabetical order."""
+    path = importlib.util.find_spec(package).submodule_search_locations
+    names = [module.name for module in pkgutil.walk_packages(path, package + ".")]
+    return sorted(name for name in names if not name.rpartition(".")[2].startswith("_"))
+
+
+def _write_api(app: Sphinx, docname: str, source: list[str]) -> None:
+    if docname == "book/api":
+        source[0] += "".join(
+            f"\n## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n" for name in modules()
+        )
+
+
+def _link_chapters(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [linked_chapters(line, app.env.found_docs) for line in lines]
+
+
+def _copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
+    """Copy what these pages use of the MathJax that the package sphinx-mathjax-offline holds."""
+    if exception is None and app.builder.format == "html":
+        source = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+        for part in _MATHJAX:
+            folder = part if (source / part).is_dir() else str(Path(part).parent)
+            copy_asset(source / part, Path(app.outdir, "_static/mathjax", folder))
+
+
+def _repair(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
+    if "body" in context:
+        context["body"] = unique_ids(context["body"])
+    context["script_files"] = without_thebe(context["script_files"])
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("source-read", _write_api)
+    app.connect("autodoc-process-docstring", _link_chapters)
+    app.connect("build-finished", _copy_mathjax)
+    app.connect("html-page-context", _repair, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

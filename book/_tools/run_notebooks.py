@@ -1,0 +1,54 @@
+"""Run notebooks in place, top to bottom, and store their outputs: ``python run_notebooks.py CHAPTER.ipynb ...``.
+
+A notebook is written only if all of its cells ran, and holds nothing of the machine it ran on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+TRANSIENT = ("ExecuteTime", "collapsed", "execution", "scrolled", "trusted")
+
+
+def run(path: Path) -> None:
+    """Execute the notebook at ``path`` in its own folder and replace the file whole."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["kernelspec"] = dict(KERNEL)
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": path.parent}}
+    ).execute()
+    notebook.metadata["kernelspec"] = dict(KERNEL)
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        for key in TRANSIENT:
+            cell.metadata.pop(key, None)
+    whole = path.with_suffix(".ipynb.part")
+    with whole.open("w", encoding="utf-8") as file:
+        file.write(nbformat.writes(notebook) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(whole, path)
+
+
+def main(paths: list[str]) -> int:
+    """Run every notebook named; return the number that failed."""
+    failed = 0
+    for path in map(Path, paths):
+        print(f"{path} ...", flush=True)
+        try:
+            run(path)
+        except CellExecutionError as error:
+            failed += 1
+            print(f"{path} was left as it is; a cell failed:\n{error}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(sys.argv[1:])))

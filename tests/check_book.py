@@ -1,0 +1,267 @@
+"""The rules that every chapter keeps, as functions from its parts to a list of sentences, one for each breach."""
+
+from __future__ import annotations
+
+import ast
+import re
+from base64 import b64decode
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import yaml
+
+MAX_LINES, MAX_COLUMNS, MAX_ALT, MAX_BYTES = 20, 79, 250, 150_000
+CELL_METADATA = {"tags", "mystnb", "jupyter"}
+MACHINE = re.compile(
+    r"(?<![\w.~/])/(?:home|root|Users|tmp|usr|opt|mnt|var|work)/"  # a path
+    r"|[A-Z]:\\\\?\w|0x[0-9a-f]{6,}"
+    r"|\b\d{4}-\d\d-\d\d\b|\b\d\d:\d\d:\d\d\b"  # a date, a time
+    r"|\b\d[\d.,]*\s?(?:ns|us|µs|ms|s(?!\.e)|sec|seconds?|min|minutes?|it/s)\b"  # a duration
+    r"|\bcuda(?::\d)?\b"
+)
+LINK = re.compile(r"\bbook/(\d\d-[\w-]+\.ipynb)")
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def printed(cell) -> str:
+    """What a code cell printed or displayed as text, without the stand-in text of a picture."""
+    texts = [out.get("text", "") for out in cell.outputs if out.output_type == "stream"]
+    for out in cell.outputs:
+        data = out.get("data", {})
+        if not any(kind.startswith("image/") for kind in data):
+            texts.append(data.get("text/plain", ""))
+    return "".join(texts)
+
+
+def pictures(cell) -> list[str]:
+    """The PNG outputs of a code cell, in base 64."""
+    return [out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})]
+
+
+def valid(notebook) -> Iterator[str]:
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        yield f"not a valid notebook: {error.message}"
+
+
+def order(notebook) -> Iterator[str]:
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"not run once from top to bottom: execution counts {counts}"
+
+
+def size(notebook) -> Iterator[str]:
+    for cell in code_cells(notebook):
+        lines = cell.source.splitlines()
+        if not cell.source.strip():
+            yield "an empty code cell"
+        if len(lines) > MAX_LINES:
+            yield f"a cell of {len(lines)} lines begins with {lines[0]!r}"
+        for line in lines:
+            if len(line) > MAX_COLUMNS:
+                yield f"{len(line)} columns: {line!r}"
+
+
+def figures(notebook) -> Iterator[str]:
+    for cell in code_cells(notebook):
+        mystnb = cell.metadata.get("mystnb", {})
+        figure, alt = mystnb.get("figure", {}), mystnb.get("image", {}).get("alt", "")
+        for png in pictures(cell):
+            if not figure.get("name") or not figure.get("caption"):
+                yield f"a figure without name or caption, drawn by {cell.source[:40]!r}"
+            if not 1 <= len(alt.strip()) <= MAX_ALT:
+                yield f"a figure described in {len(alt)} characters, drawn by {cell.source[:40]!r}"
+            if len(b64decode(png)) > MAX_BYTES:
+                yield f"a figure of more than {MAX_BYTES} bytes, drawn by {cell.source[:40]!r}"
+        if len(pictures(cell)) > 1:
+            yield f"more than one figure, drawn by {cell.source[:40]!r}"
+        if figure and not pictures(cell):
+            yield f"a caption without a figure, at {cell.source[:40]!r}"
+        for out in cell.outputs:
+            if {"image/svg+xml", "image/jpeg"} & set(out.get("data", {})):
+                yield f"a figure that is not PNG, drawn by {cell.source[:40]!r}"
+
+
+def outputs(notebook) -> Iterator[str]:
+    for cell in code_cells(notebook):
+        for out in cell.outputs:
+            if out.output_type == "error":
+                yield f"an error is stored: {out.ename}"
+            if out.output_type == "stream" and out.name == "stderr":
+                yield f"stderr is stored: {out.text[:60]!r}"
+        if found := MACHINE.search(printed(cell)):
+            yield f"an output that belongs to one machine: {found[0]!r}"
+
+
+def plain_python(notebook) -> Iterator[str]:
+    for cell in code_cells(notebook):
+        if parsed(cell) is None or "get_ipython" in cell.source:
+            yield f"not plain Python, so nbval would pass it when it fails: {cell.source[:60]!r}"
+
+
+def metadata(notebook) -> Iterator[str]:
+    if set(notebook.metadata) - {"kernelspec", "language_info", "myst"}:
+        yield f"metadata of the machine: {sorted(notebook.metadata)}"
+    if set(notebook.metadata.get("language_info", {})) - {"name"}:
+        yield f"metadata of the interpreter: {sorted(notebook.metadata.language_info)}"
+    for cell in notebook.cells:
+        if extra := set(cell.metadata) - CELL_METADATA:
+            yield f"cell metadata that does not belong here: {sorted(extra)}"
+
+
+def checks(notebook) -> Iterator[str]:
+    checked = [cell for cell in code_cells(notebook) if "check" in tags(cell)]
+    if not checked:
+        yield "no cell is tagged 'check'"
+    for cell in checked:
+        lines = printed(cell).splitlines()
+        if not lines or not all(line.startswith("ok: ") for line in lines):
+            yield f"a check that does not say 'ok: ...': {cell.source[:60]!r} printed {lines}"
+
+
+def exercises(notebook) -> Iterator[str]:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    asked = [
+        block_label(text, found.end()) for found in re.finditer(r"^:{3,}\{exercise(?:-start)?\}", text, re.MULTILINE)
+    ]
+    solved = {label: cells for label, cells in solutions(notebook)}
+    if None in asked:
+        yield "an exercise without a label"
+    for label in asked:
+        if label not in solved:
+            yield f"exercise '{label}' has no solution"
+        elif not any("solution" in tags(cell) and asserted(cell) for cell in solved[label]):
+            yield f"the solution of exercise '{label}' asserts nothing in a cell tagged 'solution' that was run"
+    for label in set(solved) - set(asked):
+        yield f"a solution of no exercise: '{label}'"
+
+
+def block_label(text: str, start: int) -> str | None:
+    """The ``:label:`` among the options of the directive that was opened at ``start``."""
+    for line in text[start:].splitlines()[1:]:
+        if not line.startswith(":") or line.startswith(":::"):
+            return None
+        if found := re.fullmatch(r":label:\s*(\S+)", line):
+            return found[1]
+    return None
+
+
+def solutions(notebook) -> Iterator[tuple[str, list]]:
+    """The label that each solution names, and the code cells inside it."""
+    label, inside = None, []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            inside.append(cell)
+            continue
+        for line in cell.source.splitlines():
+            if found := re.match(r":{3,}\{solution(-start)?\}\s*(\S+)", line):
+                label, inside = found[2], []
+                if not found[1]:
+                    yield label, []
+            elif re.match(r":{3,}\{solution-end\}", line) and label:
+                yield label, inside
+                label = None
+
+
+def parsed(cell) -> ast.Module | None:
+    """The syntax tree of a code cell, or None if it is not Python (a magic, a shell command)."""
+    try:
+        return ast.parse(cell.source)
+    except SyntaxError:
+        return None
+
+
+def asserted(cell) -> bool:
+    """Whether a cell was run and asserts something."""
+    return cell.execution_count is not None and any(
+        isinstance(node, ast.Assert)
+        or (isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("checks.", "torch.testing.assert_")))
+        for node in ast.walk(parsed(cell) or ast.Module([], []))
+    )
+
+
+RULES = (valid, order, size, figures, outputs, plain_python, metadata, checks, exercises)
+
+
+def problems(notebook) -> list[str]:
+    """Every breach of the rules in one notebook."""
+    return [f"{rule.__name__}: {sentence}" for rule in RULES for sentence in rule(notebook)]
+
+
+def repeated_figures(notebooks: dict[str, object]) -> list[str]:
+    """Figure names that two cells of the book share."""
+    seen: dict[str, str] = {}
+    found = []
+    for where, notebook in notebooks.items():
+        for cell in code_cells(notebook):
+            name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
+            if name in seen:
+                found.append(f"figure '{name}' stands in {seen[name]} and in {where}")
+            elif name:
+                seen[name] = where
+    return found
+
+
+def dangling_links(package: Path, book: Path) -> list[str]:
+    """Docstrings of ``package`` that say "Introduced in book/NN-name.ipynb" of a chapter that does not mention them.
+
+    A chapter that the map in ``index.md`` calls "in preparation" cannot mention anything yet.
+    """
+    found = []
+    coming = re.findall(r"^\| (\d+) \|.*in preparation", (book / "index.md").read_text("utf-8"), re.MULTILINE)
+    for module in sorted(package.rglob("*.py")):
+        for names, docstring in docstrings(ast.parse(module.read_text("utf-8")), (module.stem,)):
+            for chapter in LINK.findall(docstring or ""):
+                who = f"{module.relative_to(package)}: {'.'.join(names[1:]) or 'the module'}"
+                if not (book / chapter).exists() and str(int(chapter[:2])) in coming:
+                    continue
+                if not (book / chapter).exists():
+                    found.append(f"{who} points at {chapter}, which does not exist")
+                elif not any(mentions(book / chapter, name) for name in names[1:] or names):
+                    found.append(f"{who} points at {chapter}, which does not mention it")
+    return found
+
+
+def docstrings(node, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str | None]]:
+    """Every docstring below ``node`` with the names that lead to it, the module's first."""
+    yield names, ast.get_docstring(node)
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield from docstrings(child, (*names, child.name))
+
+
+def mentions(chapter: Path, name: str) -> bool:
+    notebook = nbformat.read(chapter, as_version=4)
+    return any(re.search(rf"\b{re.escape(name)}\b", cell.source) for cell in notebook.cells)
+
+
+def macros_apart(config: str, notation: str) -> list[str]:
+    """Macros that ``_config.yml`` defines and the notation page does not list, or the other way round."""
+    defined = yaml.safe_load(config)["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"]
+    arity = {name: value[1] if isinstance(value, list) else 0 for name, value in defined.items()}
+    section = notation.partition("\n## Macros\n")[2]
+    listed = {
+        found[1]: found[2].count("{") for found in re.finditer(r"^\| `\\(\w+)((?:\{\w+\})*)`", section, re.MULTILINE)
+    }
+    return [
+        f"\\{name}: {arity.get(name, 'not defined')} arguments in _config.yml, {listed.get(name, 'not listed')} in the notation"
+        for name in sorted(arity.keys() | listed.keys())
+        if arity.get(name) != listed.get(name)
+    ]
+
+
+def unlisted_chapters(chapters: list[str], toc: str, index: str) -> list[str]:
+    """Chapters missing from the table of contents or from the map on the first page."""
+    files = [entry["file"] for part in yaml.safe_load(toc)["parts"] for entry in part["chapters"]]
+    return [f"{name} is not in _toc.yml" for name in chapters if f"book/{name.removesuffix('.ipynb')}" not in files] + [
+        f"{name} is not on the map in book/index.md" for name in chapters if f"]({name})" not in index
+    ]

@@ -1,0 +1,167 @@
+"""Every notebook of the book keeps the rules of check_book, and every rule finds fault with a notebook that breaks it."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import check_book
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "book"
+CHAPTERS = sorted(BOOK.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_keeps_the_rules(path):
+    assert check_book.problems(nbformat.read(path, as_version=4)) == []
+
+
+def test_the_book_hangs_together():
+    assert CHAPTERS, "there is no chapter"
+    notebooks = {path.name: nbformat.read(path, as_version=4) for path in CHAPTERS}
+    assert check_book.repeated_figures(notebooks) == []
+    assert check_book.dangling_links(ROOT / "vaelib", BOOK) == []
+    config, notation = (ROOT / "_config.yml").read_text("utf-8"), (BOOK / "notation.md").read_text("utf-8")
+    assert check_book.macros_apart(config, notation) == []
+    toc, index = (ROOT / "_toc.yml").read_text("utf-8"), (BOOK / "index.md").read_text("utf-8")
+    assert check_book.unlisted_chapters([path.name for path in CHAPTERS], toc, index) == []
+
+
+def test_the_bibliography_is_in_order_and_has_every_reference_of_the_tableau():
+    from vaelib.estimators import ESTIMATORS
+
+    entries = re.split(r"^@\w+\{", (BOOK / "references.bib").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    keys = [entry.partition(",")[0] for entry in entries]
+    assert keys == sorted(set(keys))
+    for key, entry in zip(keys, entries, strict=True):
+        assert all(f"\n  {field} = {{" in entry for field in ("author", "title", "year")), key
+    assert {row.reference for row in ESTIMATORS.values()} <= set(keys)
+
+
+# Negative controls: a notebook that keeps every rule, and for each rule the ways to break it.
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+
+
+def chapter():
+    """A small notebook that keeps every rule."""
+    check = new_code_cell("checks.holds(1 < 2, 'one is less')", execution_count=1, metadata={"tags": ["check"]})
+    check.outputs = [new_output("stream", name="stdout", text="ok: one is less\n")]
+    figure = new_code_cell("plt.show()", execution_count=2)
+    figure.metadata["mystnb"] = {"figure": {"name": "fig-a", "caption": "A."}, "image": {"alt": "A line."}}
+    figure.outputs = [new_output("display_data", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"})]
+    solution = new_code_cell("assert 1 + 1 == 2", execution_count=3, metadata={"tags": ["solution"]})
+    notebook = new_notebook(
+        cells=[
+            new_markdown_cell("# A chapter"),
+            check,
+            figure,
+            new_markdown_cell(":::{exercise} A\n:label: ex-a\n\nAdd.\n:::\n\n:::{solution-start} ex-a\n:class: dropdown\n:::"),
+            solution,
+            new_markdown_cell(":::{solution-end}\n:::"),
+        ]
+    )
+    notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    return notebook
+
+
+def prints(cell, text, name="stdout"):
+    cell.outputs = [new_output("stream", name=name, text=text)]
+
+
+CHECK, FIGURE, TASK, SOLUTION = 1, 2, 3, 4
+BROKEN = [
+    ("valid", lambda cells: cells[CHECK].outputs[0].pop("text")),
+    ("order", lambda cells: cells[FIGURE].update(execution_count=7)),
+    ("order", lambda cells: cells[FIGURE].update(execution_count=None)),
+    ("size", lambda cells: cells[CHECK].update(source="x = 1\n" * 21)),
+    ("size", lambda cells: cells[CHECK].update(source="x = " + "1" * 76)),
+    ("size", lambda cells: cells[CHECK].update(source=" ")),
+    ("figures", lambda cells: cells[FIGURE].metadata.pop("mystnb")),
+    ("figures", lambda cells: cells[FIGURE].metadata.mystnb.figure.update(caption="")),
+    ("figures", lambda cells: cells[FIGURE].metadata.mystnb.figure.update(name="")),
+    ("figures", lambda cells: cells[FIGURE].metadata.mystnb.image.update(alt=" ")),
+    ("figures", lambda cells: cells[FIGURE].metadata.mystnb.image.update(alt="a" * 251)),
+    ("figures", lambda cells: cells[FIGURE].outputs[0].data.update({"image/svg+xml": "<svg/>"})),
+    ("figures", lambda cells: cells[FIGURE].outputs[0].data.update({"image/png": base64.b64encode(bytes(200_000)).decode()})),
+    ("figures", lambda cells: cells[FIGURE].outputs.append(cells[FIGURE].outputs[0])),
+    ("figures", lambda cells: cells[FIGURE].outputs.clear()),
+    ("outputs", lambda cells: prints(cells[SOLUTION], "a warning", "stderr")),
+    ("outputs", lambda cells: cells[SOLUTION].outputs.append(new_output("error", ename="E", evalue="", traceback=[]))),
+    ("outputs", lambda cells: prints(cells[SOLUTION], "saved to /home/me/model.pt")),
+    ("outputs", lambda cells: prints(cells[SOLUTION], "took 3.2 s")),
+    ("outputs", lambda cells: prints(cells[SOLUTION], "120 ms a step")),
+    ("outputs", lambda cells: prints(cells[SOLUTION], "2026-01-31")),
+    ("outputs", lambda cells: prints(cells[SOLUTION], "<object at 0x7f00deadbeef>")),
+    ("plain_python", lambda cells: cells[SOLUTION].update(source="assert 1\n!pip install torch")),
+    ("plain_python", lambda cells: cells[SOLUTION].update(source="%matplotlib inline")),
+    ("plain_python", lambda cells: cells[SOLUTION].update(source="get_ipython().run_line_magic('time', '')")),
+    ("metadata", lambda cells: cells[CHECK].metadata.update(execution={"iopub.execute_input": "now"})),
+    ("checks", lambda cells: prints(cells[CHECK], "True\n")),
+    ("checks", lambda cells: cells[CHECK].outputs.clear()),
+    ("checks", lambda cells: cells[CHECK].metadata.pop("tags")),
+    ("exercises", lambda cells: cells[TASK].update(source=cells[TASK].source.replace("-start} ex-a", "-start} ex-b"))),
+    ("exercises", lambda cells: cells[TASK].update(source=cells[TASK].source.partition("\n\n:::{solution")[0])),
+    ("exercises", lambda cells: cells[TASK].update(source=cells[TASK].source.replace(":label: ex-a\n", ""))),
+    ("exercises", lambda cells: cells[SOLUTION].update(source="print(1 + 1 == 2)")),
+    ("exercises", lambda cells: cells[SOLUTION].update(execution_count=None)),
+    ("exercises", lambda cells: cells[SOLUTION].metadata.update(tags=[])),
+]  # fmt: skip
+
+
+def test_a_good_notebook_passes():
+    assert check_book.problems(chapter()) == []
+
+
+@pytest.mark.parametrize(("rule", "breach"), BROKEN)
+def test_a_broken_notebook_fails(rule, breach):
+    notebook = chapter()
+    breach(notebook.cells)
+    assert any(sentence.startswith(rule + ":") for sentence in check_book.problems(notebook))
+
+
+def test_every_rule_has_a_negative_control():
+    assert {rule.__name__ for rule in check_book.RULES} == {rule for rule, _ in BROKEN}
+
+
+def test_the_metadata_of_a_notebook_is_looked_at():
+    for extra in ({"papermill": {}}, {"language_info": {"name": "python", "version": "3.11.7"}}):
+        notebook = chapter()
+        notebook.metadata.update(nbformat.from_dict(extra))
+        assert any(sentence.startswith("metadata:") for sentence in check_book.problems(notebook))
+
+
+def test_a_repeated_figure_name_is_found():
+    assert len(check_book.repeated_figures({"one": chapter(), "two": chapter()})) == 1
+    assert check_book.repeated_figures({"one": chapter()}) == []
+
+
+def test_a_dangling_back_link_is_found(tmp_path):
+    package, book = tmp_path / "package", tmp_path / "book"
+    package.mkdir(), book.mkdir()
+    nbformat.write(new_notebook(cells=[new_markdown_cell("We call `known` here.")]), book / "01-a.ipynb")
+    (book / "index.md").write_text("| 1 | [A](01-a.ipynb) | x |\n| 2 | B, *in preparation* | x |\n| 3 | C | x |\n")
+    for name, chapter_name, wrong in [("known", "01-a", 0), ("unknown", "01-a", 1), ("any", "02-b", 0), ("any", "03-c", 1)]:
+        source = f'def {name}():\n    """One.\n\n    Introduced in book/{chapter_name}.ipynb.\n    """\n'
+        (package / "module.py").write_text(source)
+        assert len(check_book.dangling_links(package, book)) == wrong
+
+
+def test_a_macro_on_one_side_only_is_found():
+    config = "sphinx: {config: {mathjax3_config: {tex: {macros: {EE: E, KL: [K, 2]}}}}}"
+    notation = "text\n## Macros\n\n| `\\EE` | x |\n| `\\KL{q}{p}` | x |\n"
+    assert check_book.macros_apart(config, notation) == []
+    assert len(check_book.macros_apart(config, notation.replace("| `\\EE` | x |\n", ""))) == 1
+    assert len(check_book.macros_apart(config, notation + "| `\\New` | x |\n")) == 1
+    assert len(check_book.macros_apart(config, notation.replace("{q}{p}", "{q}"))) == 1
+
+
+def test_a_chapter_left_out_is_found():
+    toc, index = "parts: [{chapters: [{file: book/01-a}]}]", "| 1 | [A](01-a.ipynb) |"
+    assert check_book.unlisted_chapters(["01-a.ipynb"], toc, index) == []
+    assert len(check_book.unlisted_chapters(["02-b.ipynb"], toc, index)) == 2

@@ -1,0 +1,224 @@
+"""The command line: help that is enough, and one sentence for whatever the user can put right."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from vaelib import __version__, cli, data, estimators, models
+from vaelib.config import Config
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    yield
+    torch.set_flush_denormal(False)  # the command sets it for its process
+
+
+@pytest.fixture
+def vaelib(capsys):
+    """Run the command in this process; return (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+TINY = ("--model", "mlp-1", "--binarisation", "dynamic", "--size", "hidden=8", "--size", "latent=3",
+        "--epochs", 1, "--batch-size", 100, "--device", "cpu")  # fmt: skip
+
+
+def test_train_and_evaluate(vaelib, tmp_path):
+    run_dir = tmp_path / "run"
+    code, out, err = vaelib("train", run_dir, *TINY)
+    assert (code, err) == (0, "")
+    assert re.match(r"1 epochs, 14 steps, \d+ s on cpu; mean bound in the last epoch: -\d+\.\d\d nats\n", out)
+    assert out.endswith(f"next: vaelib evaluate {run_dir}\n")
+    code, out, err = vaelib("train", run_dir, "--epochs", 2, "--quiet")
+    assert (code, err) == (0, "") and out.startswith("2 epochs, 28 steps")
+    code, out, err = vaelib("evaluate", run_dir, "--samples", 20, "--limit", 10, "--chunk", 7, "--seed", 1)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        r"-log p\(x\): \d+\.\d\d \+- \d\.\d\d nats \(10 test images, 20 samples each\)\n"
+        r"bound: -\d+\.\d\d nats; active units: \d\n",
+        out,
+    )
+
+
+def test_every_option_arrives(vaelib, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("vaelib.runs.train", lambda run_dir, config, progress: asked.update(config=config) or {
+        "training": {"epoch": 1, "step": 1, "seconds": 1.0, "device": "cpu", "bound": 0.0}
+    })  # fmt: skip
+    given = Config(data="mnist", binarisation="fixed", model="mlp-2", sizes={"latent": 4, "latent2": 2},
+                   estimator="iwae-dreg", k=5, batch_size=7, epochs=3, lr=0.01, schedule="burda", clip=2.0,
+                   adam_eps=1e-8, seed=9, device="cpu", checkpoint_seconds=5.0)  # fmt: skip
+    options = []
+    for name, value in vars(given).items():
+        flag = f"--{name.replace('_', '-')}"
+        options += (
+            [o for s, n in value.items() for o in ("--size", f"{s}={n}")]
+            if name == "sizes"
+            else [flag, value]
+        )
+    assert vaelib("train", tmp_path, *options)[0] == 0
+    assert asked["config"] == given
+    assert vaelib("train", tmp_path)[0] == 0
+    assert asked["config"] == Config()
+
+
+BAD = {
+    "an unknown data set": (("--data", "mnits"), "no data set is called 'mnits', did you mean 'mnist'"),
+    "an unknown model": (("--model", "mlp-3"), "no model is called 'mlp-3', did you mean 'mlp-"),
+    "an unknown estimator": (
+        ("--estimator", "elbo-pth"),
+        "no estimator is called 'elbo-pth', did you mean 'elbo-path'",
+    ),
+    "an unknown schedule": (("--schedule", "burdda"), "did you mean 'burda'"),
+    "an unknown binarisation": (("--binarisation", "dynamc"), "did you mean 'dynamic'"),
+    "an unknown device": (("--device", "gpu"), "no device is called 'gpu'"),
+    "an unknown size": (("--size", "latnt=3"), "did you mean 'latent'"),
+    "a size that is no number": (
+        ("--size", "latent=few"),
+        "--size takes NAME=N, such as latent=10, but got 'latent=few'",
+    ),
+    "a size of nothing": (
+        ("--size", "latent=0"),
+        "size 'latent' must be a whole number of at least 1, but is 0",
+    ),
+    "no draws": (("--k", "0"), "k must be a whole number of at least 1, but is 0"),
+    "one draw where two are needed": (("--estimator", "elbo-score-loo"), "needs k >= 2 draws, but k is 1"),
+    "no epochs": (("--epochs", "0"), "epochs must be a whole number of at least 1"),
+    "no learning rate": (("--lr", "0"), "lr must be a positive number, but is 0.0"),
+    "no number": (("--lr", "nan"), "lr must be a positive number, but is nan"),
+    "a negative seed": (("--seed", "-1"), "seed must be a whole number of at least 0"),
+    "no norm": (("--clip", "0"), "clip must be a positive number"),
+    "grey images for Bernoulli": (
+        ("--model", "mlp-1"),
+        "wants images of 0 and 1, but these have grey levels: use binarisation",
+    ),
+    "a batch larger than the data": (
+        ("--batch-size", "2000"),
+        "batch_size is 2000, but there are only 1497 training images",
+    ),
+    "a learning rate far too high": (("--lr", "1e30"), "the last good checkpoint is none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(vaelib, tmp_path, case):
+    options, sentence = BAD[case]
+    code, out, err = vaelib("train", tmp_path / "run", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("vaelib: ") and err.count("\n") == 1 and sentence in err
+    assert "Traceback" not in err
+
+
+def test_other_sentences(vaelib, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, sentence in (
+        (("train", tmp_path / "a", "--device", "cuda"), "torch finds no CUDA GPU on this machine"),
+        (("evaluate", tmp_path / "b"), "there is no trained model in"),
+        (("data", "fetch", "emnist"), "did you mean 'mnist'"),
+    ):
+        code, out, err = vaelib(*arguments)
+        assert (
+            (code, out) == (2, "") and err.startswith("vaelib: ") and sentence in err and err.count("\n") == 1
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_configuration(vaelib, tmp_path):
+    assert vaelib("train", tmp_path, *TINY)[0] == 0
+    code, out, err = vaelib("train", tmp_path, "--lr", "0.5", "--estimator", "elbo-total")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "(lr is 0.001 there and 0.5 here; estimator is 'elbo-path' there and 'elbo-total' here)" in err
+
+
+def test_a_folder_that_cannot_be_made(vaelib, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = vaelib("train", tmp_path / "file" / "run")
+    assert (code, out) == (2, "")
+    assert err == f"vaelib: cannot use '{tmp_path}/file/run/config.json': Not a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "x", "--epoch", "3"), "--epoch"),
+        (("train", "x", "--epochs", "many"), "--epochs"),
+        (("train",), "RUN_DIR"),
+        (("trane",), "trane"),
+        (("evaluate", "x", "--samples", "1.5"), "--samples"),
+        (("data", "fetch"), "NAME"),
+    ],
+)
+def test_usage_errors_name_the_option(vaelib, arguments, named):
+    code, _, err = vaelib(*arguments)
+    assert code == 2 and named in err and "Traceback" not in err
+
+
+def test_version(vaelib):
+    assert vaelib("--version") == (0, f"vaelib {__version__}\n", "")
+
+
+def test_help_is_enough(vaelib):
+    _, out, _ = vaelib("--help")
+    assert all(command in out for command in ("train", "evaluate", "data", "estimators", "models"))
+    for command in ("train", "evaluate"):
+        code, out, _ = vaelib(command, "--help")
+        assert code == 0 and f"vaelib {command} runs/" in out
+        assert all(re.search(r"\S", line) for line in out.splitlines() if line.startswith("  --"))
+
+
+def test_lists(vaelib):
+    for command, names in (
+        (("estimators",), estimators.ESTIMATORS),
+        (("models",), models.MODELS),
+        (("data", "list"), data.DATASETS),
+    ):
+        code, out, err = vaelib(*command)
+        assert (code, err) == (0, "")
+        assert list(names) == [line.split()[0] for line in out.splitlines() if line.split()[0] in names]
+
+
+def test_fetch(vaelib):
+    assert vaelib("data", "fetch", "digits") == (0, "digits is built in\n", "")
+
+
+def test_help_and_import_take_nothing_heavy():
+    """A process of its own: torch, numpy and the rest must not be loaded by the package or by help."""
+    script = """
+        import sys
+        import vaelib
+        assert not {"torch", "numpy", "typer"} & set(sys.modules)
+        from vaelib import cli
+        try:
+            cli.main(["train", "--help"])
+        except SystemExit:
+            pass
+        heavy = {"torch", "numpy", "sklearn", "matplotlib", "rich"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
+
+
+def test_an_unforeseen_error_is_not_hidden(monkeypatch):
+    """The negative control of "one sentence": a fault of the program keeps its traceback."""
+
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "app", lambda *_, **__: broken())
+    with pytest.raises(RuntimeError):
+        cli.main([])

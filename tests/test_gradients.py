@@ -1,0 +1,473 @@
+"""The laboratory against closed forms, a naive loop and itself; all in float64.
+
+Statistical tests are at 4 standard errors in at most 8 coordinates (a false alarm once in 2,000 seeds, and the seed
+is fixed), unless they say otherwise.
+"""
+
+import math
+
+import pytest
+import torch
+from toys import (
+    DTYPE,
+    ONE_LAYER,
+    TWO_LAYERS,
+    DetachedTwoLayerEncoder,
+    OneLayerEncoder,
+    OneLayerJoint,
+    TwoLayerEncoder,
+    TwoLayerJoint,
+    exact_gradient,
+    quadrature,
+)
+
+from vaelib import checks, gradients, models, objectives
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS, Estimator, Weights, elbo_scaled
+from vaelib.gradients import Moments
+from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture
+
+X = ONE_LAYER[3]
+ROWS = [e.name for e in ESTIMATORS.values()]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Free(torch.nn.Module):
+    """An encoder that returns one posterior, whatever x is."""
+
+    def __init__(self, posterior) -> None:
+        super().__init__()
+        self.posterior = posterior
+
+    def forward(self, x):
+        return self.posterior
+
+
+def batch_model(name="linear", observations=3, **sizes):
+    """A model of the book in float64 with a few observations."""
+    model = models.build(name, 6, generator=seeded(1), latent=2, **sizes).double()
+    x = torch.bernoulli(torch.full((observations, 6), 0.4, dtype=DTYPE), generator=seeded(2))
+    return model.joint, model.encoder, x
+
+
+def naive(estimator, joint, encoder, x, noise, wanted):
+    """One draw, one backward pass, one row."""
+    rows = []
+    for eps in noise:
+        for p in wanted:
+            p.grad = None
+        objectives.backward(ESTIMATORS[estimator], joint, encoder, x, eps)
+        rows.append(torch.cat([-p.grad.flatten() if p.grad is not None else 0 * p.flatten() for p in wanted]))
+    return torch.stack(rows).detach()
+
+
+# --- moments -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_moments_are_those_of_all_draws_at_once():
+    draws = 1e4 + torch.randn(1000, 5, generator=seeded(), dtype=DTYPE).exp() @ torch.randn(
+        5, 3, generator=seeded(1), dtype=DTYPE
+    )
+    moments = Moments()
+    for part in draws.split(130):
+        moments.add(part)
+    centred = draws - draws.mean(0)
+    torch.testing.assert_close(moments.mean, draws.mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(moments.variance, draws.var(0), rtol=1e-11, atol=0)
+    fourth = (centred**4).mean(0) - (centred**2).mean(0) ** 2
+    torch.testing.assert_close(moments.variance_error, (fourth / 1000).sqrt(), rtol=1e-9, atol=0)
+    total, error = checks.total_variance(draws)
+    assert moments.total_variance == pytest.approx(total, rel=1e-11)
+    assert moments.total_variance_error == pytest.approx(error, rel=0.02)  # the anchor is a mean of 130
+    torch.testing.assert_close(moments.snr, draws.mean(0) / draws.std(0), rtol=1e-11, atol=0)
+
+
+def test_the_size_of_the_batches_does_not_matter():
+    draws = torch.randn(1000, 4, generator=seeded(), dtype=DTYPE)
+    whole = Moments().add(draws)
+    for size in (1, 7, 999):
+        parts = Moments()
+        for part in draws.split(size):
+            parts.add(part)
+        assert parts.count == 1000
+        for name in ("mean", "variance", "variance_error"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-11, atol=1e-13)
+
+
+def test_single_precision_draws_far_from_zero_keep_their_variance():
+    draws = 1000 + torch.randn(4096, 1, generator=seeded())
+    moments = Moments()
+    for part in draws.split(64):
+        moments.add(part)
+    assert moments.variance.item() == pytest.approx(draws.double().var().item(), rel=1e-9)
+
+
+def test_confidence_intervals_hold_the_truth_as_often_as_they_say():
+    """90 % intervals over 400 seeds: between 335 and 385 hits, at 4 standard errors of the binomial."""
+    hits = torch.zeros(3)
+    for seed in range(400):
+        moments = Moments().add(2 + 3 * torch.randn(500, 2, generator=seeded(seed), dtype=DTYPE))
+        (low, high), (least, most) = moments.confidence_interval(0.9), moments.variance_interval(0.9)
+        hits += torch.tensor([low[0] < 2 < high[0], low[1] < 2 < high[1], least < 18 < most])
+    assert (hits >= 335).all() and (hits <= 385).all(), hits
+
+
+def test_the_signal_to_noise_ratio_of_a_known_distribution():
+    moments = Moments().add(
+        torch.tensor([3.0, 0.0]) + 2 * torch.randn(40_000, 2, generator=seeded(), dtype=DTYPE)
+    )
+    error = math.sqrt((1 + 0.5 * 1.5**2) / 40_000)  # of a ratio of mean and standard deviation
+    assert abs(moments.snr[0].item() - 1.5) < 4 * error
+    assert moments.snr[1].item() < 4 / math.sqrt(40_000)
+    assert abs(moments.total_snr - 3 / math.sqrt(8)) < 4 * error
+    constant = Moments().add(torch.ones(5, 2))
+    assert constant.total_snr == math.inf and constant.total_variance == 0
+
+
+def test_what_the_moments_do_not_have_is_said():
+    with pytest.raises(InputError, match="at least 2 draws, but there are 1"):
+        _ = Moments().add(torch.ones(1, 2)).variance
+    with pytest.raises(InputError, match="repeats"):
+        _ = Moments().add(torch.ones(2, 2)).variance_time
+
+
+# --- the gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_gradients_of_the_posterior_are_those_of_a_loop(name):
+    joint, encoder, x = batch_model()
+    q = encoder(x)
+    mean, log_std = (p.detach().clone().requires_grad_() for p in (q.mean, q.log_std))
+    mine = gradients.draws(name, joint, encoder, x, draws=6, k=3, generator=seeded())
+    block = gradients.ROWS // 9
+    noise = q.noise(3 * block, seeded()).unflatten(0, (block, 3))[:6]
+    loop = 3 * naive(
+        name, joint, lambda _: DiagonalGaussian(mean, log_std), x, noise, [mean, log_std]
+    )  # 3 observations
+    torch.testing.assert_close(mine, loop, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrt", ["encoder", "joint", "weights"])
+@pytest.mark.parametrize("loop_from", [0, 2**30], ids=["loop", "vmap"])
+@pytest.mark.parametrize("name", ["elbo-path", "iwae-dreg", "iwae-vimco"])
+def test_gradients_of_weights_are_those_of_a_loop(name, wrt, loop_from, monkeypatch):
+    monkeypatch.setattr(gradients, "LOOP_FROM", loop_from)
+    joint, encoder, x = batch_model("mlp-2", hidden=4, hidden2=4, latent2=2)
+    mine = gradients.draws(name, joint, encoder, x, draws=5, k=2, wrt=wrt, generator=seeded())
+    assert all(p.grad is None for module in (joint, encoder) for p in module.parameters())
+    block = gradients.ROWS // 6
+    noise = [e.unflatten(0, (block, 2))[:5] for e in encoder(x).noise(2 * block, seeded())]
+    wanted = [
+        p
+        for part, module in (("joint", joint), ("encoder", encoder))
+        if wrt in (part, "weights")
+        for p in module.parameters()
+    ]
+    loop = naive(name, joint, encoder, x, list(zip(*noise)), wanted)
+    torch.testing.assert_close(mine, loop, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrt", gradients.WRT)
+def test_the_chunk_changes_nothing(wrt, monkeypatch):
+    monkeypatch.setattr(gradients, "ROWS", 240)
+    joint, encoder, x = batch_model()
+    whole = gradients.draws("iwae-dreg", joint, encoder, x, draws=50, k=2, wrt=wrt, generator=seeded())
+    for chunk in (1, 7, 1000):
+        parts = gradients.draws(
+            "iwae-dreg", joint, encoder, x, draws=50, k=2, wrt=wrt, generator=seeded(), chunk=chunk
+        )
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    fewer = gradients.draws("iwae-dreg", joint, encoder, x, draws=11, k=2, wrt=wrt, generator=seeded())
+    torch.testing.assert_close(fewer, whole[:11], rtol=1e-12, atol=1e-12)
+
+
+def test_measure_is_the_moments_of_draws_and_all_rows_see_the_same_noise():
+    joint, encoder, x = batch_model()
+    measured = gradients.measure(
+        ["elbo-total", "elbo-path"], joint, encoder, x, draws=3000, k=2, generator=seeded()
+    )
+    for name, moments in measured.items():
+        draws = gradients.draws(name, joint, encoder, x, draws=3000, k=2, generator=seeded())
+        torch.testing.assert_close(moments.mean, draws.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moments.variance, draws.var(0), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path", "iwae-dreg", "elbo-score-loo"])
+def test_the_mean_is_the_exact_gradient(name):
+    joint, encoder = OneLayerJoint(), OneLayerEncoder()
+    eps, weight = quadrature(1, 2, nodes=60)
+    truth = torch.cat(exact_gradient(ESTIMATORS[name].bound, joint, encoder, X, eps, weight))
+    moments = gradients.measure(
+        [name], joint, encoder, X, draws=40_000, k=2, wrt="weights", generator=seeded()
+    )[name]
+    assert ((moments.mean - truth).abs() < 4 * moments.standard_error).all()
+    assert not ((moments.mean + truth).abs() < 4 * moments.standard_error).any()  # of the wrong sign
+
+
+def test_the_variances_of_a_gaussian_are_the_closed_forms():
+    """q = N(m, s^2) against N(m*, s*^2): with r = s^2 / s*^2 and d = (m - m*) s / s*^2, see chapter 2."""
+    joint, encoder = OneLayerJoint(1.3), OneLayerEncoder()
+    posterior_variance = 1 / (1 + 1.3**2)
+    s, mean = math.exp(-0.3), 0.1 * 2 + 0.4
+    r, d = s**2 / posterior_variance, (mean - posterior_variance * 1.3 * 2) * s / posterior_variance
+    exact = {
+        "elbo-path": ((1 - r) ** 2 / s**2, d**2 + 2 * (1 - r) ** 2),
+        "elbo-total": (r**2 / s**2, d**2 + 2 * r**2),
+    }
+    measured = gradients.measure(list(exact), joint, encoder, X, draws=200_000, generator=seeded())
+    for name, truth in exact.items():
+        off = (measured[name].variance - torch.tensor(truth, dtype=DTYPE)).abs()
+        assert (off < 4 * measured[name].variance_error).all(), name
+        assert abs(measured[name].total_variance - sum(truth)) < 4 * measured[name].total_variance_error
+
+
+def test_a_million_draws_fit_in_the_memory_of_a_few(monkeypatch):
+    """The largest batch that goes through the model does not grow with the number of draws."""
+    seen = []
+
+    class Watched(OneLayerJoint):
+        def forward(self, x, z):
+            seen.append(z.numel())
+            return super().forward(x, z)
+
+    moments = gradients.measure(
+        ["elbo-path"], Watched(), OneLayerEncoder(), X, draws=10**6, generator=seeded()
+    )["elbo-path"]
+    assert moments.count == 10**6 and sum(seen) == 10**6
+    assert max(seen) <= gradients.ROWS
+    assert moments.standard_error.max() < 0.001
+
+
+def test_every_posterior_can_be_taken_apart():
+    """The mean over observations of their own gradients is that of the batch, for parameters they do not share."""
+    mean, log_std = (torch.randn(3, 2, generator=seeded(i), dtype=DTYPE) for i in range(2))
+    scale = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=DTYPE)
+    joint, _, x = batch_model()
+    first, second = DiagonalGaussian(mean, log_std), DiagonalGaussian(mean + 1, log_std)
+    logits = torch.randn(2, 3, generator=seeded(), dtype=DTYPE)
+    for posterior, size in [
+        (first, 12),
+        (FullGaussian(mean, scale), 6 + 12),
+        (FullGaussian(mean[:2], scale), 4 + 8),  # as many observations as dimensions
+        (Mixture((first, second), logits), 24 + 6),
+    ]:
+        batch = x[: len(posterior.mean)]
+        draws = gradients.draws("elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded())
+        alone = gradients.draws(
+            "elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded(), chunk=1
+        )
+        assert draws.shape == (4, size)
+        torch.testing.assert_close(draws, alone, rtol=1e-12, atol=1e-12)
+    step = 1e-6  # the logit of the first component, for the second observation, by finite differences
+    eps = Mixture((first, second), logits).noise(2, seeded())
+    bounds = []
+    for sign in (1, -1):
+        moved = logits.clone()
+        moved[0, 1] += sign * step
+        objective = objectives.Objective(
+            ESTIMATORS["elbo-total"], joint, Free(Mixture((first, second), moved))
+        )
+        bounds.append(-objective(x, eps)[1])
+    exact = ((bounds[0] - bounds[1]) / (2 * step)).item()
+    block = gradients.ROWS // 6
+
+    class Fixed(Mixture):
+        def noise(self, k, generator=None):
+            return eps.repeat(block, 1, 1)
+
+    mixture = Free(Fixed((first, second), logits))
+    gradients.BATCH_AXIS[Fixed, "logits"] = 1
+    mine = gradients.draws("elbo-total", joint, mixture, x, draws=1, k=2)[0, 24:].reshape(3, 2)[1, 0].item()
+    del gradients.BATCH_AXIS[Fixed, "logits"]
+    assert mine == pytest.approx(exact, rel=1e-6)
+
+
+def test_recurrent_layers_are_differentiated_in_a_loop():
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = torch.nn.LSTM(1, 3, batch_first=True), torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            mean, log_std = self.head(self.lstm(x.unsqueeze(-1))[0][:, -1]).chunk(2, -1)
+            return DiagonalGaussian(mean, log_std)
+
+    encoder, x = Recurrent().double(), torch.ones(2, 1, dtype=DTYPE)
+    draws = gradients.draws(
+        "elbo-path", OneLayerJoint(), encoder, x, draws=3, wrt="encoder", generator=seeded()
+    )
+    assert draws.shape == (3, sum(p.numel() for p in encoder.parameters())) and draws.abs().max() > 0
+
+
+def test_the_model_is_left_as_it_was():
+    joint, encoder = TwoLayerJoint(), TwoLayerEncoder()
+    for wrt in gradients.WRT:
+        gradients.measure(["elbo-path"], joint, encoder, TWO_LAYERS[3], draws=4, wrt=wrt, repeats=1)
+    assert all(p.grad is None and p.requires_grad for m in (joint, encoder) for p in m.parameters())
+
+
+def test_two_layers_and_the_trap_of_detached_outputs():
+    """At the exact posterior: none for path, 3/2 for total, 1/2 for the outputs detached, in the first mean."""
+    joint, x = TwoLayerJoint(), TWO_LAYERS[3]
+    right, wrong = TwoLayerEncoder.exact(), DetachedTwoLayerEncoder.exact()
+    noise = {"draws": 100_000, "generator": seeded()}
+    measured = gradients.measure(["elbo-path", "elbo-total"], joint, right, x, **noise)
+    assert measured["elbo-path"].variance[0] < 1e-28
+    total = measured["elbo-total"]
+    assert abs(total.variance[0] - 1.5) < 4 * total.variance_error[0]
+    detached = gradients.measure(["elbo-path"], joint, wrong, x, **noise)["elbo-path"]
+    assert abs(detached.variance[0] - 0.5) < 4 * detached.variance_error[0]
+
+
+def test_time_is_taken_when_asked_for():
+    measured = gradients.measure(["elbo-path"], OneLayerJoint(), OneLayerEncoder(), X, draws=10, repeats=2)[
+        "elbo-path"
+    ]
+    assert measured.seconds > 0
+    assert measured.variance_time == measured.total_variance * measured.seconds
+
+
+# --- the scaled score -----------------------------------------------------------------------------------------------------
+
+
+def test_the_scaled_row_runs_from_path_to_total():
+    joint, encoder, x = batch_model()
+    path, half, total = (
+        gradients.draws(row, joint, encoder, x, draws=20, k=2, generator=seeded())
+        for row in ("elbo-path", elbo_scaled(0.5), "elbo-total")
+    )
+    torch.testing.assert_close(half, (path + total) / 2, rtol=1e-12, atol=1e-12)
+    for scale, end in ((0.0, path), (1.0, total)):
+        row = gradients.draws(elbo_scaled(scale), joint, encoder, x, draws=20, k=2, generator=seeded())
+        torch.testing.assert_close(row, end, rtol=1e-12, atol=1e-12)
+
+
+def test_the_scaled_row_is_unbiased_for_every_scale():
+    for scale in (-1.0, 0.3, 2.0):
+        found = gradients.bias_test(
+            elbo_scaled(scale),
+            "elbo-total",
+            OneLayerJoint(),
+            OneLayerEncoder(),
+            X,
+            draws=20_000,
+            generator=seeded(),
+        )
+        assert not found.biased
+
+
+# --- the bias test ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bias_test_raises_false_alarms_no_more_often_than_it_says():
+    """500 seeds at a rate of 5 %: at most 25 + 4 sqrt(25 * 0.95) = 44 alarms; and not none, or it could not fail."""
+    joint, encoder = OneLayerJoint(), OneLayerEncoder()
+    alarms = sum(
+        gradients.bias_test(
+            "iwae-total",
+            "iwae-dreg",
+            joint,
+            encoder,
+            X,
+            draws=1000,
+            k=2,
+            error_rate=0.05,
+            generator=seeded(seed),
+        ).biased
+        for seed in range(500)
+    )
+    assert 6 <= alarms <= 44, alarms
+
+
+def test_the_bias_test_finds_iwae_path():
+    joint, encoder = OneLayerJoint(), OneLayerEncoder()
+    for k, biased in ((1, False), (5, True)):
+        for wrt in ("posterior", "encoder"):
+            found = gradients.bias_test(
+                "iwae-path", "iwae-dreg", joint, encoder, X, draws=2000, k=k, wrt=wrt, generator=seeded()
+            )
+            assert found.biased is biased, (k, wrt, found.t)
+
+
+def test_the_bias_test_finds_a_slip_of_sign_and_a_small_bias():
+    def slip(log_w):
+        w = log_w.softmax(0)
+        return Weights(w, w, w)
+
+    models_and_data, wrong = (
+        (OneLayerJoint(), OneLayerEncoder(), X),
+        Estimator("wrong", "iwae", "iwae", 1, "", slip),
+    )
+    assert gradients.bias_test(
+        wrong, "iwae-dreg", *models_and_data, draws=2000, k=2, generator=seeded()
+    ).biased
+    assert not gradients.bias_test(
+        elbo_scaled(-1), "elbo-path", *models_and_data, draws=2000, generator=seeded()
+    ).biased
+
+    def two_percent_more(log_w):
+        u = torch.full_like(log_w, 1.02 / log_w.shape[0])
+        return Weights(u, u, None)
+
+    more = Estimator(
+        "more", "elbo", "elbo", 1, "", two_percent_more
+    )  # found, since the two share their noise
+    assert gradients.bias_test(more, "elbo-path", *models_and_data, draws=2000, generator=seeded()).biased
+
+
+def test_rounding_is_no_bias():
+    """Two ways to compute one number differ by rounding, always the same way."""
+    joint, encoder, x = batch_model()
+    same = elbo_scaled(0.0)
+    for dtype in (torch.float32, torch.float64):
+        found = gradients.bias_test(
+            same, "iwae-total", joint.to(dtype), encoder.to(dtype), x.to(dtype), draws=50, k=1
+        )
+        assert found.standard_error.min() > 0
+    shifted = Estimator(
+        "shifted",
+        "elbo",
+        "elbo",
+        1,
+        "",
+        lambda w: Weights(torch.ones_like(w), torch.ones_like(w) * (1 + 1e-15), None),
+    )
+    assert not gradients.bias_test(shifted, "elbo-path", joint, encoder, x, draws=50).biased
+
+
+# --- bad use ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wrt": "weight"}, r"no set of parameters \(wrt\) is called 'weight', did you mean 'weights'"),
+        ({"estimators": ["elbo-pat"]}, "did you mean 'elbo-path'"),
+        ({"estimators": "elbo-path"}, "must be a list"),
+        ({"estimators": ["iwae-vimco"]}, "needs k >= 2 draws, but k is 1"),
+        ({"estimators": ["elbo-score-loo"], "wrt": "encoder"}, "needs k >= 2 draws, but k is 1"),
+        ({"draws": 1}, "at least 2 draws, but draws is 1"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+    ],
+)
+def test_bad_use_is_refused_in_a_sentence(changes, message):
+    options = {"estimators": ["elbo-path"], "draws": 4, **changes}
+    estimators = options.pop("estimators")
+    with pytest.raises(InputError, match=message):
+        gradients.measure(estimators, OneLayerJoint(), OneLayerEncoder(), X, **options)
+
+
+def test_a_model_without_weights_and_an_error_rate_that_is_none():
+    class Target(torch.nn.Module):
+        def forward(self, x, z):
+            return -0.5 * z.square().sum(-1) + 0 * x.sum(-1)
+
+    with pytest.raises(InputError, match="joint without parameters"):
+        gradients.draws("elbo-path", Target(), OneLayerEncoder(), X, draws=2, wrt="joint")
+    with pytest.raises(InputError, match="error_rate"):
+        gradients.bias_test("elbo-path", "elbo-total", Target(), OneLayerEncoder(), X, draws=10, error_rate=5)

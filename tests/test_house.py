@@ -1,0 +1,212 @@
+"""The house: versions in step, commands documented, nothing of one machine in the files, a quiet import."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+# Versions
+
+
+def unpinned(project: dict, constraints: str) -> list[str]:
+    """Requirements of the project whose pin is missing, not exact, or outside their range."""
+    lines = [line for line in constraints.splitlines() if line and not line.startswith("#")]
+    inexact = [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.!]+", line)]
+    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    wanted = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    return inexact + [
+        text
+        for text, need in ((text, Requirement(text)) for text in wanted)
+        if canonicalize_name(need.name) not in pins
+        or not need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True)
+    ]
+
+
+def test_every_requirement_is_pinned_inside_its_range():
+    assert unpinned(tomllib.loads(read("pyproject.toml"))["project"], read("constraints.txt")) == []
+
+
+@pytest.mark.parametrize("constraints", ["", "numpy==1.26.0", "numpy>=2.0", "numpy==2.*"])
+def test_a_pin_that_is_missing_or_out_of_range_is_found(constraints):
+    project = {"dependencies": [], "optional-dependencies": {"book": ["numpy>=2.0,<3"]}}
+    assert unpinned(project, "numpy==2.1.0") == []
+    assert unpinned(project, constraints) != []
+
+
+def test_conda_and_make_install_the_same_thing():
+    conda = yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert conda[2]["pip"] == ["-c constraints.txt", "-e .[book,test,lab]"]
+    assert "pip install -c constraints.txt -e '.[book,test,lab]'" in read("Makefile")
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    assert Requirement("python" + project["requires-python"]).specifier.contains(conda[0].removeprefix("python="))
+    assert {"book", "test", "lab"} <= set(project["optional-dependencies"])
+
+
+def test_the_version_is_said_once():
+    import vaelib
+
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == vaelib.__version__
+
+
+# Commands and files
+
+
+def undocumented(makefile: str, documents: str) -> list[str]:
+    """Targets that the documents do not mention, and mentioned ones that do not exist."""
+    targets = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE)) - {"help", "distclean"}
+    mentioned = set(re.findall(r"(?:^|`|\s)make ([a-z]+)\b(?=`|  | #|$| PYTHON)", documents, re.MULTILINE))
+    return sorted(targets ^ mentioned)
+
+
+def test_every_command_is_documented():
+    assert undocumented(read("Makefile"), read("README.md")) == []
+    assert undocumented(read("Makefile"), read("book/running.md")) == []
+
+
+def test_a_command_that_is_undocumented_or_invented_is_found():
+    makefile = "book: x  ## render\n\t@true\nlab:  ## open\n"
+    assert undocumented(makefile, "`make book`\nmake lab   # opens") == []
+    assert undocumented(makefile, "`make book`") == ["lab"]
+    assert undocumented(makefile, "`make book` and `make lab` and `make coffee`") == ["coffee"]
+
+
+def broken_links(folder: Path, text: str) -> list[str]:
+    """Relative links of a Markdown text that lead nowhere."""
+    return [
+        target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target and not (folder / target).exists()
+    ]
+
+
+def test_links_of_the_front_page_lead_somewhere(tmp_path):
+    assert broken_links(ROOT, read("README.md") + read("CONTRIBUTING.md")) == []
+    assert broken_links(tmp_path, "[a](missing.md) and ![b](missing.png)") == ["missing.md", "missing.png"]
+
+
+MACHINE = re.compile(r"(?<![\w.~/\"'-])/(?:home|root|Users|work|workspace|mnt|opt|srv|scratch)/\w")
+
+
+def tracked() -> list[Path]:
+    """The files that belong to the project: those git knows or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def machine_paths(paths: list[Path]) -> list[str]:
+    found = []
+    for path in paths:
+        if path.suffix in {".png", ".npz", ".gz", ".pt"} or path.name == "test_book.py":
+            continue
+        text = path.read_text("utf-8")
+        found += [f"{path.name}: {hit[0]}" for hit in MACHINE.finditer(text)]
+    return found
+
+
+def test_no_file_names_a_place_on_one_machine(tmp_path):
+    assert machine_paths(tracked()) == []
+    control = tmp_path / "config.py"
+    control.write_text("folder = open(/" + "home/someone/data.txt)")
+    assert len(machine_paths([control])) == 1
+
+
+def test_the_code_passes_ruff():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "vaelib", "tests", "benchmarks", "book/_tools"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+# A quiet import
+
+PROBE = """
+import pkgutil, random, socket, sys, warnings
+import matplotlib, numpy, torch
+
+def state():
+    return {
+        "torch seed": torch.get_rng_state().tolist(),
+        "numpy seed": str(numpy.random.get_state()),
+        "python seed": random.getstate(),
+        "warning filters": list(warnings.filters),
+        "torch dtype": torch.get_default_dtype(),
+        "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "torch grad": torch.is_grad_enabled(),
+        "torch determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+        "torch precision": torch.get_float32_matmul_precision(),
+        "denormals": bool(torch.tensor([1e-310], dtype=torch.float64).mul(1.0) == 0),
+        "matplotlib": dict(matplotlib.rcParams),
+    }
+
+def refuse(*args, **kwargs):
+    print("socket")
+    raise OSError("no network at import")
+
+def everything(name):
+    package = __import__(name)
+    for module in pkgutil.walk_packages(package.__path__, name + "."):
+        if not module.name.endswith("__main__"):
+            __import__(module.name)
+
+before = state()
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+everything(sys.argv[1])
+after = state()
+print("\\n".join(name for name in before if before[name] != after[name]))
+"""
+
+
+def touched(package: str, folder: Path) -> set[str]:
+    """What importing every module of ``package`` from ``folder`` changes or reaches for."""
+    result = subprocess.run([sys.executable, "-c", PROBE, package], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split("\n")) - {""}
+
+
+def test_importing_the_package_changes_nothing():
+    assert touched("vaelib", ROOT) == set()
+
+
+LOUD = """
+import random, socket, warnings
+import matplotlib, numpy, torch
+
+torch.manual_seed(0)
+numpy.random.seed(0)
+random.seed(0)
+warnings.filterwarnings("ignore")
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(torch.get_num_threads() + 1)
+torch.set_grad_enabled(False)
+torch.use_deterministic_algorithms(True)
+torch.set_float32_matmul_precision("medium")
+torch.set_flush_denormal(True)
+matplotlib.rcParams["figure.dpi"] = 71
+try:
+    socket.create_connection(("localhost", 9))
+except OSError:
+    pass
+"""
+
+
+def test_an_import_that_changes_something_is_found(tmp_path):
+    (tmp_path / "loud").mkdir()
+    (tmp_path / "loud/__init__.py").write_text("")
+    (tmp_path / "loud/module.py").write_text(LOUD)
+    assert touched("loud", tmp_path) == {"socket", *re.findall(r'"([\w ]+)":', PROBE)}

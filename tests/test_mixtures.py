@@ -1,0 +1,433 @@
+"""Mixture posteriors, GDReG and the refusals that go with them, against integrals on a grid; in float64.
+
+The truth for a mixture is the ELBO as an ordinary integral, :math:`\\int q \\log (p / q)\\, dz`, which knows neither
+components drawn one by one nor stopped gradients.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from toys import (
+    DTYPE,
+    ONE_LAYER,
+    AffineGaussian,
+    OneLayerEncoder,
+    OneLayerJoint,
+    TwoLayerEncoder,
+    exact_gradient,
+    parameter,
+    quadrature,
+)
+
+from vaelib import bounds, checks, data, evaluation, gdreg, gradients, models, objectives, training
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS
+from vaelib.likelihoods import Gaussian
+from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture
+
+GRID = torch.linspace(-9, 9, 6001, dtype=DTYPE).reshape(-1, 1, 1)
+STEP = (GRID[1] - GRID[0]).item()
+X = torch.tensor([[1.5]], dtype=DTYPE)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
+
+
+class Squared(nn.Module):
+    """p(z) = N(0, 1), p(x | z) = N(z^2, 1/4): two modes, a sign that x does not tell."""
+
+    def forward(self, x, z):
+        normal = Normal(torch.zeros((), dtype=DTYPE), 1.0)
+        return (normal.log_prob(z) + Normal(z.square(), 0.5).log_prob(x)).sum(-1)
+
+
+class MixtureParameters(nn.Module):
+    """An encoder whose mixture is the same for every x, with the weights as logits or as they are."""
+
+    def __init__(self, mean, log_std, logits):
+        super().__init__()
+        self.mean, self.log_std, self.logits = parameter(*mean), parameter(*log_std), parameter(*logits)
+
+    def forward(self, x):
+        rows = [p.reshape(-1, 1, 1).expand(-1, *x.shape) for p in (self.mean, self.log_std)]
+        components = tuple(map(DiagonalGaussian, *rows))
+        return Mixture(components, self.logits.unsqueeze(1).expand(-1, len(x)))
+
+
+@pytest.fixture
+def encoder():
+    return MixtureParameters((-0.9, 0.2, 1.4), (-0.7, 0.1, -1.0), (0.3, -0.4, 0.8))
+
+
+@pytest.fixture(params=["diagonal", "full"])
+def mixture(request):
+    """Three components in two dimensions for four observations, and the same from torch."""
+    mean, logits = randn(3, 4, 2), randn(3, 4, seed=1)
+    if request.param == "diagonal":
+        log_std = 0.4 * randn(3, 4, 2, seed=2)
+        q = Mixture(tuple(map(DiagonalGaussian, mean, log_std)), logits)
+        family = Independent(Normal(mean.swapaxes(0, 1), log_std.exp().swapaxes(0, 1)), 1)
+    else:
+        tril = randn(3, 4, 2, 2, seed=2).tril(-1) + torch.diag_embed(0.5 + randn(3, 4, 2, seed=3).abs())
+        q = Mixture(tuple(map(FullGaussian, mean, tril)), logits)
+        family = MultivariateNormal(mean.swapaxes(0, 1), scale_tril=tril.swapaxes(0, 1))
+    return q, MixtureSameFamily(Categorical(logits=logits.mT), family)
+
+
+def on_the_grid(joint, q):
+    """The ELBO of one observation as an integral over z."""
+    log_p, log_q = joint(X, GRID)[:, 0], q.log_prob(GRID)[:, 0]
+    return (log_q.exp() * (log_p - log_q)).sum() * STEP
+
+
+def by_quadrature(name, joint, encoder, nodes=60):
+    """The estimator's expected gradient: the draws of the components enter one by one, so they may share a node."""
+    eps, weight = quadrature(1, 1, nodes)
+    eps = eps.expand(3, -1, -1)
+    loss = weight @ objectives.surrogate(ESTIMATORS[name], joint, encoder, X.expand(len(weight), -1), eps)
+    return [-g for g in torch.autograd.grad(loss, list(encoder.parameters()))]
+
+
+# --- the posterior -----------------------------------------------------------------------------------------------------
+
+
+def test_density_and_mean_agree_with_torch(mixture):
+    q, reference = mixture
+    z = q.sample(q.noise(6, torch.Generator().manual_seed(0)))
+    assert z.shape == (6, 4, 2)
+    torch.testing.assert_close(q.log_prob(z), reference.log_prob(z))
+    torch.testing.assert_close(q.mean, reference.mean)
+
+
+def test_draws_come_component_after_component_and_the_shares_put_them_right(mixture):
+    """4 standard errors in each of 4 x 2 means and second moments; without the shares they are wrong."""
+    q, reference = mixture
+    z = q.sample(q.noise(60_000, torch.Generator().manual_seed(0))).unflatten(0, (3, -1))
+    torch.testing.assert_close(q.log_share(6).exp().mean(0), torch.ones(4, dtype=DTYPE))
+    for values, truth in ((z, reference.mean), (z.square(), reference.variance + reference.mean.square())):
+        weighted = (q.log_share(3).exp().unsqueeze(1).unsqueeze(-1) * values).mean(0)
+        checks.unbiased(weighted, truth)
+        checks.biased(values.mean(0), truth)
+    first = q.components[0].mean
+    torch.testing.assert_close(q.sample(torch.zeros(6, 4, 2, dtype=DTYPE))[:2], first.expand(2, -1, -1))
+
+
+def test_draws_that_cannot_be_shared_equally_are_refused(mixture):
+    q, _ = mixture
+    for attempt in (lambda: q.noise(4), lambda: q.noise(0), lambda: q.sample(randn(5, 4, 2))):
+        with pytest.raises(InputError, match="must be a multiple of 3, but is"):
+            attempt()
+    encoder = models.GaussianMixtureMLP((5, 4), 2, components=3)
+    with pytest.raises(InputError, match="multiple of 3, but is 1"):
+        encoder.noise(1, torch.zeros(2, 5))
+
+
+def test_weights_off_the_simplex_are_refused(mixture):
+    q, _ = mixture
+    weights = q.log_weights.exp()
+    z = randn(3, 4, 2, seed=9)
+    torch.testing.assert_close(Mixture.from_weights(q.components, weights).log_prob(z), q.log_prob(z))
+    with pytest.raises(InputError, match="sum to 1.1; divide them by their sum"):
+        Mixture.from_weights(q.components, 1.1 * weights)
+    tilted = weights + torch.tensor([[2.0], [0.0], [-2.0]], dtype=DTYPE)
+    with pytest.raises(InputError, match="must be at least 0 .* but one is -"):
+        Mixture.from_weights(q.components, tilted)
+
+
+def test_a_component_of_weight_zero_is_not_there():
+    mean = torch.tensor([[[0.0]], [[5.0]]], dtype=DTYPE)
+    components = tuple(DiagonalGaussian(m, torch.zeros_like(m)) for m in mean)
+    weights = torch.tensor([[1.0], [0.0]], dtype=DTYPE, requires_grad=True)
+    q = Mixture.from_weights(components, weights)
+    torch.testing.assert_close(q.log_prob(GRID), components[0].log_prob(GRID))
+    assert q.mean.item() == 0
+
+
+# --- the objective -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path"])
+def test_the_expected_gradient_is_that_of_the_integral_weights_included(encoder, name):
+    truth = torch.autograd.grad(on_the_grid(Squared(), encoder(X)), list(encoder.parameters()))
+    torch.testing.assert_close(by_quadrature(name, Squared(), encoder, 200), list(truth), rtol=0, atol=1e-8)
+
+
+class LogSoftmaxOff(Mixture):
+    """The wrong way: the weights as they are, with nothing that keeps them on the simplex."""
+
+    @property
+    def log_weights(self):
+        return self.logits
+
+    def stop_gradient(self):
+        return LogSoftmaxOff(tuple(q.stop_gradient() for q in self.components), self.logits.detach())
+
+
+class RawWeights(MixtureParameters):
+    def forward(self, x):
+        q = super().forward(x)
+        return LogSoftmaxOff(q.components, q.logits.log())
+
+
+def test_raw_weights_get_a_gradient_that_is_off_by_one():
+    """E_q[d log q / d pi_c] = 1 for each c: nothing on the simplex, where the steps sum to zero, but not nothing."""
+    raw = RawWeights((-0.9, 0.2, 1.4), (-0.7, 0.1, -1.0), (0.3, 0.2, 0.5))
+    total, path = (by_quadrature(name, Squared(), raw, 200) for name in ("elbo-total", "elbo-path"))
+    torch.testing.assert_close(path[:2], total[:2], rtol=0, atol=1e-8)
+    torch.testing.assert_close(path[2] - total[2], torch.ones(3, dtype=DTYPE), rtol=0, atol=1e-8)
+
+
+def test_the_weights_need_their_live_share(encoder):
+    """Stopped everywhere, as by a Mixture whose shares are stopped as well, they would never learn."""
+
+    class Stopped(Mixture):
+        def log_share(self, k):
+            return super().log_share(k).detach()
+
+    class Deaf(MixtureParameters):
+        def forward(self, x):
+            q = super().forward(x)
+            return Stopped(q.components, q.logits)
+
+    deaf = Deaf((-0.9, 0.2, 1.4), (-0.7, 0.1, -1.0), (0.3, -0.4, 0.8))
+    truth = torch.autograd.grad(on_the_grid(Squared(), encoder(X)), encoder.logits)[0]
+    eps, _ = quadrature(1, 1, 5)
+    objectives.backward(ESTIMATORS["elbo-path"], Squared(), deaf, X.expand(5, -1), eps.expand(3, -1, -1))
+    assert deaf.logits.grad.abs().max() == 0 and truth.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["diagonal", "full"])
+def test_path_has_no_variance_at_the_exact_mixture_posterior(family):
+    mean, logits = randn(5, 1, 2), randn(5, 1, seed=1)
+    tril = 0.3 * randn(5, 1, 2, 2, seed=2).tril(-1) + torch.diag_embed(0.5 + randn(5, 1, 2, seed=3).abs())
+    components = map(FullGaussian, mean, tril) if family == "full" else map(DiagonalGaussian, mean, 0.2 * mean.flip(0))
+    q = Mixture(tuple(components), logits)
+
+    class Exact(nn.Module):
+        def forward(self, x, z):
+            return q.log_prob(z) - 1.7
+
+    for row, quiet in (("elbo-path", True), ("elbo-total", False), ("iwae-path", True), ("iwae-total", False)):
+        draws = gradients.draws(
+            row, Exact(), lambda x: q, X, draws=200, k=10, generator=torch.Generator().manual_seed(0)
+        )
+        if quiet:
+            checks.no_variance(draws)
+            assert draws.abs().max() < 1e-10
+        else:
+            with pytest.raises(AssertionError):
+                checks.no_variance(draws)
+
+
+def test_the_engine_the_reference_and_algorithm_3_are_one(encoder):
+    eps = randn(6, 2, 1)
+    x = torch.tensor([[1.5], [0.7]], dtype=DTYPE)
+    for name in ("elbo-path", "elbo-total", "iwae-total"):
+        encoder.zero_grad()
+        value = objectives.backward(ESTIMATORS[name], Squared(), encoder, x, eps)
+        fast = [p.grad.clone() for p in encoder.parameters()]
+        loss = objectives.surrogate(ESTIMATORS[name], Squared(), encoder, x, eps)
+        torch.testing.assert_close(value, -loss.detach())
+        torch.testing.assert_close(fast, list(torch.autograd.grad(loss.mean(), list(encoder.parameters()))))
+    q, pi = encoder(x), encoder(x).log_weights.exp()
+    total = 0
+    for c, component in enumerate(q.components):  # as printed in the paper
+        z = component.sample(eps[2 * c : 2 * c + 2])
+        total = total + pi[c] * (Squared()(x, z) - q.stop_gradient().log_prob(z)).mean(0)
+    value = -objectives.surrogate(ESTIMATORS["elbo-path"], Squared(), encoder, x, eps)
+    torch.testing.assert_close(total, value)
+    torch.testing.assert_close(
+        torch.autograd.grad(total.sum(), list(encoder.parameters())),
+        torch.autograd.grad(value.sum(), list(encoder.parameters())),
+    )
+
+
+def test_the_stratified_importance_weighted_bound_is_one(encoder):
+    """The shares make the mean weight p(x) exactly; the bound lies between the ELBO and log p(x); by quadrature."""
+    log_p_x = (Squared()(X, GRID).logsumexp(0) + math.log(STEP)).detach()
+    eps, weight = quadrature(1, 3, 40)
+    many = X.expand(len(weight), -1)
+    with torch.no_grad():
+        q = encoder(many)
+        z = q.sample(eps)
+        log_w = Squared()(many, z) - q.log_prob(z)
+        mean_weight = weight @ (q.log_share(3) + log_w).exp().mean(0)
+        elbo, iwae = (
+            -weight @ objectives.surrogate(ESTIMATORS[name], Squared(), encoder, many, eps)
+            for name in ("elbo-path", "iwae-total")
+        )
+        without = weight @ log_w.exp().mean(0)
+    torch.testing.assert_close(mean_weight.log(), log_p_x.squeeze(), rtol=0, atol=1e-6)
+    assert elbo + 0.05 < iwae < log_p_x - 0.01
+    assert abs(without.log() - log_p_x) > 0.05  # the negative control
+
+
+def test_rows_that_do_not_fit_a_mixture_are_refused(encoder):
+    for name in ESTIMATORS:
+        eps = randn(3, 1, 1)
+        if name in objectives.MIXTURE_ROWS:
+            objectives.backward(ESTIMATORS[name], Squared(), encoder, X, eps)
+        else:
+            for engine in (objectives.backward, objectives.surrogate):
+                with pytest.raises(InputError, match=f"'{name}' .* use one of elbo-total, elbo-path"):
+                    engine(ESTIMATORS[name], Squared(), encoder, X, eps)
+
+
+def test_the_log_likelihood_counts_every_draw_by_its_share(encoder):
+    """4 standard errors; with the shares left out the estimate is off."""
+    truth = (Squared()(X, GRID).logsumexp(0) + math.log(STEP)).detach()
+
+    class Deaf(Mixture):
+        def log_share(self, k):
+            return torch.zeros_like(super().log_share(k))
+
+    for make, right in ((encoder, True), (lambda x: Deaf(encoder(x).components, encoder(x).logits), False)):
+        model = nn.Module()
+        model.joint, module = Squared(), nn.Module()
+        module.forward, module.noise = make, lambda k, x, g: torch.randn(k, len(x), 1, generator=g, dtype=DTYPE)
+        model.encoder = module
+        value, error = evaluation.log_likelihood(
+            model, X, 30_000, 3000, torch.Generator().manual_seed(0), return_standard_error=True
+        )
+        assert (abs(value - truth) < 4 * error).item() is right
+
+
+def test_a_mixture_vae_trains_and_is_measured():
+    images = data.load("digits", "dynamic")
+    sizes = {"hidden": 12, "latent": 2, "components": 2}
+    model = models.build("mlp-1-mixture", 64, images.train.grey.mean(0), torch.Generator().manual_seed(0), **sizes)
+    before = [p.clone() for p in model.encoder.logits.parameters()]
+    history = training.fit(model, images.train, "elbo-path", epochs=3, k=2, lr=5e-3, batch_size=50)
+    assert history[-1]["bound"] > history[0]["bound"] + 1
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(before, model.encoder.logits.parameters()))
+    x = images.test.batch(slice(0, 20), torch.Generator().manual_seed(0))
+    assert evaluation.log_likelihood(model, x, 20, 10).isfinite().all()
+    assert evaluation.active_units(model.encoder, x)[0] in (1, 2)
+    with pytest.raises(InputError, match="multiple of 2, but is 3"):
+        training.fit(model, images.train, "elbo-path", k=3)
+
+
+# --- the generalised doubly reparameterised gradient -------------------------------------------------------------------
+
+
+class Decode(nn.Module):
+    """p(x | z1) = N(w z1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = parameter(1.1)
+
+    def forward(self, z):
+        return Gaussian(self.w * z, torch.zeros(1, dtype=DTYPE))
+
+
+def two_layers():
+    return models.HierarchicalJoint(AffineGaussian(0.8, 0.1, -0.2), Decode()), TwoLayerEncoder()
+
+
+def expected_gdreg(surrogate, name, k, joint, encoder):
+    eps, weight = quadrature(2, k, nodes=40 if k == 1 else 12)
+    x = torch.ones(1, 1, dtype=DTYPE)
+    value = -weight @ surrogate(ESTIMATORS[name], joint, encoder, x.expand(len(weight), -1), eps)
+    mine = torch.autograd.grad(value, [*joint.parameters(), *encoder.parameters()])
+    return list(mine), exact_gradient(ESTIMATORS[name].bound, joint, encoder, x, eps, weight)
+
+
+@pytest.mark.parametrize(("name", "k"), [("elbo-path", 1), ("elbo-path", 2), ("iwae-dreg", 1), ("iwae-dreg", 2)])
+def test_gdreg_has_the_exact_expectation(name, k):
+    """In all parameters: prior, decoder and both layers of q; the quadrature for K = 2 has 12 nodes in 4 dimensions."""
+    mine, truth = expected_gdreg(gdreg.surrogate, name, k, *two_layers())
+    atol = 1e-3 if (name, k) == ("iwae-dreg", 2) else 1e-10
+    torch.testing.assert_close(mine, truth, rtol=0, atol=atol)
+
+
+def test_gdreg_without_the_change_of_measure_is_biased():
+    """The negative control: as if the draws came from the prior, whose score then has no q / p in it."""
+
+    def naive(estimator, joint, encoder, x, eps):
+        posterior = encoder(x).stop_gradient()
+        z1, z2 = (z.detach() for z in posterior.sample(eps))
+        prior = joint.prior(z2)
+        moved = prior.sample(((z1 - prior.mean) * (-prior.log_std).exp()).detach()), z2
+        log_w = joint(x, moved) - posterior.log_prob(moved)
+        return -bounds.BOUNDS[estimator.bound](log_w)
+
+    joint, encoder = two_layers()
+    eps, weight = quadrature(2, 1, nodes=40)
+    x = torch.ones(len(weight), 1, dtype=DTYPE)
+    prior = list(joint.prior.parameters())
+    wrong = torch.autograd.grad(-weight @ naive(ESTIMATORS["elbo-path"], joint, encoder, x, eps), prior)
+    _, truth = expected_gdreg(gdreg.surrogate, "elbo-path", 1, joint, encoder)
+    assert max((a - b).abs().max() for a, b in zip(wrong, truth)) > 0.1
+
+
+def test_gdreg_says_what_it_is_for():
+    joint, encoder = two_layers()
+    eps = (randn(2, 1, 1), randn(2, 1, 1, seed=1))
+    with pytest.raises(InputError, match="elbo-path and iwae-dreg, but the estimator is 'iwae-total'"):
+        gdreg.surrogate(ESTIMATORS["iwae-total"], joint, encoder, X, eps)
+    with pytest.raises(InputError, match="but the joint is a OneLayerJoint"):
+        gdreg.surrogate(ESTIMATORS["iwae-dreg"], OneLayerJoint(), OneLayerEncoder(), X, eps[0])
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_an_importance_weighted_bound_with_a_closed_form_is_refused():
+    joint = models.LinearGaussian(torch.ones(1, 1, dtype=DTYPE), torch.zeros(1, dtype=DTYPE), torch.zeros((), dtype=DTYPE))
+    q = DiagonalGaussian(torch.tensor([[0.4]], dtype=DTYPE, requires_grad=True), torch.zeros(1, 1, dtype=DTYPE))
+    z = q.sample(randn(5, 1, 1))
+    for form in ("entropy", "kl"):
+        with pytest.raises(InputError, match=f"'{form}' takes .* needs log w itself .* use form 'monte-carlo'"):
+            bounds.estimate(form, "iwae", joint, X, q, z)
+    log_w = joint(X, z) - q.log_prob(z)
+    torch.testing.assert_close(bounds.estimate("monte-carlo", "iwae", joint, X, q, z), bounds.iwae(log_w))
+    assert torch.autograd.grad(bounds.estimate("kl", "elbo", joint, X, q, z).sum(), q.mean)[0].isfinite().all()
+    with pytest.raises(InputError, match="no form of the ELBO is called 'kll', did you mean 'kl'"):
+        bounds.estimate("kll", "elbo", joint, X, q, z)
+    mixture = Mixture((q, q), torch.zeros(2, 1, dtype=DTYPE))
+    with pytest.raises(InputError, match="Mixture has no entropy in closed form"):
+        bounds.estimate("entropy", "elbo", joint, X, mixture, mixture.sample(randn(4, 1, 1)))
+
+
+class Coins:
+    """A discrete posterior: its sample does not move with its parameters."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def sample(self, eps):
+        return (eps < self.logits.sigmoid()).to(eps.dtype)
+
+    def log_prob(self, z):
+        return (z * self.logits - nn.functional.softplus(self.logits)).sum(-1)
+
+    def stop_gradient(self):
+        return Coins(self.logits.detach())
+
+
+class CoinEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.logits = parameter(0.3)
+
+    def forward(self, x):
+        return Coins(self.logits.expand_as(x))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda e: e.name)
+def test_a_discrete_posterior_is_refused_by_the_reparameterised_rows_alone(estimator):
+    joint, encoder, x = OneLayerJoint(), CoinEncoder(), ONE_LAYER[3]
+    eps = torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
+    for engine in (objectives.backward, objectives.surrogate):
+        if estimator.reparameterised:
+            with pytest.raises(InputError, match=f"'{estimator.name}' is reparameterised.* such as elbo-score-loo"):
+                engine(estimator, joint, encoder, x, eps)
+            assert joint.theta.grad is None  # refused before anything was added
+        else:
+            engine(estimator, joint, encoder, x, eps)
+            joint.zero_grad()

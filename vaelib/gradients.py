@@ -1,0 +1,491 @@
+r"""The gradient laboratory: what an estimator's gradient is like, over as many draws as it takes to know.
+
+A *draw* is one estimate of the gradient of a bound, made from K fresh samples for each of the B observations.
+:func:`draws` returns such gradients as they are; :func:`measure` streams any number of them through
+:class:`Moments`, which keeps a few sums a coordinate; :func:`bias_test` compares the means of two estimators. Every
+estimator sees the same noise, and the noise depends on the generator alone, not on how many draws are taken at once.
+
+Which parameters the gradient is taken in is a key of :data:`WRT`:
+
+=============  ==============================================================================  =========================
+``wrt``        gradient of                                                                     coordinates, in this order
+=============  ==============================================================================  =========================
+"posterior"    each observation's own bound, in the numbers its posterior is made of,          field by field: mean
+               such as ``mean`` and ``log_std``                                                ``[B, D]``, log_std ``[B, D]``
+"encoder"      the bound's mean over the batch, in the encoder's weights                       ``encoder.parameters()``
+"joint"        the same, in the weights of the model                                           ``joint.parameters()``
+"weights"      the same, in both                                                               joint, then encoder
+=============  ==============================================================================  =========================
+
+The question "which estimator?" is best asked with ``wrt="posterior"``: what lies below, the encoder, is the same for all
+of them, and the draws then run side by side as one large batch, many times faster. The modules of a posterior, such as
+the second layer of a hierarchical one, are held still there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
+
+from vaelib import objectives
+from vaelib.errors import InputError, choose
+from vaelib.estimators import ESTIMATORS, Estimator
+from vaelib.posteriors import FullGaussian, Latent, Mixture, map_latent, stop_gradient
+
+ROWS = 8192
+"""Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
+GRADIENTS = 2**23
+"""Numbers in the per-draw gradients of weights that are kept at once."""
+LOOP_FROM = 2**16
+"""Weights from which one backward pass a draw is faster than ``vmap`` over draws (measured on two cores)."""
+
+
+class Moments:
+    r"""The moments of a random vector, from draws that arrive in batches; memory does not grow with their number.
+
+    Keeps the sums of the first four powers of :math:`g - a` for each coordinate, and of the first two of
+    :math:`\|g - a\|^2`, in float64. The anchor a is the mean of the first batch; so close to the mean, plain sums of
+    powers lose no digits. Introduced in book/02-score-and-path.ipynb.
+
+    Attributes
+    ----------
+    count : int
+        how many draws there were.
+    seconds : float or None
+        the time of one training gradient, where :func:`measure` was asked for it.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds: float | None = None
+
+    def add(self, draws: Tensor) -> Moments:
+        """Take in ``draws`` ``[S, P]`` and return the moments themselves."""
+        draws = draws.detach().double()
+        if self.count == 0:
+            self.anchor = draws.mean(0)
+            self.powers, self.norms = draws.new_zeros(4, draws.shape[1]), draws.new_zeros(2)
+        shifted = draws - self.anchor
+        squares = shifted.square()
+        self.count += len(draws)
+        powers = shifted, squares, squares * shifted, squares.square()
+        self.powers += torch.stack([power.sum(0) for power in powers])
+        norms = squares.sum(1)
+        self.norms += torch.stack([norms.sum(), norms.square().sum()])
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The mean :math:`\bar g`, ``[P]``."""
+        return self.anchor + self.powers[0] / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased variance of each coordinate, ``[P]``."""
+        self._need_two()
+        return (self.powers[1] - self.powers[0].square() / self.count).clamp_min(0) / (self.count - 1)
+
+    @property
+    def total_variance(self) -> float:
+        r"""The trace of the covariance, :math:`\Var[g] = \sum_p \Var[g_p]`."""
+        return self.variance.sum().item()
+
+    @property
+    def standard_error(self) -> Tensor:
+        """The standard error of :attr:`mean`, ``[P]``."""
+        return (self.variance / self.count).sqrt()
+
+    @property
+    def variance_error(self) -> Tensor:
+        r"""The standard error of :attr:`variance`, :math:`\sqrt{(m_4 - m_2^2) / S}` with central moments m, ``[P]``."""
+        self._need_two()
+        d, m2, m3, m4 = self.powers / self.count
+        fourth = m4 - 4 * d * m3 + 6 * d.square() * m2 - 3 * d**4
+        return ((fourth - (m2 - d.square()).square()).clamp_min(0) / self.count).sqrt()
+
+    @property
+    def total_variance_error(self) -> float:
+        r"""The standard error of :attr:`total_variance`: that of the mean of :math:`\|g - a\|^2`."""
+        self._need_two()
+        first, second = (self.norms / self.count).tolist()
+        return math.sqrt(max(second - first**2, 0.0) / self.count)
+
+    @property
+    def snr(self) -> Tensor:
+        r"""The signal-to-noise ratio :math:`|\EE[g_p]| / \sqrt{\Var[g_p]}`, ``[P]``.
+
+        Where the mean is 0 this reads about :math:`1 / \sqrt S` and not 0, since the mean is estimated as well.
+        """
+        return self.mean.abs() / self.variance.sqrt()
+
+    @property
+    def total_snr(self) -> float:
+        r"""The signal-to-noise ratio of the whole vector, :math:`\|\EE[g]\| / \sqrt{\Var[g]}`."""
+        noise = math.sqrt(self.total_variance)
+        return self.mean.norm().item() / noise if noise else math.inf
+
+    @property
+    def variance_time(self) -> float:
+        """Total variance times seconds: what it costs to bring the error of the mean down to a given size.
+
+        Raises
+        ------
+        InputError
+            if :func:`measure` was not asked for the time.
+        """
+        if self.seconds is None:
+            raise InputError("no time was taken; ask for it by measure(..., repeats=20)")
+        return self.total_variance * self.seconds
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of the interval that holds each coordinate of the mean with this probability, ``[P]``."""
+        width = two_sided(1 - level) * self.standard_error
+        return self.mean - width, self.mean + width
+
+    def variance_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the ends of the interval that holds the total variance with this probability."""
+        width = two_sided(1 - level) * self.total_variance_error
+        return max(self.total_variance - width, 0.0), self.total_variance + width
+
+    def _need_two(self) -> None:
+        if self.count < 2:
+            raise InputError(f"a variance needs at least 2 draws, but there are {self.count}")
+
+
+@dataclass(frozen=True)
+class BiasTest:
+    """What :func:`bias_test` found.
+
+    Attributes
+    ----------
+    difference, standard_error
+        the mean of the paired difference and its standard error, ``[P]`` each.
+    draws
+        how many there were.
+    error_rate
+        the probability of a false alarm, in all coordinates together.
+    """
+
+    difference: Tensor
+    standard_error: Tensor
+    draws: int
+    error_rate: float
+
+    @property
+    def t(self) -> Tensor:
+        """The t statistic of each coordinate, ``[P]``."""
+        return self.difference / self.standard_error
+
+    @property
+    def threshold(self) -> float:
+        """The size of t that means bias, by Bonferroni's rule over the coordinates."""
+        return two_sided(self.error_rate / len(self.difference))
+
+    @property
+    def biased(self) -> bool:
+        """Whether any coordinate is off."""
+        return bool((self.t.abs() > self.threshold).any())
+
+
+def draws(
+    estimator: Estimator | str,
+    joint: nn.Module,
+    encoder: nn.Module,
+    x: Tensor,
+    *,
+    draws: int,
+    k: int = 1,
+    wrt: str = "posterior",
+    generator: torch.Generator | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return the estimator's gradient for each draw, ``[draws, P]``, in the direction that raises the bound.
+
+    For as many as fit in memory; :func:`measure` streams. Two calls with equal generators see the same noise.
+    Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
+    """
+    (row,) = _rows([estimator]).values()
+    gradients = _per_draw(wrt)(row, joint, encoder, x)
+    return torch.cat([gradients(eps) for eps in _noise(encoder, x, k, draws, generator, chunk)])
+
+
+def measure(
+    estimators: Iterable[Estimator | str],
+    joint: nn.Module,
+    encoder: nn.Module,
+    x: Tensor,
+    *,
+    draws: int,
+    k: int = 1,
+    wrt: str = "posterior",
+    generator: torch.Generator | None = None,
+    chunk: int | None = None,
+    repeats: int = 0,
+    progress: bool = False,
+) -> dict[str, Moments]:
+    """Return the moments of each estimator's gradient over ``draws`` draws, by the estimator's name.
+
+    Introduced in book/02-score-and-path.ipynb.
+
+    Parameters
+    ----------
+    estimators
+        rows of the tableau or their names; all of them see the same noise.
+    joint, encoder, x
+        as for :func:`vaelib.objectives.backward`.
+    draws
+        how many gradients of each, at least 2.
+    k
+        samples a gradient.
+    wrt
+        the parameters, a key of :data:`WRT`.
+    generator
+        draws the noise, on the device of ``x``.
+    chunk
+        differentiate at most so many draws at once, to save memory; the result is the same.
+    repeats
+        also time this many training gradients of each row (:func:`vaelib.objectives.backward`, in turns; the median
+        goes to :attr:`Moments.seconds`).
+    progress
+        show a progress bar.
+
+    Raises
+    ------
+    InputError
+        for a name that does not exist, fewer than 2 draws, or a k for which a row is not defined.
+    """
+    if draws < 2:
+        raise InputError(f"a variance needs at least 2 draws, but draws is {draws}")
+    rows = _rows(estimators)
+    gradients = {name: _per_draw(wrt)(row, joint, encoder, x) for name, row in rows.items()}
+    moments = {name: Moments() for name in rows}
+    with tqdm(total=draws, desc="gradients", unit="draw", disable=not progress, leave=False) as bar:
+        for eps in _noise(encoder, x, k, draws, generator, chunk):
+            for name in rows:
+                moments[name].add(gradients[name](eps))
+            bar.update(_count(eps))
+    if repeats:
+        for name, seconds in _seconds(rows, joint, encoder, x, k, repeats).items():
+            moments[name].seconds = seconds
+    return moments
+
+
+def bias_test(
+    estimator: Estimator | str,
+    reference: Estimator | str,
+    joint: nn.Module,
+    encoder: nn.Module,
+    x: Tensor,
+    *,
+    draws: int,
+    k: int = 1,
+    wrt: str = "posterior",
+    error_rate: float = 0.01,
+    generator: torch.Generator | None = None,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> BiasTest:
+    r"""Test whether two estimators have the same mean, on the same noise.
+
+    With :math:`d_s = g_s - g'_s` for each draw, :math:`t_p = \bar d_p / (\hat\sigma[d_p] / \sqrt S)` in each of the
+    P coordinates; a t beyond the normal quantile of ``error_rate / P`` means bias. What the two share cancels, so
+    this sees much smaller biases than two separate means. The quantile is for many draws (1,000 and more).
+    Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
+
+    Parameters
+    ----------
+    estimator, reference
+        rows of the tableau or their names; the second one is known to be unbiased.
+    error_rate
+        the probability of finding a bias where there is none.
+    """
+    if not 0 < error_rate < 1:
+        raise InputError(f"error_rate must be between 0 and 1, but is {error_rate}")
+    if draws < 2:
+        raise InputError(f"a standard error needs at least 2 draws, but draws is {draws}")
+    (first,), (second,) = _rows([estimator]).values(), _rows([reference]).values()
+    ours, theirs = (_per_draw(wrt)(row, joint, encoder, x) for row in (first, second))
+    difference, size, precision = Moments(), Moments(), torch.finfo(x.dtype).eps
+    with tqdm(total=draws, desc="bias", unit="draw", disable=not progress, leave=False) as bar:
+        for eps in _noise(encoder, x, k, draws, generator, chunk):
+            g = theirs(eps)
+            difference.add(ours(eps) - g)
+            size.add(g.abs())
+            bar.update(_count(eps))
+    rounding = 100 * precision * size.mean.clamp_min(1)  # of two ways to compute the same number
+    return BiasTest(difference.mean, torch.maximum(difference.standard_error, rounding), draws, error_rate)
+
+
+def two_sided(error_rate: float) -> float:
+    """Return the number of standard errors that a normal variable exceeds, either way, with this probability."""
+    return statistics.NormalDist().inv_cdf(1 - error_rate / 2)
+
+
+# --- one draw's gradient -----------------------------------------------------------------------------------------------
+
+PerDraw = Callable[[Latent], Tensor]
+"""Noise ``[S, K, B, D]`` to the gradients ``[S, P]``."""
+
+
+def _of_posterior(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor) -> PerDraw:
+    """All draws as one batch of S x B observations, each with its own copy of the posterior's parameters."""
+    joint = stop_gradient(joint)
+    with torch.no_grad():
+        posterior = encoder(x)
+    batch = len(x)
+
+    def gradients(eps: Latent) -> Tensor:
+        s = _count(eps)
+        leaves: list[tuple[Tensor, int]] = []
+
+        def leaf(value: Tensor, axis: int) -> Tensor:
+            leaves.append((torch.cat([value.detach()] * s, axis).requires_grad_(), axis))
+            return leaves[-1][0]
+
+        repeated, many = _with_parameters(posterior, leaf), x.repeat(s, *[1] * (x.ndim - 1))
+        side_by_side = map_latent(lambda e: e.transpose(0, 1).flatten(1, 2), eps)
+        objectives.backward(estimator, joint, lambda _: repeated, many, side_by_side)
+        parts = [_grad(value).movedim(axis, 0).reshape(s, -1) for value, axis in leaves]
+        return -s * batch * torch.cat(parts, dim=1)
+
+    return gradients
+
+
+def _of_weights(*parts: str) -> Callable[..., PerDraw]:
+    """``vmap`` over draws for few weights; one backward pass after the other for many, or for recurrent layers."""
+
+    def per_draw(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor) -> PerDraw:
+        networks = copy.deepcopy(nn.ModuleDict({"joint": joint, "encoder": encoder}))  # its .grad is ours
+        wanted = [p for part in parts for p in networks[part].parameters()]
+        if not wanted:
+            raise InputError(f"{' and '.join(parts)} without parameters: there is nothing to differentiate")
+        size = sum(p.numel() for p in wanted)
+        objective = objectives.Objective(estimator, networks["joint"], networks["encoder"])
+        everything = {name: p.detach() for name, p in objective.named_parameters()}
+        chosen = {name: p for name, p in everything.items() if name.split(".")[0] in parts}
+
+        def bound(weights: dict[str, Tensor], eps: Latent) -> Tensor:
+            return -functional_call(objective, {**everything, **weights}, (x, eps)).mean()
+
+        def side_by_side(eps: Latent) -> Tensor:
+            one = map_latent(lambda e: e[0], eps)
+            if one_layer := not isinstance(eps, tuple):
+                one = (one,)
+            axes = (None, 0 if one_layer else (0,) * len(one))
+            gradient = vmap(grad(bound), in_dims=axes, chunk_size=max(1, GRADIENTS // size))(chosen, eps)
+            return torch.cat([gradient[name].reshape(_count(eps), -1) for name in chosen], dim=1)
+
+        def one_by_one(eps: Latent) -> Tensor:
+            rows = []
+            for s in range(_count(eps)):
+                networks.zero_grad()
+                draw = map_latent(lambda e, s=s: e[s], eps)
+                objectives.backward(estimator, networks["joint"], networks["encoder"], x, draw)
+                rows.append(-torch.cat([_grad(p).flatten() for p in wanted]))
+            return torch.stack(rows)
+
+        recurrent = any(isinstance(part, nn.RNNBase) for part in networks.modules())  # no rule in vmap
+        return one_by_one if recurrent or size >= LOOP_FROM else side_by_side
+
+    return per_draw
+
+
+WRT: dict[str, Callable[..., PerDraw]] = {
+    "posterior": _of_posterior,
+    "encoder": _of_weights("encoder"),
+    "joint": _of_weights("joint"),
+    "weights": _of_weights("joint", "encoder"),
+}
+"""What a gradient can be taken with respect to, by name."""
+
+
+def _per_draw(wrt: str) -> Callable[..., PerDraw]:
+    return choose("set of parameters (wrt)", wrt, WRT)
+
+
+def _rows(estimators: Iterable[Estimator | str]) -> dict[str, Estimator]:
+    if isinstance(estimators, str):
+        raise InputError(f"estimators must be a list, such as ['{estimators}'], but is one name")
+    rows = [choose("estimator", e, ESTIMATORS) if isinstance(e, str) else e for e in estimators]
+    return {row.name: row for row in rows}
+
+
+def _noise(
+    encoder: nn.Module, x: Tensor, k: int, draws: int, generator: torch.Generator | None, chunk: int | None
+) -> Iterator[Latent]:
+    """Yield the noise of all draws, ``[S, K, B, D]``; it is drawn in blocks that do not depend on ``chunk``."""
+    for name, value in {"k": k, "draws": draws, "chunk": 1 if chunk is None else chunk}.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, but is {value}")
+    with torch.no_grad():
+        posterior = encoder(x)
+    block = max(1, ROWS // (k * len(x)))
+    for start in range(0, draws, block):
+        eps = map_latent(lambda e: e.unflatten(0, (block, k)), posterior.noise(block * k, generator))
+        for first in range(0, min(block, draws - start), chunk or block):
+            last = min(first + (chunk or block), draws - start, block)
+            yield map_latent(lambda e, first=first, last=last: e[first:last], eps)
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _count(eps: Latent) -> int:
+    return len(eps[0] if isinstance(eps, tuple) else eps)
+
+
+def _seconds(
+    rows: dict[str, Estimator], joint: nn.Module, encoder: nn.Module, x: Tensor, k: int, repeats: int
+) -> dict[str, float]:
+    networks = copy.deepcopy(nn.ModuleDict({"joint": joint, "encoder": encoder}))
+    eps = networks["encoder"](x).noise(k, torch.Generator(x.device).manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(repeats + 1):  # the first round warms up
+        for name, row in rows.items():
+            networks.zero_grad()
+            _wait(x.device)
+            start = time.perf_counter()
+            objectives.backward(row, networks["joint"], networks["encoder"], x, eps)
+            _wait(x.device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(series[1:]) for name, series in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+BATCH_AXIS = {(Mixture, "logits"): 1}
+"""Where the parameters of a posterior do not have their observations on axis 0."""
+
+
+def _with_parameters(posterior: Any, change: Callable[[Tensor, int], Tensor], axis: int = 0) -> Any:
+    """Return the same kind of posterior with ``change(parameter, batch axis)`` for each parameter and still modules."""
+    if isinstance(posterior, Tensor):
+        return change(posterior, axis)
+    if isinstance(posterior, nn.Module):
+        return stop_gradient(posterior)
+    if isinstance(posterior, tuple):
+        return tuple(_with_parameters(part, change) for part in posterior)
+    if not is_dataclass(posterior):
+        return posterior
+    if isinstance(posterior, FullGaussian):  # a scale that all observations share becomes one for each
+        *shape, dim = posterior.mean.shape
+        posterior = replace(posterior, scale_tril=posterior.scale_tril.expand(*shape, dim, dim))
+    changed = {}
+    for field in fields(posterior):
+        axis = BATCH_AXIS.get((type(posterior), field.name), 0)
+        changed[field.name] = _with_parameters(getattr(posterior, field.name), change, axis)
+    return replace(posterior, **changed)
