@@ -17,7 +17,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
 
-# An environment that was copied here from another folder would run that folder's code: install again.
+# An environment that came here from another folder would run that folder's code: install again.
 ifneq ("$(shell cat $(VENV)/home 2>/dev/null)","$(CURDIR)")
 ANEW := anew
 endif
@@ -52,7 +52,7 @@ lab: $(VENV)/installed  ## open the chapters in JupyterLab
 	@$(PY) -m jupyterlab book
 
 bench:  ## measure speed beside Pyro, NumPyro and pythae (its own environment; minutes)
-	@$(call environment,$(BENCH))
+	@$(PYTHON) book/_tools/environment.py $(BENCH)
 	@$(BENCH_PY) -m pip install -c constraints.txt -r benchmarks/requirements.txt -e .
 	@$(BENCH_PY) benchmarks/steps.py
 
@@ -63,19 +63,9 @@ clean:  ## remove what was built
 distclean: clean  ## remove the environments too
 	@rm -rf $(VENV) $(BENCH)
 
-# $(call environment,FOLDER): a virtual environment, or one sentence that says what is missing.
-define environment
-command -v "$(PYTHON)" >/dev/null || \
-	{ echo 'Python 3.11 or newer is needed, but "$(PYTHON)" is not on the PATH. Install it, or say: make PYTHON=/path/to/python3' >&2; exit 2; }; \
-"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	{ echo 'Python 3.11 or newer is needed, but "$(PYTHON)" is' "$$('$(PYTHON)' --version 2>&1). Say which one to use: make PYTHON=/path/to/python3" >&2; exit 2; }; \
-"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
-	{ echo '"$(PYTHON)" lacks the module venv. On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 2; }; \
-"$(PYTHON)" -m venv $(1)
-endef
-
 $(VENV)/installed: pyproject.toml constraints.txt $(ANEW)
-	@$(call environment,$(VENV))
+	@command -v $(PYTHON) >/dev/null || { echo 'Python 3.11 or newer is needed; "$(PYTHON)" was not found.' >&2; exit 2; }
+	@$(PYTHON) book/_tools/environment.py $(VENV)
 	@echo 'Installing into $(VENV): a few minutes the first time.'
 	@$(PY) -m pip install -c constraints.txt -e '.[book,test,lab]'
 	@printf '%s\n' '$(CURDIR)' > $(VENV)/home

@@ -12,7 +12,7 @@ import nbformat
 import yaml
 
 MAX_LINES, MAX_COLUMNS, MAX_ALT, MAX_BYTES = 20, 79, 250, 150_000
-CELL_METADATA = {"tags", "mystnb", "jupyter"}
+CELL_METADATA = {"picture", "tags", "mystnb", "jupyter"}
 MACHINE = re.compile(
     r"(?<![\w.~/])/(?:home|root|Users|tmp|usr|opt|mnt|var|work)/"  # a path
     r"|[A-Z]:\\\\?\w|0x[0-9a-f]{6,}"

@@ -43,6 +43,12 @@ def test_the_bibliography_is_in_order_and_has_every_reference_of_the_tableau():
     assert {row.reference for row in ESTIMATORS.values()} <= set(keys)
 
 
+def test_every_kind_of_check_is_explained():
+    page = (BOOK / "how-this-book-checks-itself.md").read_text("utf-8")
+    kinds = re.findall(r"^def ([a-z]\w*)\(.*\) -> None:", (ROOT / "vaelib/checks.py").read_text("utf-8"), re.MULTILINE)
+    assert kinds == re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+
+
 # Negative controls: a notebook that keeps every rule, and for each rule the ways to break it.
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,7 +31,8 @@ def unpinned(project: dict, constraints: str) -> list[str]:
     lines = [line for line in constraints.splitlines() if line and not line.startswith("#")]
     inexact = [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.!]+", line)]
     pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
-    wanted = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(text for extra in extras for text in extra)]
     return inexact + [
         text
         for text, need in ((text, Requirement(text)) for text in wanted)
@@ -68,9 +72,9 @@ def test_the_version_is_said_once():
 
 def undocumented(makefile: str, documents: str) -> list[str]:
     """Targets that the documents do not mention, and mentioned ones that do not exist."""
-    targets = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE)) - {"help", "distclean"}
+    targets = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
     mentioned = set(re.findall(r"(?:^|`|\s)make ([a-z]+)\b(?=`|  | #|$| PYTHON)", documents, re.MULTILINE))
-    return sorted(targets ^ mentioned)
+    return sorted((targets ^ mentioned) - {"help", "distclean"})
 
 
 def test_every_command_is_documented():
@@ -83,6 +87,44 @@ def test_a_command_that_is_undocumented_or_invented_is_found():
     assert undocumented(makefile, "`make book`\nmake lab   # opens") == []
     assert undocumented(makefile, "`make book`") == ["lab"]
     assert undocumented(makefile, "`make book` and `make lab` and `make coffee`") == ["coffee"]
+
+
+def tool(name: str):
+    """A script of ``book/_tools`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"book/_tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_python_that_cannot_make_the_environment_gets_a_sentence(tmp_path, monkeypatch):
+    environment = tool("environment")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "version_info", (3, 10, 0))
+        assert "3.11 or newer is needed" in environment.main(str(tmp_path / "new"))
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    assert "python3-venv" in environment.main(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_notebooks_are_run_whole_or_left_alone(tmp_path, capsys):
+    run_notebooks = tool("run_notebooks")
+    cells = [new_code_cell("x = 2", metadata={"execution": {"iopub.status.idle": "now"}}), new_code_cell("print(x + 1)")]
+    good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
+    nbformat.write(new_notebook(cells=cells), good)
+    nbformat.write(new_notebook(cells=[*cells, new_code_cell("x / 0")]), bad)
+    before = bad.read_bytes()
+
+    assert run_notebooks.main([str(good), str(bad)]) == 1
+    done = nbformat.read(good, as_version=4)
+    assert [cell.execution_count for cell in done.cells] == [1, 2]
+    assert done.cells[1].outputs[0].text == "3\n"
+    assert done.cells[0].metadata == {} and set(done.metadata) == {"kernelspec", "language_info"}
+    assert bad.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.ipynb", "good.ipynb"]
+    once = good.read_bytes()
+    assert run_notebooks.main([str(good)]) == 0
+    assert good.read_bytes() == once
 
 
 def broken_links(folder: Path, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Negative controls of check_site: a good page passes, and each way to break it is found. And what quiet_pages repairs."""
+"""Negative controls of check_site: a good page passes, each way to break one is found. And what quiet_pages does."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ GOOD = """<!DOCTYPE html><html><head>
 <meta name="description" content="A plain sentence."><link rel="stylesheet" href="../style.css">
 <link rel="canonical" href="https://example.org/book/page.html"><script src="../code.js"></script>
 <script>window.MathJax = {"tex": {}}; const space = 1 // 2;</script><style>p { color: red }</style></head>
-<body><article><h1 id="top">A page</h1><p>Some text with a <a href="#top">link</a> and <a href="other.html#there">another</a>
-and <a href="https://example.org">one abroad</a>. <code>:::{note}</code></p>
+<body><article><h1 id="top">A page</h1><p>Some text with a <a href="#top">link</a>
+and <a href="other.html#there">another</a> and <a href="https://example.org">one abroad</a>. <code>:::{note}</code></p>
 <div class="admonition dropdown"><p class="admonition-title">Solution</p></div>
 <img src="../picture.png" alt="A line"></article></body></html>"""
 OTHER = '<html><body><article><h1 id="there">Another page</h1>With some text.</article></body></html>'
@@ -102,6 +102,13 @@ def quiet_pages():
 def test_repeated_ids_are_taken_out_and_others_stay(quiet_pages):
     body = '<div id="thm-a"><section id="proof-content">x</section></div><section class="c" id="solution-content">'
     assert quiet_pages.unique_ids(body) == '<div id="thm-a"><section>x</section></div><section class="c">'
+
+
+def test_a_folded_proof_gets_a_title_and_others_stay(quiet_pages):
+    open_proof = '<div class="proof admonition">\n<p>Proof. By hand.</p></div>'
+    folded = open_proof.replace("proof admonition", "proof dropdown admonition")
+    assert quiet_pages.titled_proofs(open_proof) == open_proof
+    assert '<p class="admonition-title">Proof</p>\n<p>By hand.</p>' in quiet_pages.titled_proofs(folded)
 
 
 def test_thebe_is_taken_out_and_other_scripts_stay(quiet_pages):

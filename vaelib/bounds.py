@@ -34,6 +34,7 @@ def iwae(log_w: Tensor) -> Tensor:
 
 
 BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"elbo": elbo, "iwae": iwae}
+"""The bounds by name."""
 
 
 class FactoredJoint(Protocol):

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelib.bounds import iwae
 from vaelib.errors import InputError
@@ -196,3 +196,28 @@ def elbo_scaled(scale: float) -> Estimator:
         return Weights(theta=u, path=u, score=-scale * u)
 
     return Estimator(f"elbo-scaled({scale:g})", "elbo", "elbo", 1, "roeder2017", rule)
+
+
+@dataclass(frozen=True)
+class LossEstimator:
+    """An estimator beside the tableau: no row, since its channels are not weights of one draw's log w alone.
+
+    It is given by a loss instead, and :mod:`vaelib.objectives` runs it like a row. :data:`vaelib.silent.ELBO` and
+    the special estimators of :mod:`vaelib.discrete` are of this kind.
+
+    Attributes
+    ----------
+    name, bound, target, least_k, reference
+        as for :class:`Estimator`.
+    loss
+        ``(joint, posterior, x, eps) -> [B]``: the value is -bound, its gradient the estimator; a pure function.
+    """
+
+    name: str
+    bound: str
+    target: str | None
+    least_k: int
+    reference: str
+    loss: Callable[[nn.Module, Any, Tensor, Tensor | None], Tensor]
+
+    check = Estimator.check

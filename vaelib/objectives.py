@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from vaelib.bounds import BOUNDS
 from vaelib.errors import InputError
-from vaelib.estimators import Estimator
+from vaelib.estimators import Estimator, LossEstimator
 from vaelib.posteriors import Latent, Mixture, map_latent, stop_gradient
 
 
-def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
     r"""Add the estimator's gradient of ``-bound.mean()`` to ``.grad`` and return the bound, ``[B]``.
 
     The sample is cut in two. The first leg goes back from :math:`a_k \log w_k`, with q stopped, through the decoder:
@@ -27,7 +27,8 @@ def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tens
     Parameters
     ----------
     estimator
-        a row of the tableau, :data:`vaelib.estimators.ESTIMATORS`.
+        a row of the tableau, :data:`vaelib.estimators.ESTIMATORS`, or one beside it, such as those of
+        :data:`vaelib.discrete.ESTIMATORS`.
     joint
         called as ``joint(x, z)``, returns :math:`\log p_\theta(x, z)`, ``[K, B]``.
     encoder
@@ -44,6 +45,10 @@ def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tens
         is not, or if the joint density does not have the shape ``[K, B]``.
     """
     posterior = encoder(x)
+    if isinstance(estimator, LossEstimator):
+        loss = _loss(estimator, joint, posterior, x, eps)
+        loss.mean().backward()
+        return -loss.detach()
     if isinstance(posterior, Mixture):
         bound = mixture_bound(estimator, joint, posterior, x, eps)
         (-bound.mean()).backward()
@@ -72,7 +77,7 @@ def backward(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tens
     return BOUNDS[estimator.bound](log_w.detach())
 
 
-def surrogate(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
     r"""Return ``-bound``, ``[B]``, as a function whose gradient is the estimator.
 
     Each line is a channel of the tableau: theta alone, phi through the density alone, phi through the sample alone.
@@ -81,6 +86,8 @@ def surrogate(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Ten
     gradient of every single draw. Parameters as for :func:`backward`. Introduced in book/02-score-and-path.ipynb.
     """
     posterior = encoder(x)
+    if isinstance(estimator, LossEstimator):
+        return _loss(estimator, joint, posterior, x, eps)
     if isinstance(posterior, Mixture):
         return -mixture_bound(estimator, joint, posterior, x, eps)
     z = posterior.sample(eps)
@@ -144,13 +151,25 @@ class Objective(nn.Module):
     parameters. Introduced in book/02-score-and-path.ipynb.
     """
 
-    def __init__(self, estimator: Estimator, joint: nn.Module, encoder: nn.Module) -> None:
+    def __init__(self, estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module) -> None:
         super().__init__()
         self.estimator, self.joint, self.encoder = estimator, joint, encoder
 
     def forward(self, x: Tensor, eps: Latent) -> Tensor:
         """Return the surrogate, ``[B]``."""
         return surrogate(self.estimator, self.joint, self.encoder, x, eps)
+
+
+def _loss(estimator: LossEstimator, joint: nn.Module, posterior, x: Tensor, eps: Latent | None) -> Tensor:
+    if eps is not None:
+        estimator.check(_layers(eps)[0].shape[0])
+    loss = estimator.loss(joint, posterior, x, eps)
+    if loss.shape != x.shape[:1]:
+        raise InputError(
+            f"estimator '{estimator.name}' must have one value for each of the {len(x)} observations, but has the shape "
+            f"{list(loss.shape)}; see that joint(x, z) returns log p(x, z), [K, B], summed over the last axis"
+        )
+    return loss
 
 
 def _layers(z: Latent) -> tuple[Tensor, ...]:

@@ -54,6 +54,10 @@ LOOKS = {
     "rws": Look(PURPLE, "--", "P", "RWS"),
     "rws-dreg": Look(PURPLE, "-", "X", "RWS-DReG"),
     "one-pass": Look(RED, "--", "X", "path, one pass"),
+    "theta": Look(BLUE, "-", "o", "plain"),
+    "gdreg": Look(GREEN, "--", "X", "GDReG"),
+    "gaussian": Look(ORANGE, "--", "o", "Gaussian"),
+    "mixture": Look(RED, "-", "s", "mixture"),
     "monte-carlo": Look(BLUE, "-", "o", "full Monte Carlo (1)"),
     "entropy": Look(ORANGE, "--", "s", "entropy (2)"),
     "kl": Look(GREEN, "-.", "D", "KL (3)"),
@@ -157,7 +161,7 @@ def bias(axes: Axes, tests: Mapping[str, BiasTest]) -> None:
     axes.set(xlabel="standard errors from the reference")
 
 
-def rotatable(figure: Figure, traces: Sequence[Mapping[str, Any]], scene: Mapping[str, Any]) -> None:
+def rotatable(figure: Figure, traces: Sequence[Mapping[str, Any]], axes: tuple[str, str, str]) -> None:
     """Show ``figure`` as a picture that can also be turned by hand, where there is something to turn it with.
 
     The output holds the PNG and, beside it, the same thing for plotly as plain numbers, rounded to keep it small.
@@ -167,14 +171,18 @@ def rotatable(figure: Figure, traces: Sequence[Mapping[str, Any]], scene: Mappin
     ----------
     figure
         the still picture, of matplotlib.
-    traces, scene
-        plotly's ``data`` and ``layout.scene``, as dictionaries; tensors become lists.
+    traces
+        the same for plotly: its ``data``, as dictionaries; tensors become lists.
+    axes
+        the names of the three axes.
     """
     from IPython.display import display
 
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="png", dpi=100)
     pyplot.close(figure)
+    scene = {f"{letter}axis": {"title": {"text": name}} for letter, name in zip("xyz", axes, strict=True)}
+    scene |= {"aspectmode": "cube", "camera": {"eye": {"x": 1.4, "y": -1.7, "z": 1.1}}}
     layout = {"scene": scene, "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "showlegend": False, "height": 460}
     turning = {"data": [_plain(trace) for trace in traces], "layout": _plain(layout)}
     still = base64.b64encode(picture.getvalue()).decode()

@@ -11,7 +11,11 @@ whose parameters are constants:
 ``stop_gradient()``    the same q                      phi held constant; still differentiable in z
 =====================  ==============================  ==========================================================
 
-A latent of two stochastic layers is a tuple ``(z1, z2)``, and so is its noise.
+A latent of two stochastic layers is a tuple ``(z1, z2)``, and so is its noise. The discrete posteriors at the end make
+their samples of uniform noise; these have no path, so ``log_prob`` is all that moves with phi.
+
+A posterior that can say the mean and the variance of linear functions of z has a method ``linear_moments(weight)``
+besides; this is all that an exact expectation under a linear decoder asks for (see :mod:`vaelib.silent`).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaelib.errors import InputError
@@ -83,6 +88,10 @@ class DiagonalGaussian:
         r"""Return :math:`\mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12 \sum_d [\mu_d^2 + \sigma_d^2 - 1 - 2\log\sigma_d]`, ``[B]``."""
         return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
 
+    def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the mean :math:`w^\top \mu` and variance :math:`\sum_d w_d^2 \sigma_d^2` of each row of W z, ``[B, X]``."""
+        return self.mean @ weight.mT, (2 * self.log_std).exp() @ weight.square().mT
+
     def stop_gradient(self) -> DiagonalGaussian:
         """Return the same Gaussian with its parameters held constant."""
         return DiagonalGaussian(self.mean.detach(), self.log_std.detach())
@@ -128,6 +137,11 @@ class FullGaussian:
         r"""Return :math:`\mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12[\|\mu\|^2 + \|L\|_F^2 - D] - \log\det L`, ``[B]``."""
         second_moment = self.mean.square().sum(-1) + self.scale_tril.square().sum((-2, -1))
         return 0.5 * (second_moment - self.mean.shape[-1]) - self._log_det()
+
+    def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the mean :math:`w^\top \mu` and variance :math:`\|L^\top w\|^2` of each row of W z, ``[B, X]``."""
+        mean = self.mean @ weight.mT
+        return mean, (weight @ self.scale_tril).square().sum(-1).expand_as(mean)
 
     def stop_gradient(self) -> FullGaussian:
         """Return the same Gaussian with its parameters held constant."""
@@ -294,6 +308,16 @@ class Mixture:
         count = len(self.components)
         return (self.log_weights + math.log(count)).repeat_interleave(k // count, 0)
 
+    def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the mean :math:`m = \sum_c \pi_c m_c` and variance of each row of W z, ``[B, X]``.
+
+        The law of total variance, :math:`\sum_c \pi_c [v_c + (m_c - m)^2]`: within the components and between them.
+        """
+        means, variances = map(torch.stack, zip(*(q.linear_moments(weight) for q in self.components)))
+        share = self.log_weights.exp().unsqueeze(-1)
+        mean = (share * means).sum(0)
+        return mean, (share * (variances + (means - mean).square())).sum(0)
+
     def stop_gradient(self) -> Mixture:
         """Return the same mixture with its components and weights held constant."""
         return Mixture(tuple(q.stop_gradient() for q in self.components), self.logits.detach())
@@ -306,3 +330,173 @@ def equal_shares(k: int, components: int) -> None:
             f"a mixture of {components} components is drawn from in equal shares, so the number of draws k must be a "
             f"multiple of {components}, but is {k}"
         )
+
+
+def standard_uniform(k: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw ``k`` variables uniform on (0, 1) for each entry of ``like``: ``[B, D] -> [K, B, D]``; none is 0."""
+    if k < 1:
+        raise InputError(f"the number of draws k must be at least 1, but is {k}")
+    eps = torch.rand((k, *like.shape), generator=generator, dtype=like.dtype, device=like.device)
+    return eps.clamp_min(torch.finfo(like.dtype).tiny)
+
+
+MAX_STATES = 2**12
+"""The most values of a discrete latent that are gone through one by one."""
+
+
+def gumbel(eps: Tensor) -> Tensor:
+    r"""Return the Gumbel variable :math:`-\log(-\log \varepsilon)` of a uniform one."""
+    return -(-eps.log()).log()
+
+
+@dataclass(frozen=True)
+class FactorisedBernoulli:
+    r"""Independent bits, :math:`q(z \mid x) = \prod_d \pi_d^{z_d} (1-\pi_d)^{1-z_d}`, :math:`\pi = \operatorname{sigmoid}(l)`.
+
+    A sample is :math:`z_d = 1[\varepsilon_d > 1 - \pi_d]` for uniform :math:`\varepsilon`: a step, without a derivative.
+    The antithetic sample of the same noise is that of :math:`1 - \varepsilon`. Without a batch axis it serves as a prior.
+
+    Parameters
+    ----------
+    logits
+        :math:`l`, ``[B, D]``.
+    """
+
+    logits: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The probabilities :math:`\pi`, ``[B, D]``."""
+        return self.logits.sigmoid()
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw uniform noise, ``[K, B, D]``."""
+        return standard_uniform(k, self.logits, generator)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Return z, 0 or 1, ``[K, B, D]``; it does not move with phi."""
+        return (eps > torch.sigmoid(-self.logits)).to(self.logits.dtype)
+
+    def relaxed_sample(self, eps: Tensor, temperature: float) -> Tensor:
+        r"""Return :math:`\operatorname{sigmoid}((l + \log\tfrac{\varepsilon}{1-\varepsilon}) / \tau)`, ``[K, B, D]``.
+
+        The binary Concrete variable (Maddison et al. 2017), between 0 and 1 and differentiable; it rounds to the
+        :meth:`sample` of the same noise.
+        """
+        return torch.sigmoid((self.logits + eps.log() - torch.log1p(-eps)) / temperature)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Return :math:`\log q(z) = \sum_d [z_d l_d - \log(1 + e^{l_d})]`, ``[K, B]``."""
+        return (z * self.logits).sum(-1) - F.softplus(self.logits).sum(-1)
+
+    def entropy(self) -> Tensor:
+        r"""Return :math:`H[q] = \sum_d [\log(1 + e^{l_d}) - \pi_d l_d]` in nats, ``[B]``."""
+        return (F.softplus(self.logits) - self.mean * self.logits).sum(-1)
+
+    def kl(self, prior: FactorisedBernoulli | None = None) -> Tensor:
+        r"""Return :math:`\mathrm{KL}(q \,\|\, p) = -H[q] - \mathbb E_q[\log p(z)]`, ``[B]``; p: fair bits if not given."""
+        fair = FactorisedBernoulli(torch.zeros_like(self.logits))
+        return -self.entropy() - (prior or fair).log_prob(self.mean)  # log p is linear in z
+
+    def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the mean :math:`w^\top \pi` and variance :math:`\sum_d w_d^2 \pi_d (1-\pi_d)` of each row of W z, ``[B, X]``."""
+        variance = self.mean * torch.sigmoid(-self.logits)
+        return self.mean @ weight.mT, variance @ weight.square().mT
+
+    def support(self) -> Tensor:
+        """Return every value of z once, ``[2^D, 1, D]``, or raise InputError if there are more than 4,096."""
+        bits = torch.tensor([0.0, 1.0], dtype=self.logits.dtype, device=self.logits.device)
+        return _product([bits] * self.logits.shape[-1]).unsqueeze(1)
+
+    def stop_gradient(self) -> FactorisedBernoulli:
+        """Return the same bits with their probabilities held constant."""
+        return FactorisedBernoulli(self.logits.detach())
+
+
+@dataclass(frozen=True)
+class OneHotCategorical:
+    r"""G independent choices among C classes each, written as one-hot vectors side by side: z is ``[K, B, G C]``.
+
+    With :math:`\pi_g = \operatorname{softmax}(l_g)`, a sample picks the class of the largest :math:`l_{gc} + G_{gc}` for
+    Gumbel variables :math:`G = -\log(-\log\varepsilon)` made of uniform noise. Without a batch axis it serves as a prior.
+
+    Parameters
+    ----------
+    logits
+        :math:`l`, ``[B, G, C]``.
+    """
+
+    logits: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        r"""The log-probabilities :math:`\log \pi_{gc}`, ``[B, G, C]``."""
+        return self.logits.log_softmax(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The probabilities :math:`\pi`, ``[B, G C]``."""
+        return self.logits.softmax(-1).flatten(-2)
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw uniform noise, ``[K, B, G C]``."""
+        return standard_uniform(k, self.logits.flatten(-2), generator)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Return z, 0 or 1, ``[K, B, G C]``; it does not move with phi."""
+        scores = self._perturbed(eps).detach()
+        return torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0).flatten(-2)
+
+    def relaxed_sample(self, eps: Tensor, temperature: float) -> Tensor:
+        r"""Return :math:`\operatorname{softmax}((l_g + G_g) / \tau)` of each group, ``[K, B, G C]``, differentiable.
+
+        The Gumbel-Softmax or Concrete variable (Jang et al. 2017, Maddison et al. 2017); its largest entries are those
+        of the :meth:`sample` of the same noise.
+        """
+        return (self._perturbed(eps) / temperature).softmax(-1).flatten(-2)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Return :math:`\log q(z) = \sum_{gc} z_{gc} \log \pi_{gc}`, ``[K, B]``."""
+        return (z * self.log_weights.flatten(-2)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        r"""Return :math:`H[q] = -\sum_{gc} \pi_{gc} \log \pi_{gc}` in nats, ``[B]``."""
+        return -self.log_prob(self.mean)
+
+    def kl(self, prior: OneHotCategorical | None = None) -> Tensor:
+        r"""Return :math:`\mathrm{KL}(q \,\|\, p) = -H[q] - \mathbb E_q[\log p(z)]`, ``[B]``; p is uniform if not given."""
+        uniform = OneHotCategorical(torch.zeros_like(self.logits))
+        return -self.entropy() - (prior or uniform).log_prob(self.mean)  # log p is linear in z
+
+    def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the mean :math:`\sum_g m_g` and variance of each row of W z, ``[B, X]``.
+
+        The variance is :math:`\sum_g [\sum_c \pi_{gc} w_{gc}^2 - m_g^2]` with the group means
+        :math:`m_g = \sum_c \pi_{gc} w_{gc}`.
+        """
+        grouped = weight.unflatten(-1, self.logits.shape[-2:])
+        group_means = torch.einsum("bgc,xgc->bgx", self.logits.softmax(-1), grouped)
+        return group_means.sum(-2), self.mean @ weight.square().mT - group_means.square().sum(-2)
+
+    def support(self) -> Tensor:
+        """Return every value of z once, ``[C^G, 1, G C]``, or raise InputError if there are more than 4,096."""
+        groups, classes = self.logits.shape[-2:]
+        choices = _product([torch.arange(classes, device=self.logits.device)] * groups)
+        return F.one_hot(choices, classes).to(self.logits.dtype).flatten(-2).unsqueeze(1)
+
+    def stop_gradient(self) -> OneHotCategorical:
+        """Return the same choices with their probabilities held constant."""
+        return OneHotCategorical(self.logits.detach())
+
+    def _perturbed(self, eps: Tensor) -> Tensor:
+        return self.logits + gumbel(eps).unflatten(-1, self.logits.shape[-2:])
+
+
+def _product(values: list[Tensor]) -> Tensor:
+    """Return the Cartesian product of some vectors, one row each; also of a single vector."""
+    if (states := math.prod(map(len, values))) > MAX_STATES:
+        raise InputError(
+            f"this latent has {states:,} values, too many to go through one by one: at most {MAX_STATES:,} (12 bits); "
+            "take a smaller latent, or an estimator that draws samples"
+        )
+    return torch.cartesian_prod(*values).reshape(-1, len(values))

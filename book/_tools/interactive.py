@@ -38,7 +38,7 @@ document.addEventListener("click", (event) => {
     view.setAttribute("aria-label", picture.alt);
     picture.hidden = true;
     part.replaceChildren(view);
-    Plotly.newPlot(view, data, {...layout, paper_bgcolor: "white"}, {responsive: true, displaylogo: false});
+    Plotly.newPlot(view, data, {...layout, paper_bgcolor: "white"}, {responsive: true, displayModeBar: false});
   };
   event.target.disabled = true;
   event.target.textContent = "Loading";
@@ -98,6 +98,11 @@ def _on_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctr
             shutil.copyfile(script, copy)
 
 
+def _on_config(app: Sphinx, config: Any) -> None:
+    config.suppress_warnings = [*config.suppress_warnings, "mystnb.unknown_mime_type"]  # this file knows plotly's
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("config-inited", _on_config)
     app.connect("html-page-context", _on_page, priority=800)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,6 +14,8 @@ from sphinx.util.fileutil import copy_asset
 
 # sphinx-proof and sphinx-exercise give these ids to every block; nothing points at them, and an id must be unique.
 _REPEATED_ID = re.compile(r' id="(?:proof|proof-content|exercise-content|solution-content)"')
+# A proof has no title of its own, and one without a title cannot be folded.
+_FOLDED_PROOF = re.compile(r'(<div class="proof dropdown admonition"[^>]*>\s*)<p>Proof\.\s*')
 _MATHJAX = ("tex-svg.js", "input/tex/extensions", "a11y", "sre")
 _CHAPTER = re.compile(r"\bbook/(\d\d-[\w-]+)\.ipynb")
 
@@ -21,6 +23,11 @@ _CHAPTER = re.compile(r"\bbook/(\d\d-[\w-]+)\.ipynb")
 def unique_ids(body: str) -> str:
     """The page without the ids that the proof and exercise extensions repeat."""
     return _REPEATED_ID.sub("", body)
+
+
+def titled_proofs(body: str) -> str:
+    """The page with a title on each proof that is to be folded."""
+    return _FOLDED_PROOF.sub(r'\1<p class="admonition-title">Proof</p>\n<p>', body)
 
 
 def without_thebe(scripts: list[Any]) -> list[Any]:
@@ -67,7 +74,7 @@ def _copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
 
 def _repair(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
     if "body" in context:
-        context["body"] = unique_ids(context["body"])
+        context["body"] = titled_proofs(unique_ids(context["body"]))
     context["script_files"] = without_thebe(context["script_files"])
 
 

@@ -1,10 +1,12 @@
 """Run notebooks in place, top to bottom, and store their outputs: ``python run_notebooks.py CHAPTER.ipynb ...``.
 
-A notebook is written only if all of its cells ran, and holds nothing of the machine it ran on.
+A notebook is written only if all of its cells ran, and holds nothing of the machine it ran on. A figure whose cell has
+a path in its metadata as ``picture`` is stored there too.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 from pathlib import Path
@@ -29,12 +31,20 @@ def run(path: Path) -> None:
     for cell in notebook.cells:
         for key in TRANSIENT:
             cell.metadata.pop(key, None)
-    whole = path.with_suffix(".ipynb.part")
-    with whole.open("w", encoding="utf-8") as file:
-        file.write(nbformat.writes(notebook) + "\n")
+        if "picture" in cell.metadata:
+            (png,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+            write(path.parent / cell.metadata["picture"], base64.b64decode(png))
+    write(path, (nbformat.writes(notebook) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write the file at ``path``, whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    with part.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(whole, path)
+    os.replace(part, path)
 
 
 def main(paths: list[str]) -> int:

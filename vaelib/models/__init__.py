@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
+from vaelib.models.discrete import DiscreteEncoder, DiscreteJoint
 from vaelib.models.linear import LinearEncoder, LinearGaussian, exact_encoder, ppca
 from vaelib.models.mlp import (
     BernoulliMLP,
@@ -21,6 +22,8 @@ __all__ = [
     "MODELS",
     "VAE",
     "BernoulliMLP",
+    "DiscreteEncoder",
+    "DiscreteJoint",
     "GaussianMixtureMLP",
     "GaussianMLP",
     "HierarchicalEncoder",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vaelib import silent
 from vaelib.errors import InputError
 from vaelib.likelihoods import Gaussian
 from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal_log_prob
@@ -42,6 +43,10 @@ class LinearGaussian(nn.Module):
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Return log p(x given z), ``[K, B]``."""
         return self.decode(z).log_prob(x)
+
+    def expected_log_likelihood(self, x: Tensor, q) -> Tensor:
+        r"""Return the exact :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]`` (:func:`vaelib.silent.expected_log_prob`)."""
+        return silent.expected_log_prob(x, q, self.weight, self.bias, self.log_std)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return log p(x, z), ``[K, B]``."""

@@ -1,0 +1,230 @@
+"""Negative controls of chapter 2, "Score and path": each claim's check must fail where the claim is false."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from torch import nn
+from toys import DTYPE, TWO_LAYERS, DetachedTwoLayerEncoder, TwoLayerEncoder, TwoLayerJoint
+
+from vaelib import checks, gradients, objectives, plots
+from vaelib.estimators import ESTIMATORS, Estimator, Weights, elbo_scaled
+from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_tools"))
+interactive = pytest.importorskip("interactive")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def numbers(*values):
+    return torch.tensor([values], dtype=DTYPE)
+
+
+class Target(nn.Module):
+    """log p(z | x) of a diagonal Gaussian."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, x, z):
+        return standard_normal_log_prob((z - self.mean) / self.std) - self.std.log().sum(-1)
+
+
+MEAN, STD, X = numbers(1.0, -0.5), numbers(0.6, 1.4), numbers(0.0)
+TARGET = Target(MEAN, STD)
+
+
+def draws(row, q, count=20_000, **options):
+    return gradients.draws(row, TARGET, lambda x: q, X, draws=count, generator=seeded(), **options)
+
+
+def at_ratio(rho, shift=0.0):
+    """q with rho times the posterior's variance."""
+    return DiagonalGaussian(MEAN + shift, STD.log() + 0.5 * math.log(rho))
+
+
+def scaled_variance(c, q):
+    """v(c) of the chapter's theorem."""
+    s2 = (2 * q.log_std).exp()
+    rho = s2 / STD**2
+    return ((1 - rho - c) ** 2 * (1 / s2 + 2) + (q.mean - MEAN) ** 2 * s2 / STD**4).sum()
+
+
+def squares(g):
+    return (g - g.mean(0)).square().sum(1)
+
+
+def test_total_has_variance_at_the_posterior_and_a_path_a_little_off_it_too():
+    checks.no_variance(draws("elbo-path", at_ratio(1.0)))
+    for row, q in (("elbo-total", at_ratio(1.0)), ("elbo-path", at_ratio(1.001))):
+        with pytest.raises(AssertionError, match="draws differ"):
+            checks.no_variance(draws(row, q))
+
+
+def test_a_score_that_is_not_the_derivative_of_its_own_density_is_not_zero_on_average():
+    q = at_ratio(0.7)
+    score = draws("elbo-path", q) - draws("elbo-total", q)
+    checks.unbiased(score, 0.0)
+    with pytest.raises(AssertionError, match="standard errors"):
+        checks.unbiased(score + 0.05, 0.0)
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.7, 2.0])
+def test_the_theorem_on_the_scaled_score_and_a_wrong_theorem(rho):
+    q = at_ratio(rho, 0.3)
+    for c in (0.0, 0.4, 1.0):
+        g = squares(draws(elbo_scaled(c), q))
+        checks.unbiased(g, scaled_variance(c, q))
+        with pytest.raises(AssertionError, match="standard errors"):
+            checks.unbiased(g, scaled_variance(1 - c, q) if c != 0.4 else 1.1 * scaled_variance(c, q))
+
+
+def test_the_border_is_at_half_the_variance():
+    """The order turns between 0.4 and 0.6, and the check of one order refuses the other."""
+    for rho, low, high in ((0.4, "elbo-total", "elbo-path"), (0.6, "elbo-path", "elbo-total")):
+        quiet, noisy = (draws(name, at_ratio(rho)) for name in (low, high))
+        checks.less_variance(quiet, noisy)
+        with pytest.raises(AssertionError):
+            checks.less_variance(noisy, quiet)
+    with pytest.raises(AssertionError):  # on the border neither wins
+        checks.less_variance(draws("elbo-path", at_ratio(0.5)), draws("elbo-total", at_ratio(0.5)))
+
+
+def test_positive_correlation_alone_does_not_make_the_path_worse():
+    for rho, positive in ((0.75, True), (1.5, False)):
+        path, total = (draws(name, at_ratio(rho)) for name in ("elbo-path", "elbo-total"))
+        product = ((path - path.mean(0)) * (path - total)).sum(1)
+        assert (product.mean() > 0) == positive
+        checks.less_variance(path, total)
+
+
+def test_the_estimated_scale_is_biased_and_a_fixed_one_is_not():
+    q = at_ratio(0.4, 0.5)
+    path, total = (draws(name, q, 80_000).unflatten(0, (20_000, 4)) for name in ("elbo-path", "elbo-total"))
+    s = path - total
+    a, b = path - path.mean(1, keepdim=True), s - s.mean(1, keepdim=True)
+    c = (a * b).sum((1, 2), keepdim=True) / (b * b).sum((1, 2), keepdim=True)
+    truth = torch.cat([(MEAN - q.mean) / STD**2, 1 - (2 * q.log_std).exp() / STD**2], 1)[0]
+    checks.biased((path - c * s).mean(1), truth)
+    with pytest.raises(AssertionError):
+        checks.biased((path - 0.6 * s).mean(1), truth)
+
+
+def test_a_schedule_that_ends_before_the_score_is_gone_does_not_land():
+    """Annealed to 0 the distance vanishes; annealed to 0.3 it stops at a floor."""
+    ends = {}
+    for last in (0.0, 0.3):
+        q = at_ratio(0.05, 0.5)
+        mean, log_std = (nn.Parameter(v.clone()) for v in (q.mean, q.log_std))
+        generator, optimizer = seeded(), torch.optim.SGD([mean, log_std], 0.05)
+        for step in range(1500):
+            row = elbo_scaled(max(last, 1 - step / 100))
+            optimizer.zero_grad()
+            eps = torch.randn(1, 1, 2, generator=generator, dtype=DTYPE)
+            objectives.backward(row, TARGET, lambda x, m=mean, s=log_std: DiagonalGaussian(m, s), X, eps)
+            optimizer.step()
+        ends[last] = ((mean - MEAN) ** 2 + (log_std - STD.log()) ** 2).sum().item()
+    assert ends[0.0] < 1e-16 and ends[0.3] > 1e-6
+
+
+def test_detached_outputs_fail_the_checks_that_stopped_parameters_pass():
+    joint, x = TwoLayerJoint(), TWO_LAYERS[3]
+    for encoder, right in ((TwoLayerEncoder.exact(), True), (DetachedTwoLayerEncoder.exact(), False)):
+        g = gradients.draws("elbo-path", joint, encoder, x, draws=5000, generator=seeded())[:, 0]
+        if right:
+            checks.no_variance(g)
+        else:
+            with pytest.raises(AssertionError):
+                checks.no_variance(g)
+            checks.unbiased(g**2, 0.5)
+            with pytest.raises(AssertionError):
+                checks.unbiased(g**2, 1.5)  # the total gradient's
+
+
+def test_the_bias_test_of_the_chapter_needs_a_bias():
+    q = at_ratio(0.4)
+    for row, biased in (("iwae-path", True), ("iwae-dreg", False)):
+        found = gradients.bias_test(row, "iwae-total", TARGET, lambda x: q, X, k=5, draws=4000, generator=seeded())
+        assert found.biased is biased
+
+
+def test_a_slip_of_sign_in_the_score_is_unbiased_but_seen_in_the_variance():
+    """Unbiasedness alone would not notice: the check of the variance does."""
+
+    def slip(log_w):
+        u = torch.full_like(log_w, 1 / log_w.shape[0])
+        return Weights(u, u, u)
+
+    q, wrong = at_ratio(0.8), Estimator("slip", "elbo", "elbo", 1, "", slip)
+    checks.unbiased(draws(wrong, q) - draws("elbo-path", q), 0.0)
+    with pytest.raises(AssertionError):
+        checks.unbiased(squares(draws(wrong, q)), scaled_variance(1.0, q))
+    assert ESTIMATORS["elbo-total"].rule(torch.zeros(1, 1)).score < 0
+
+
+# --- figures ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_laboratory_can_be_drawn():
+    q, measured = at_ratio(0.8), {}
+    for k in (1, 2, 5):
+        for name, m in gradients.measure(
+            ["iwae-total", "iwae-dreg"], TARGET, lambda x: q, X, k=k, draws=50, generator=seeded()
+        ).items():
+            measured.setdefault(name, []).append(m)
+            m.seconds = 0.5
+    found = gradients.bias_test("iwae-dreg", "iwae-total", TARGET, lambda x: q, X, k=5, draws=50, generator=seeded())
+    components = {"elbo-path": [draws("elbo-path", q, 50)[:, 0]] * 3}
+    for draw in (
+        lambda axes: plots.variance_along(axes, [1, 2, 5], measured),
+        lambda axes: plots.snr(axes, [1, 2, 5], measured),
+        lambda axes: plots.gradient_components(axes, [1, 2, 5], components),
+        lambda axes: plots.variance_time(axes, {name: series[-1] for name, series in measured.items()}),
+        lambda axes: plots.bias(axes, {"iwae-dreg": found}),
+    ):
+        figure, axes = plt.subplots()
+        draw(axes)
+        figure.canvas.draw()
+        assert axes.lines or axes.patches or axes.collections
+        plt.close(figure)
+
+
+def notebook(tmp_path, **metadata):
+    output = {"output_type": "display_data", "data": {interactive.MIME: {"data": [{"x": "<b>"}], "layout": {}}}}
+    path = tmp_path / "page.ipynb"
+    path.write_text(json.dumps({"cells": [{"metadata": metadata, "outputs": [output]}, {"metadata": {}}]}))
+    return path
+
+
+def test_a_figure_to_turn_gets_a_button_in_its_own_place(tmp_path):
+    figures = interactive.turning_figures(notebook(tmp_path, mystnb={"figure": {"name": "fig-b"}}))
+    page = '<figure id="fig-a"><img alt="a"><figcaption>A</figcaption></figure><figure class="c" id="fig-b"><img><figcaption>'
+    body = interactive.add_buttons(page, figures, "../_static/plotly.min.js")
+    assert body.count("turn-button") == 1 and body.index("turn-button") > body.index("fig-b")
+    assert 'data-script="../_static/plotly.min.js"' in body and "<b>" not in body and "http" not in body
+
+
+def test_a_figure_without_a_name_or_a_page_without_the_figure_stops_the_build(tmp_path):
+    with pytest.raises(Exception, match=r"needs a mystnb\.figure\.name"):
+        interactive.turning_figures(notebook(tmp_path))
+    with pytest.raises(Exception, match="0 figures called fig-b"):
+        interactive.add_buttons("<figure id='other'>", {"fig-b": {}}, "")
+
+
+def test_the_numbers_of_a_figure_to_turn_are_small_and_plain(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    figure, _ = plt.subplots()
+    plots.rotatable(figure, [{"type": "surface", "z": torch.full((2, 2), 1 / 3)}], ("x", "y", "z"))
+    assert shown[0][interactive.MIME]["data"][0]["z"] == [[0.333, 0.333], [0.333, 0.333]]
+    assert shown[0][interactive.MIME]["layout"]["scene"]["xaxis"] == {"title": {"text": "x"}}
+    assert set(shown[0]) == {"image/png", "text/plain", interactive.MIME}
+    json.dumps(shown[0])

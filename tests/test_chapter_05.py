@@ -1,0 +1,137 @@
+"""The negative controls of chapter 5: what its checks must refuse, each on the chapter's own quantity.
+
+Those of the mixture objective, of GDReG and of the refusals are in test_mixtures.py; those of two stochastic layers
+with detached outputs and of the engine's weights in test_objectives.py.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from toys import DTYPE
+
+from vaelib import bounds, checks, models, objectives
+from vaelib.estimators import ESTIMATORS, Estimator, Weights
+from vaelib.posteriors import DiagonalGaussian
+
+refused = pytest.raises(AssertionError)
+NODES, MASSES = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(120))
+PAIR = torch.cartesian_prod(NODES, NODES).T.unsqueeze(-1)
+PAIR_MASS = torch.outer(MASSES, MASSES).flatten() / MASSES.sum() ** 2
+X = torch.full((len(PAIR_MASS), 1), 2.0, dtype=DTYPE)
+
+
+class Toy(torch.nn.Module):
+    def forward(self, x, z):
+        return -0.5 * (z**2 + (x - z) ** 2).sum(-1) - math.log(2 * math.pi)
+
+
+def exactly(rule):
+    """The expected gradient in (m, log sigma) of the row with this rule, for K = 2."""
+    row = rule if isinstance(rule, Estimator) else Estimator("mine", "iwae", None, 1, "", rule)
+    leaf = torch.tensor([0.3, 0.0], dtype=DTYPE, requires_grad=True)
+    q = DiagonalGaussian(*leaf[:, None, None].expand(2, len(X), 1))
+    loss = objectives.surrogate(row, Toy(), lambda x: q, X, PAIR)
+    return -torch.autograd.grad(PAIR_MASS @ loss, leaf)[0]
+
+
+def draws(name, k, count=10_000, m=0.3, seed=0):
+    """The gradient in m of each draw, for the toy of the chapter."""
+    eps = torch.randn(k, count, 1, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
+    z = (m + eps).requires_grad_()
+    log_w = Toy()(torch.tensor(2.0, dtype=DTYPE), z) - DiagonalGaussian(z.new_full((1, 1), m), z.new_zeros(1, 1)).log_prob(z)
+    (slope,) = torch.autograd.grad(log_w.sum(), z)
+    _, b, c = ESTIMATORS[name].weights(log_w.detach())
+    return (b * slope[..., 0] + c * eps[..., 0]).sum(0)
+
+
+def test_the_quadrature_tells_dreg_from_its_near_misses():
+    truth = exactly(ESTIMATORS["iwae-total"])
+    checks.same(exactly(ESTIMATORS["iwae-dreg"]), truth)
+    for power in (1, 1.9, 3):  # 1 is algorithm 4
+        with refused:
+            checks.same(exactly(lambda log_w, p=power: Weights(log_w.softmax(0), log_w.softmax(0) ** p, None)), truth)
+
+
+def test_the_exchange_of_score_and_path_needs_the_square():
+    rws = exactly(ESTIMATORS["rws"])
+    checks.same(exactly(ESTIMATORS["rws-dreg"]), rws)
+    with refused:
+        checks.same(exactly(lambda log_w: Weights(log_w.softmax(0), log_w.softmax(0), None)), rws)
+
+
+def test_iwae_path_is_not_the_bound_plus_half_the_wake_phase():
+    total, path, rws = (exactly(ESTIMATORS[name]) for name in ("iwae-total", "iwae-path", "rws"))
+    checks.same(path, total + rws)
+    with refused:
+        checks.same(path, total + 0.9 * rws)
+
+
+def test_the_paired_draws_find_the_bias_and_its_explanation():
+    for k in (8, 64):
+        total, dreg, path, rws = (draws(name, k) for name in ("iwae-total", "iwae-dreg", "iwae-path", "rws"))
+        checks.unbiased(dreg - total, 0.0)
+        checks.unbiased(path - dreg - rws, 0.0)
+        with refused:
+            checks.unbiased(path - total, 0.0)
+        with refused:
+            checks.unbiased(path - dreg - 0.95 * rws, 0.0)
+
+
+def test_the_slope_of_the_signal_to_noise_ratio_tells_up_from_down():
+    def slope(name):
+        signal = {k: draws("iwae-dreg", k).mean().abs() for k in (16, 256)}
+        ratios = [signal[k] / draws(name, k, 2500).std() for k in (16, 256)]
+        return math.log(ratios[1] / ratios[0]) / math.log(16)
+
+    assert abs(slope("iwae-total") + 0.5) < 0.1 and abs(slope("iwae-dreg") - 0.5) < 0.1
+    with refused:
+        checks.holds(abs(slope("iwae-total") - 0.5) < 0.1, "the total's ratio rises")
+
+
+def test_nothing_but_the_path_is_quiet_at_the_posterior():
+    q = DiagonalGaussian(torch.ones(500, 1, dtype=DTYPE).requires_grad_(), torch.full((500, 1), -0.5 * math.log(2), dtype=DTYPE))
+    eps = torch.randn(8, 500, 1, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
+    for name, quiet in (("iwae-dreg", True), ("iwae-path", True), ("iwae-total", False), ("iwae-vimco", False)):
+        loss = objectives.surrogate(ESTIMATORS[name], Toy(), lambda x: q, X[:500], eps).sum()
+        (gradient,) = torch.autograd.grad(loss, q.mean)
+        if quiet:
+            checks.no_variance(gradient)
+        else:
+            with refused:
+                checks.no_variance(gradient)
+
+
+@pytest.fixture(scope="module")
+def below():
+    """log w - log p(x) of the wide encoder on 20 images: K = 12,800 in all, as in the chapter."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, 12, generator=generator, dtype=DTYPE)
+    joint = models.ppca(x, 8).requires_grad_(False)
+    exact = models.exact_encoder(joint)(x[:20])
+    wide = DiagonalGaussian(exact.mean, exact.log_std + 0.4).stop_gradient()
+    z = wide.sample(wide.noise(12_800, generator))
+    return joint(x[:20], z) - wide.log_prob(z) - joint.log_marginal(x[:20])
+
+
+def test_the_gap_is_half_the_variance_of_the_average_and_not_the_variance(below):
+    rho = math.exp(0.8)
+    taylor = ((rho / math.sqrt(2 * rho - 1)) ** 8 - 1) / 2
+    gap = -bounds.iwae(below.T.reshape(20, -1, 32).permute(2, 0, 1)).flatten()
+    checks.unbiased(gap, taylor / 32)
+    for factor in (0.5, 2):
+        with refused:
+            checks.unbiased(gap, factor * taylor / 32)
+
+
+def test_the_flattering_value_is_neither_the_bound_nor_below_the_likelihood(below):
+    groups = below.T.reshape(20, -1, 64).permute(2, 0, 1).flatten(1)
+    w = groups.softmax(0)
+    flattering, bound = (w * groups).sum(0), bounds.iwae(groups)
+    checks.same(flattering, bound + (w * (64 * w).log()).sum(0))
+    with refused:
+        checks.same(flattering, bound)
+    with refused:
+        checks.below(flattering, torch.zeros_like(flattering))
+    checks.below(bound, torch.zeros_like(bound))

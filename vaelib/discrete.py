@@ -1,0 +1,202 @@
+r"""Gradients for discrete latents, whose samples have no path: by name, exact or not, biased or not.
+
+With bits or one-hot choices z and :math:`f(z) = \log p(x, z) - \log q(z \mid x)`, :data:`ESTIMATORS` holds all that can
+train them. Each goes through the one engine, ``objectives.backward(ESTIMATORS[name], joint, encoder, x, eps)``:
+
+* the rows of the tableau that have no path channel, from ``elbo-score`` to ``rws``; they ask nothing of z;
+* ``elbo-arm`` and ``elbo-disarm``, for bits: the difference of f at a sample and at its antithetic twin;
+* ``elbo-gumbel-softmax`` and ``elbo-straight-through``: the gradient of a continuous sample instead, which is biased;
+* ``elbo-silent``: no draws, for a decoder that is linear (:mod:`vaelib.silent`);
+* ``elbo-exact``: no draws, whatever the decoder, by going through all values of z, if they are few.
+
+The last two are the truth that the others are held against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vaelib import silent
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS as TABLEAU
+from vaelib.estimators import Estimator, LossEstimator
+from vaelib.posteriors import FactorisedBernoulli, OneHotCategorical
+
+Discrete = FactorisedBernoulli | OneHotCategorical
+
+
+def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
+    r"""Return the ELBO :math:`\sum_z q(z) [\log p(x, z) - \log q(z)]` by going through all values of z, ``[B]``.
+
+    Its gradient by automatic differentiation is exact. All values share one pass through the decoder, which they
+    enter without a batch axis, as ``[S, 1, D]``; S is at most 4,096 (12 bits).
+
+    Raises
+    ------
+    InputError
+        if there are more values, or if z is not discrete.
+    """
+    z = _discrete(q, "enumeration").support()
+    log_q = q.log_prob(z)
+    return (log_q.exp() * (joint(x, z) - log_q)).sum(0)
+
+
+def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
+    r"""Return the exact :math:`\log p(x) = \log \sum_z p(x, z)`, ``[B]``; q, such as ``joint.prior``, says what z can be.
+
+    Raises
+    ------
+    InputError
+        as for :func:`exact_elbo`.
+    """
+    return joint(x, _discrete(q, "enumeration").support()).logsumexp(0)
+
+
+def exact(joint: nn.Module, q: Discrete, x: Tensor, eps: Tensor | None) -> Tensor:
+    """Return minus :func:`exact_elbo`, ``[B]``; there is no noise."""
+    return -exact_elbo(joint, x, q)
+
+
+def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -> Callable[..., Tensor]:
+    r"""Return the loss of an estimator for bits that compares each sample with its antithetic twin.
+
+    The noise :math:`\varepsilon` makes z, and :math:`1 - \varepsilon` makes :math:`\bar z`, so K rows of noise cost 2 K
+    evaluations of the decoder. With :math:`\Delta = f(z) - f(\bar z)`, the gradient in the logits is
+    :math:`\tfrac1K \sum_k \Delta_k\, h_k`; that of the decoder is the mean over all samples.
+
+    Parameters
+    ----------
+    weigh
+        ``(eps, z - twin, q) -> h``, all ``[K, B, D]``.
+    """
+
+    def loss(joint: nn.Module, q: FactorisedBernoulli, x: Tensor, eps: Tensor) -> Tensor:
+        if not isinstance(q, FactorisedBernoulli):
+            raise InputError(
+                f"ARM and DisARM are for bits, a posterior FactorisedBernoulli, but this one is a {type(q).__name__}: "
+                "use elbo-score-loo, which takes any"
+            )
+        z, twin = q.sample(eps), q.sample(1 - eps)
+        both = torch.cat((z, twin))
+        log_p = joint(x, both)
+        log_w = (log_p - q.log_prob(both)).detach()
+        first, second = log_w.chunk(2)
+        with torch.no_grad():
+            gradient = (first - second).unsqueeze(-1) * weigh(eps, z - twin, q)
+        total = log_p.mean(0) + (gradient * q.logits).sum(-1).mean(0)
+        return -(log_w.mean(0) + total - total.detach())
+
+    return loss
+
+
+@antithetic
+def arm(eps: Tensor, difference: Tensor, q: FactorisedBernoulli) -> Tensor:
+    r"""Augment-REINFORCE-merge, :math:`h_d = \varepsilon_d - \tfrac12` (Yin and Zhou 2019)."""
+    return eps - 0.5
+
+
+@antithetic
+def disarm(eps: Tensor, difference: Tensor, q: FactorisedBernoulli) -> Tensor:
+    r"""ARM averaged over the noise that gives the same two samples (Dong et al. 2020), so never of more variance.
+
+    .. math:: h_d = \tfrac12 (z_d - \bar z_d) \operatorname{sigmoid}(|l_d|)
+
+    Nothing is asked of a bit that is the same in both.
+    """
+    return 0.5 * difference * q.logits.abs().sigmoid()
+
+
+def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]:
+    r"""Return the loss that replaces the sample by a continuous one, the gradient of the ELBO's KL form.
+
+    .. math:: \partial_\phi \big[ \log p(x \mid z_\tau) - \mathrm{KL}(q \,\|\, p(z)) \big]
+
+    with :math:`z_\tau` the ``relaxed_sample`` of temperature :math:`\tau`, or, straight through, at the sample itself with
+    the derivative of :math:`z_\tau`. The value is the bound at the samples, which are discrete: the relaxed decoder's
+    would not be a bound. (That costs one more pass through the decoder, without a gradient, where the gradient is
+    not taken straight through.)
+    """
+    if not temperature > 0:
+        raise InputError(f"the temperature of a relaxed sample must be above 0, but is {temperature:g}")
+
+    def loss(joint: nn.Module, q: Discrete, x: Tensor, eps: Tensor) -> Tensor:
+        _discrete(q, "a relaxed sample")
+        if not hasattr(joint, "log_likelihood"):
+            raise InputError(
+                "a relaxed sample goes through the likelihood alone (method log_likelihood), which a "
+                f"{type(joint).__name__} does not have: use models.DiscreteJoint, or an estimator such as elbo-score-loo"
+            )
+        z, soft = q.sample(eps), q.relaxed_sample(eps, temperature)
+        kl = silent.divergence(joint, q)
+        if straight_through:
+            return -(joint.log_likelihood(x, z + (soft - soft.detach())).mean(0) - kl)
+        with torch.no_grad():
+            value = joint.log_likelihood(x, z).mean(0) - kl
+        total = joint.log_likelihood(x, soft).mean(0) - kl
+        return -(value + total - total.detach())
+
+    return loss
+
+
+def gumbel_softmax(temperature: float) -> LossEstimator:
+    r"""Return the estimator that differentiates a continuous sample (Jang et al. 2017, Maddison et al. 2017).
+
+    Its bias goes to 0 with the temperature :math:`\tau`, while its variance grows without limit. To anneal, make one for
+    every few steps: ``gumbel_softmax(annealed_temperature(step))``.
+
+    Raises
+    ------
+    InputError
+        if the temperature is not above 0.
+    """
+    name = f"elbo-gumbel-softmax({temperature:g})"
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False))
+
+
+def straight_through(temperature: float) -> LossEstimator:
+    r"""Return the estimator that evaluates the sample and differentiates the continuous one (Jang et al. 2017).
+
+    The decoder sees only what it will see later, and its gradient is unbiased; the encoder's is biased, more so than
+    that of :func:`gumbel_softmax`.
+
+    Raises
+    ------
+    InputError
+        if the temperature is not above 0.
+    """
+    name = f"elbo-straight-through({temperature:g})"
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True))
+
+
+def annealed_temperature(step: int, rate: float = 1e-4, floor: float = 0.5) -> float:
+    r"""Return :math:`\tau = \max(\tau_{\min}, e^{-r t})` at step t, the schedule of Jang et al. (2017)."""
+    return max(floor, math.exp(-rate * step))
+
+
+TEMPERATURE = 0.5
+"""The temperature of the relaxed estimators in :data:`ESTIMATORS`; the floor of Jang et al.'s schedule."""
+
+ESTIMATORS: dict[str, Estimator | LossEstimator] = {
+    **{name: row for name, row in TABLEAU.items() if not row.reparameterised},
+    "elbo-arm": LossEstimator("elbo-arm", "elbo", "elbo", 1, "yin2019", arm),
+    "elbo-disarm": LossEstimator("elbo-disarm", "elbo", "elbo", 1, "dong2020", disarm),
+    "elbo-gumbel-softmax": replace(gumbel_softmax(TEMPERATURE), name="elbo-gumbel-softmax"),
+    "elbo-straight-through": replace(straight_through(TEMPERATURE), name="elbo-straight-through"),
+    "elbo-silent": silent.ELBO,
+    "elbo-exact": LossEstimator("elbo-exact", "elbo", "elbo", 1, "mohamed2020", exact),
+}
+"""Everything that can train a discrete posterior, by name."""
+
+
+def _discrete(q: Discrete, what: str) -> Discrete:
+    if not isinstance(q, Discrete):
+        raise InputError(
+            f"{what} is for a discrete posterior, FactorisedBernoulli or OneHotCategorical, but this one is a "
+            f"{type(q).__name__}: use a row of the tableau such as elbo-path"
+        )
+    return q
