@@ -116,9 +116,7 @@ def test_confidence_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_the_signal_to_noise_ratio_of_a_known_distribution():
-    moments = Moments().add(
-        torch.tensor([3.0, 0.0]) + 2 * torch.randn(40_000, 2, generator=seeded(), dtype=DTYPE)
-    )
+    moments = Moments().add(torch.tensor([3.0, 0.0]) + 2 * torch.randn(40_000, 2, generator=seeded(), dtype=DTYPE))
     error = math.sqrt((1 + 0.5 * 1.5**2) / 40_000)  # of a ratio of mean and standard deviation
     assert abs(moments.snr[0].item() - 1.5) < 4 * error
     assert moments.snr[1].item() < 4 / math.sqrt(40_000)
@@ -177,9 +175,7 @@ def test_the_chunk_changes_nothing(wrt, monkeypatch):
     joint, encoder, x = batch_model()
     whole = gradients.draws("iwae-dreg", joint, encoder, x, draws=50, k=2, wrt=wrt, generator=seeded())
     for chunk in (1, 7, 1000):
-        parts = gradients.draws(
-            "iwae-dreg", joint, encoder, x, draws=50, k=2, wrt=wrt, generator=seeded(), chunk=chunk
-        )
+        parts = gradients.draws("iwae-dreg", joint, encoder, x, draws=50, k=2, wrt=wrt, generator=seeded(), chunk=chunk)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     fewer = gradients.draws("iwae-dreg", joint, encoder, x, draws=11, k=2, wrt=wrt, generator=seeded())
     torch.testing.assert_close(fewer, whole[:11], rtol=1e-12, atol=1e-12)
@@ -187,9 +183,7 @@ def test_the_chunk_changes_nothing(wrt, monkeypatch):
 
 def test_measure_is_the_moments_of_draws_and_all_rows_see_the_same_noise():
     joint, encoder, x = batch_model()
-    measured = gradients.measure(
-        ["elbo-total", "elbo-path"], joint, encoder, x, draws=3000, k=2, generator=seeded()
-    )
+    measured = gradients.measure(["elbo-total", "elbo-path"], joint, encoder, x, draws=3000, k=2, generator=seeded())
     for name, moments in measured.items():
         draws = gradients.draws(name, joint, encoder, x, draws=3000, k=2, generator=seeded())
         torch.testing.assert_close(moments.mean, draws.mean(0), rtol=1e-12, atol=1e-12)
@@ -201,9 +195,7 @@ def test_the_mean_is_the_exact_gradient(name):
     joint, encoder = OneLayerJoint(), OneLayerEncoder()
     eps, weight = quadrature(1, 2, nodes=60)
     truth = torch.cat(exact_gradient(ESTIMATORS[name].bound, joint, encoder, X, eps, weight))
-    moments = gradients.measure(
-        [name], joint, encoder, X, draws=40_000, k=2, wrt="weights", generator=seeded()
-    )[name]
+    moments = gradients.measure([name], joint, encoder, X, draws=40_000, k=2, wrt="weights", generator=seeded())[name]
     assert ((moments.mean - truth).abs() < 4 * moments.standard_error).all()
     assert not ((moments.mean + truth).abs() < 4 * moments.standard_error).any()  # of the wrong sign
 
@@ -234,12 +226,25 @@ def test_a_million_draws_fit_in_the_memory_of_a_few(monkeypatch):
             seen.append(z.numel())
             return super().forward(x, z)
 
-    moments = gradients.measure(
-        ["elbo-path"], Watched(), OneLayerEncoder(), X, draws=10**6, generator=seeded()
-    )["elbo-path"]
+    moments = gradients.measure(["elbo-path"], Watched(), OneLayerEncoder(), X, draws=10**6, generator=seeded())[
+        "elbo-path"
+    ]
     assert moments.count == 10**6 and sum(seen) == 10**6
     assert max(seen) <= gradients.ROWS
     assert moments.standard_error.max() < 0.001
+
+
+def test_gradients_of_many_weights_come_a_few_at_a_time(monkeypatch):
+    seen = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, draws: seen.append(draws.numel()) or add(self, draws))
+    monkeypatch.setattr(gradients, "GRADIENTS", 100)
+    joint, encoder, x = batch_model()
+    size = sum(p.numel() for p in encoder.parameters())
+    for wrt, least in (("encoder", size), ("posterior", 12)):
+        seen.clear()
+        gradients.measure(["elbo-path"], joint, encoder, x, draws=50, wrt=wrt, generator=seeded())
+        assert sum(seen) == 50 * least and max(seen) <= 100
 
 
 def test_every_posterior_can_be_taken_apart():
@@ -257,9 +262,7 @@ def test_every_posterior_can_be_taken_apart():
     ]:
         batch = x[: len(posterior.mean)]
         draws = gradients.draws("elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded())
-        alone = gradients.draws(
-            "elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded(), chunk=1
-        )
+        alone = gradients.draws("elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded(), chunk=1)
         assert draws.shape == (4, size)
         torch.testing.assert_close(draws, alone, rtol=1e-12, atol=1e-12)
     step = 1e-6  # the logit of the first component, for the second observation, by finite differences
@@ -268,9 +271,7 @@ def test_every_posterior_can_be_taken_apart():
     for sign in (1, -1):
         moved = logits.clone()
         moved[0, 1] += sign * step
-        objective = objectives.Objective(
-            ESTIMATORS["elbo-total"], joint, Free(Mixture((first, second), moved))
-        )
+        objective = objectives.Objective(ESTIMATORS["elbo-total"], joint, Free(Mixture((first, second), moved)))
         bounds.append(-objective(x, eps)[1])
     exact = ((bounds[0] - bounds[1]) / (2 * step)).item()
     block = gradients.ROWS // 6
@@ -297,9 +298,7 @@ def test_recurrent_layers_are_differentiated_in_a_loop():
             return DiagonalGaussian(mean, log_std)
 
     encoder, x = Recurrent().double(), torch.ones(2, 1, dtype=DTYPE)
-    draws = gradients.draws(
-        "elbo-path", OneLayerJoint(), encoder, x, draws=3, wrt="encoder", generator=seeded()
-    )
+    draws = gradients.draws("elbo-path", OneLayerJoint(), encoder, x, draws=3, wrt="encoder", generator=seeded())
     assert draws.shape == (3, sum(p.numel() for p in encoder.parameters())) and draws.abs().max() > 0
 
 
@@ -324,9 +323,7 @@ def test_two_layers_and_the_trap_of_detached_outputs():
 
 
 def test_time_is_taken_when_asked_for():
-    measured = gradients.measure(["elbo-path"], OneLayerJoint(), OneLayerEncoder(), X, draws=10, repeats=2)[
-        "elbo-path"
-    ]
+    measured = gradients.measure(["elbo-path"], OneLayerJoint(), OneLayerEncoder(), X, draws=10, repeats=2)["elbo-path"]
     assert measured.seconds > 0
     assert measured.variance_time == measured.total_variance * measured.seconds
 
@@ -402,9 +399,7 @@ def test_the_bias_test_finds_a_slip_of_sign_and_a_small_bias():
         (OneLayerJoint(), OneLayerEncoder(), X),
         Estimator("wrong", "iwae", "iwae", 1, "", slip),
     )
-    assert gradients.bias_test(
-        wrong, "iwae-dreg", *models_and_data, draws=2000, k=2, generator=seeded()
-    ).biased
+    assert gradients.bias_test(wrong, "iwae-dreg", *models_and_data, draws=2000, k=2, generator=seeded()).biased
     assert not gradients.bias_test(
         elbo_scaled(-1), "elbo-path", *models_and_data, draws=2000, generator=seeded()
     ).biased
@@ -413,9 +408,7 @@ def test_the_bias_test_finds_a_slip_of_sign_and_a_small_bias():
         u = torch.full_like(log_w, 1.02 / log_w.shape[0])
         return Weights(u, u, None)
 
-    more = Estimator(
-        "more", "elbo", "elbo", 1, "", two_percent_more
-    )  # found, since the two share their noise
+    more = Estimator("more", "elbo", "elbo", 1, "", two_percent_more)  # found, since the two share their noise
     assert gradients.bias_test(more, "elbo-path", *models_and_data, draws=2000, generator=seeded()).biased
 
 
@@ -424,9 +417,7 @@ def test_rounding_is_no_bias():
     joint, encoder, x = batch_model()
     same = elbo_scaled(0.0)
     for dtype in (torch.float32, torch.float64):
-        found = gradients.bias_test(
-            same, "iwae-total", joint.to(dtype), encoder.to(dtype), x.to(dtype), draws=50, k=1
-        )
+        found = gradients.bias_test(same, "iwae-total", joint.to(dtype), encoder.to(dtype), x.to(dtype), draws=50, k=1)
         assert found.standard_error.min() > 0
     shifted = Estimator(
         "shifted",

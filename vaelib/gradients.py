@@ -30,7 +30,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ from vaelib.posteriors import FullGaussian, Latent, Mixture, map_latent, stop_gr
 
 ROWS = 8192
 """Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
-GRADIENTS = 2**23
-"""Numbers in the per-draw gradients of weights that are kept at once."""
+GRADIENTS = 2**22
+"""Numbers in the gradients (draws x P) that are kept at once; bounds the memory, whatever the number of weights."""
 LOOP_FROM = 2**16
 """Weights from which one backward pass a draw is faster than ``vmap`` over draws (measured on two cores)."""
 
@@ -76,12 +76,14 @@ class Moments:
             self.anchor = draws.mean(0)
             self.powers, self.norms = draws.new_zeros(4, draws.shape[1]), draws.new_zeros(2)
         shifted = draws - self.anchor
-        squares = shifted.square()
+        power = shifted.clone()
+        for order in range(4):
+            self.powers[order] += power.sum(0)
+            if order == 1:
+                norms = power.sum(1)
+                self.norms += torch.stack([norms.sum(), norms.square().sum()])
+            power *= shifted
         self.count += len(draws)
-        powers = shifted, squares, squares * shifted, squares.square()
-        self.powers += torch.stack([power.sum(0) for power in powers])
-        norms = squares.sum(1)
-        self.norms += torch.stack([norms.sum(), norms.square().sum()])
         return self
 
     @property
@@ -215,8 +217,8 @@ def draws(
     Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
     """
     (row,) = _rows([estimator]).values()
-    gradients = _per_draw(wrt)(row, joint, encoder, x)
-    return torch.cat([gradients(eps) for eps in _noise(encoder, x, k, draws, generator, chunk)])
+    one = _per_draw(wrt)(row, joint, encoder, x)
+    return torch.cat([one.gradients(eps) for eps in _noise(encoder, x, k, draws, generator, chunk, one.size)])
 
 
 def measure(
@@ -267,12 +269,13 @@ def measure(
     if draws < 2:
         raise InputError(f"a variance needs at least 2 draws, but draws is {draws}")
     rows = _rows(estimators)
-    gradients = {name: _per_draw(wrt)(row, joint, encoder, x) for name, row in rows.items()}
+    each = {name: _per_draw(wrt)(row, joint, encoder, x) for name, row in rows.items()}
     moments = {name: Moments() for name in rows}
+    size = max((one.size for one in each.values()), default=1)
     with tqdm(total=draws, desc="gradients", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in _noise(encoder, x, k, draws, generator, chunk):
-            for name in rows:
-                moments[name].add(gradients[name](eps))
+        for eps in _noise(encoder, x, k, draws, generator, chunk, size):
+            for name, one in each.items():
+                moments[name].add(one.gradients(eps))
             bar.update(_count(eps))
     if repeats:
         for name, seconds in _seconds(rows, joint, encoder, x, k, repeats).items():
@@ -317,9 +320,9 @@ def bias_test(
     ours, theirs = (_per_draw(wrt)(row, joint, encoder, x) for row in (first, second))
     difference, size, precision = Moments(), Moments(), torch.finfo(x.dtype).eps
     with tqdm(total=draws, desc="bias", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in _noise(encoder, x, k, draws, generator, chunk):
-            g = theirs(eps)
-            difference.add(ours(eps) - g)
+        for eps in _noise(encoder, x, k, draws, generator, chunk, ours.size):
+            g = theirs.gradients(eps)
+            difference.add(ours.gradients(eps) - g)
             size.add(g.abs())
             bar.update(_count(eps))
     rounding = 100 * precision * size.mean.clamp_min(1)  # of two ways to compute the same number
@@ -333,8 +336,12 @@ def two_sided(error_rate: float) -> float:
 
 # --- one draw's gradient -----------------------------------------------------------------------------------------------
 
-PerDraw = Callable[[Latent], Tensor]
-"""Noise ``[S, K, B, D]`` to the gradients ``[S, P]``."""
+
+class PerDraw(NamedTuple):
+    """Noise ``[S, K, B, D]`` to the gradients ``[S, P]``, and P."""
+
+    gradients: Callable[[Latent], Tensor]
+    size: int
 
 
 def _of_posterior(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor) -> PerDraw:
@@ -358,7 +365,9 @@ def _of_posterior(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x:
         parts = [_grad(value).movedim(axis, 0).reshape(s, -1) for value, axis in leaves]
         return -s * batch * torch.cat(parts, dim=1)
 
-    return gradients
+    sizes: list[int] = []
+    _with_parameters(posterior, lambda value, axis: sizes.append(value.numel()) or value)
+    return PerDraw(gradients, sum(sizes))
 
 
 def _of_weights(*parts: str) -> Callable[..., PerDraw]:
@@ -378,11 +387,7 @@ def _of_weights(*parts: str) -> Callable[..., PerDraw]:
             return -functional_call(objective, {**everything, **weights}, (x, eps)).mean()
 
         def side_by_side(eps: Latent) -> Tensor:
-            one = map_latent(lambda e: e[0], eps)
-            if one_layer := not isinstance(eps, tuple):
-                one = (one,)
-            axes = (None, 0 if one_layer else (0,) * len(one))
-            gradient = vmap(grad(bound), in_dims=axes, chunk_size=max(1, GRADIENTS // size))(chosen, eps)
+            gradient = vmap(grad(bound), in_dims=(None, map_latent(lambda _: 0, eps)))(chosen, eps)
             return torch.cat([gradient[name].reshape(_count(eps), -1) for name in chosen], dim=1)
 
         def one_by_one(eps: Latent) -> Tensor:
@@ -395,7 +400,7 @@ def _of_weights(*parts: str) -> Callable[..., PerDraw]:
             return torch.stack(rows)
 
         recurrent = any(isinstance(part, nn.RNNBase) for part in networks.modules())  # no rule in vmap
-        return one_by_one if recurrent or size >= LOOP_FROM else side_by_side
+        return PerDraw(one_by_one if recurrent or size >= LOOP_FROM else side_by_side, size)
 
     return per_draw
 
@@ -421,7 +426,7 @@ def _rows(estimators: Iterable[Estimator | str]) -> dict[str, Estimator]:
 
 
 def _noise(
-    encoder: nn.Module, x: Tensor, k: int, draws: int, generator: torch.Generator | None, chunk: int | None
+    encoder: nn.Module, x: Tensor, k: int, draws: int, generator: torch.Generator | None, chunk: int | None, size: int
 ) -> Iterator[Latent]:
     """Yield the noise of all draws, ``[S, K, B, D]``; it is drawn in blocks that do not depend on ``chunk``."""
     for name, value in {"k": k, "draws": draws, "chunk": 1 if chunk is None else chunk}.items():
@@ -430,10 +435,11 @@ def _noise(
     with torch.no_grad():
         posterior = encoder(x)
     block = max(1, ROWS // (k * len(x)))
+    chunk = min(chunk or block, block, max(1, GRADIENTS // size))
     for start in range(0, draws, block):
         eps = map_latent(lambda e: e.unflatten(0, (block, k)), posterior.noise(block * k, generator))
-        for first in range(0, min(block, draws - start), chunk or block):
-            last = min(first + (chunk or block), draws - start, block)
+        for first in range(0, min(block, draws - start), chunk):
+            last = min(first + chunk, draws - start, block)
             yield map_latent(lambda e, first=first, last=last: e[first:last], eps)
 
 
