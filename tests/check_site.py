@@ -62,6 +62,13 @@ def empty(site: Site, path: Path, soup: BeautifulSoup) -> Iterator[str]:
         yield "has no text or no heading"
 
 
+def numbered(site: Site, path: Path, soup: BeautifulSoup) -> Iterator[str]:
+    chapter = re.match(r"(\d\d)-", path.name)
+    number = soup.select_one("h1 .section-number")
+    if chapter and (number is None or number.text.strip() != f"{int(chapter[1])}."):
+        yield f"chapter {int(chapter[1])} is numbered {number.text.strip() if number else 'not at all'}"
+
+
 def repeated_ids(site: Site, path: Path, soup: BeautifulSoup) -> Iterator[str]:
     for name, count in Counter(tag["id"] for tag in soup(id=True)).items():
         if count > 1:
@@ -134,7 +141,7 @@ def remote(site: Site, path: Path, soup: BeautifulSoup) -> Iterator[str]:
             yield f"a style from another host: {style.strip()[:60]!r}"
 
 
-CHECKS = (empty, repeated_ids, images, errors, source_left, folded, description, links, remote)
+CHECKS = (empty, numbered, repeated_ids, images, errors, source_left, folded, description, links, remote)
 
 
 def problems(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ GOOD = """<!DOCTYPE html><html><head>
 <meta name="description" content="A plain sentence."><link rel="stylesheet" href="../style.css">
 <link rel="canonical" href="https://example.org/book/page.html"><script src="../code.js"></script>
 <script>window.MathJax = {"tex": {}}; const space = 1 // 2;</script><style>p { color: red }</style></head>
-<body><article><h1 id="top">A page</h1><p>Some text with a <a href="#top">link</a>
+<body><article><h1 id="top"><span class="section-number">1. </span>A page</h1><p>Some text with a <a href="#top">link</a>
 and <a href="other.html#there">another</a> and <a href="https://example.org">one abroad</a>. <code>:::{note}</code></p>
 <div class="admonition dropdown"><p class="admonition-title">Solution</p></div>
 <img src="../picture.png" alt="A line"></article></body></html>"""
@@ -22,6 +22,8 @@ OTHER = '<html><body><article><h1 id="there">Another page</h1>With some text.</a
 BROKEN = [
     ("empty", "Some text", None),
     ("empty", "<h1 id=", "<h2 id="),
+    ("numbered", ">1. <", ">2. <"),
+    ("numbered", ' class="section-number"', ""),
     ("repeated_ids", "<code>", '<code id="top">'),
     ("images", 'alt="A line"', 'alt=" "'),
     ("images", ' alt="A line"', ""),
@@ -57,8 +59,8 @@ def site(tmp_path):
     (tmp_path / "book").mkdir()
     for name, text in [("style.css", "p {}"), ("code.js", ""), ("picture.png", ""), ("book/other.html", OTHER)]:
         (tmp_path / name).write_text(text)
-    (tmp_path / "index.html").write_text('<meta http-equiv="Refresh" content="0; url=book/page.html" />')
-    (tmp_path / "book/page.html").write_text(GOOD)
+    (tmp_path / "index.html").write_text('<meta http-equiv="Refresh" content="0; url=book/01-page.html" />')
+    (tmp_path / "book/01-page.html").write_text(GOOD)
     return tmp_path
 
 
@@ -71,7 +73,7 @@ def test_a_good_site_passes(site, capsys):
 def test_a_broken_page_fails(site, check, old, new, capsys):
     assert old in GOOD
     page = GOOD.replace(old, new, 1) if new is not None else "<html><body><article></article></body></html>"
-    (site / "book/page.html").write_text(page)
+    (site / "book/01-page.html").write_text(page)
     assert any(f"page.html: {check}:" in sentence for sentence in check_site.problems(site))
     assert check_site.main(str(site)) == 1
 
@@ -124,6 +126,11 @@ def test_back_links_become_links_when_the_chapter_exists(quiet_pages):
     line = "Introduced in book/01-a-b.ipynb."
     assert quiet_pages.linked_chapters(line, {"book/01-a-b"}) == "Introduced in :doc:`/book/01-a-b`."
     assert quiet_pages.linked_chapters(line, set()) == "Introduced in chapter 1 (in preparation)."
+
+
+def test_the_examples_of_a_command_are_shown_as_code(quiet_pages):
+    lines = ["Train.", "", "\b", "Examples:", "  vaelib train runs/first"]
+    assert quiet_pages.examples_as_code(lines) == ["Train.", "", "Examples::", "", "  vaelib train runs/first"]
 
 
 def test_the_api_page_lists_the_public_modules(quiet_pages):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -69,10 +70,16 @@ class Estimator:
         self.check(log_w.shape[0])
         return Weights(*(torch.zeros_like(log_w) if w is None else w for w in self.rule(log_w)))
 
-    @property
+    @cached_property
     def reparameterised(self) -> bool:
         """Whether the row uses the path channel, and so needs a sample that is differentiable in phi."""
         return self.rule(torch.zeros(self.least_k, 1)).path is not None
+
+    @cached_property
+    def automatic(self) -> bool:
+        """Whether the row is what automatic differentiation gives with nothing held constant: b = a = -c."""
+        a, b, c = self.weights(torch.arange(3.0).unsqueeze(-1))
+        return torch.equal(b, a) and torch.equal(c, -a)
 
     def check(self, k: int) -> None:
         """Raise InputError if the row is not defined for ``k`` draws."""
@@ -166,7 +173,7 @@ def iwae_path(log_w: Tensor) -> Weights:
 def iwae_dreg(log_w: Tensor) -> Weights:
     """Doubly reparameterised: the score term turned into a second path term, which leaves squared weights."""
     w = log_w.softmax(0)
-    return Weights(theta=w, path=w**2, score=None)
+    return Weights(theta=w, path=w.square(), score=None)
 
 
 @row("rws", bound="iwae", target="wake", reference="bornschein2015")
@@ -180,7 +187,7 @@ def rws(log_w: Tensor) -> Weights:
 def rws_dreg(log_w: Tensor) -> Weights:
     """The wake-phase update of phi, doubly reparameterised."""
     w = log_w.softmax(0)
-    return Weights(theta=w, path=w - w**2, score=None)
+    return Weights(theta=w, path=w - w.square(), score=None)
 
 
 def elbo_scaled(scale: float) -> Estimator:

@@ -36,7 +36,8 @@ class Bernoulli:
 
     def log_prob(self, x: Tensor) -> Tensor:
         r"""Return :math:`\sum_d [x_d l_d - \log(1 + e^{l_d})]`, ``[K, B]``."""
-        return (x * self.logits).sum(-1) - F.softplus(self.logits).sum(-1)
+        x = x.expand_as(self.logits)
+        return -F.binary_cross_entropy_with_logits(self.logits, x, reduction="none").sum(-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw images of 0 and 1, ``[K, B, D]``."""

@@ -19,10 +19,11 @@ from vaelib.posteriors import Latent, Mixture, map_latent, stop_gradient
 def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
     r"""Add the estimator's gradient of ``-bound.mean()`` to ``.grad`` and return the bound, ``[B]``.
 
-    The sample is cut in two. The first leg goes back from :math:`a_k \log w_k`, with q stopped, through the decoder:
-    it leaves the theta channel in the decoder's parameters and :math:`a_k\, \partial_z \log w_k` at the cut. The
-    second leg goes back through the encoder, from z with that gradient times :math:`b_k / a_k`, and from
-    :math:`\log q` with weight :math:`c_k`. Introduced in book/02-score-and-path.ipynb.
+    One pass through the model and one back. A row with a path evaluates :math:`\log w` with q stopped and goes back
+    from it with weight :math:`a_k`: that is the theta channel, and :math:`a_k\, \partial_z \log w_k` arrives at the
+    sample, where it is scaled by :math:`b_k / a_k` on its way to the encoder. The score channel is :math:`\log q` at a
+    stopped sample with weight :math:`c_k`. A row without a path, or one that is what automatic differentiation gives
+    anyway (b = a = -c), has nothing to stop in q. Introduced in book/02-score-and-path.ipynb.
 
     Parameters
     ----------
@@ -54,27 +55,31 @@ def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn
         (-bound.mean()).backward()
         return bound.detach()
     z = posterior.sample(eps)
-    cut = map_latent(lambda layer: layer.detach().requires_grad_(), z)
-    log_p = joint(x, cut)
-    _check(estimator, log_p, x, eps)
-    log_w = log_p - posterior.stop_gradient().log_prob(cut)
-    a, b, c = estimator.rule(log_w.detach())
-    if b is not None:
+    if estimator.reparameterised:
         _check_path(estimator, z)
-    batch = x.shape[0]
+    if estimator.automatic:
+        seen, density = z, posterior
+    elif estimator.reparameterised:
+        seen, density = map_latent(lambda layer: layer.view_as(layer), z), posterior.stop_gradient()
+    else:
+        seen, density = map_latent(Tensor.detach, z), posterior
+    log_p = joint(x, seen)
+    _check(estimator, log_p, x, eps)
+    log_q = density.log_prob(seen)
+    log_w = (log_p - log_q).detach()
+    a, b, c = estimator.rule(log_w)
 
-    log_w.backward(a / -batch)
-
-    roots, gradients = [], []
-    if b is not None:
-        ratio = torch.where(a > 0, b / a, 0).unsqueeze(-1)  # a weight that underflowed to 0 has b = 0 too
-        roots += _layers(z)
-        gradients += [ratio * layer.grad for layer in _layers(cut)]
-    if c is not None:
-        roots.append(posterior.log_prob(map_latent(Tensor.detach, z)))
-        gradients.append(c / -batch)
-    torch.autograd.backward(roots, gradients)
-    return BOUNDS[estimator.bound](log_w.detach())
+    roots = [(log_p, a), (log_q, c if density is posterior else -a)]
+    if density is not posterior:
+        if b is not a:
+            ratio = (b / a).nan_to_num(0).unsqueeze(-1)  # a weight that underflowed to 0 has b = 0 too
+            for layer in _layers(seen):
+                layer.register_hook(lambda gradient: ratio * gradient)
+        if c is not None:
+            roots.append((posterior.log_prob(map_latent(Tensor.detach, z)), c))
+    roots = [(root, weight / -len(x)) for root, weight in roots if root.requires_grad]
+    torch.autograd.backward(*zip(*roots, strict=True))
+    return BOUNDS[estimator.bound](log_w)
 
 
 def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:

@@ -9,7 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import reference
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as TocTreeCollector
 from sphinx.util.fileutil import copy_asset
 
 # sphinx-proof and sphinx-exercise give these ids to every block; nothing points at them, and an id must be unique.
@@ -45,6 +48,16 @@ def linked_chapters(line: str, documents: Collection[str]) -> str:
     return _CHAPTER.sub(link, line)
 
 
+def examples_as_code(lines: list[str]) -> list[str]:
+    """The docstring of a command with what click shows as it stands (below a line of "\\b") as a literal block."""
+    shown = []
+    for line in lines:
+        if line == "\b":
+            continue
+        shown += ["Examples::", ""] if line in ("Example:", "Examples:") else [line]
+    return shown
+
+
 def modules(package: str = "vaelib") -> list[str]:
     """The names of the package's public modules, in alphabetical order."""
     path = importlib.util.find_spec(package).submodule_search_locations
@@ -59,8 +72,8 @@ def _write_api(app: Sphinx, docname: str, source: list[str]) -> None:
         )
 
 
-def _link_chapters(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [linked_chapters(line, app.env.found_docs) for line in lines]
+def _prepare_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [linked_chapters(line, app.env.found_docs) for line in examples_as_code(lines)]
 
 
 def _copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
@@ -78,9 +91,28 @@ def _repair(app: Sphinx, pagename: str, templatename: str, context: dict, doctre
     context["script_files"] = without_thebe(context["script_files"])
 
 
+def _number_chapters(app: Sphinx, config: Any) -> None:
+    """Number "book/05-name" as chapter 5, whether or not the chapters before it are written."""
+    assign = TocTreeCollector.assign_section_numbers
+
+    def assign_section_numbers(self: TocTreeCollector, env: BuildEnvironment) -> list[str]:
+        changed = assign(self, env)
+        for docname, numbers in env.toc_secnumbers.items():
+            if chapter := re.search(r"/(\d\d)-", docname):
+                first = int(chapter[1])
+                env.toc_secnumbers[docname] = {anchor: (first, *rest) for anchor, (_, *rest) in numbers.items()}
+                for node in (env.titles[docname], *env.tocs[docname].findall(reference)):
+                    if node.get("secnumber"):
+                        node["secnumber"] = [first, *node["secnumber"][1:]]
+        return changed
+
+    TocTreeCollector.assign_section_numbers = assign_section_numbers
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("config-inited", _number_chapters)
     app.connect("source-read", _write_api)
-    app.connect("autodoc-process-docstring", _link_chapters)
+    app.connect("autodoc-process-docstring", _prepare_docstring)
     app.connect("build-finished", _copy_mathjax)
     app.connect("html-page-context", _repair, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
