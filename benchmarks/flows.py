@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, nargs="+", default=[2, 4, 8, 16], help="layers (default: 2 4 8 16)")
     parser.add_argument("--hidden", type=int, default=128, help="width of the two hidden layers (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=60, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-flows.csv", help="the CSV to write")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "results" / "benchmark-flows.csv", help="the CSV to write"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     records = [record for depth in arguments.depth for record in measure(depth, arguments)]

@@ -227,7 +227,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, nargs="+", default=list(STEPS), help="draws (default: 1 5 50)")
     parser.add_argument(
-        "--steps", type=int, nargs="+", help="steps a row and round, one number for each k (default: 60 40 12)"
+        "--steps",
+        type=int,
+        nargs="+",
+        help="steps a row and round, one number for each k (default: 60 40 12; 12 for another k)",
     )
     parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=20, help="images a step (default: %(default)s)")
@@ -235,10 +238,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="only these libraries"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-steps.csv", help="the CSV to write")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "results" / "benchmark-steps.csv", help="the CSV to write"
+    )
     arguments = parser.parse_args(argv)
     if arguments.steps is None:
-        arguments.steps = [STEPS.get(k, max(12, 60 // k)) for k in arguments.k]
+        arguments.steps = [STEPS.get(k, 12) for k in arguments.k]
     if len(arguments.steps) != len(arguments.k):
         parser.error(f"--steps needs one number for each of the {len(arguments.k)} k, but has {len(arguments.steps)}")
     for name in ("k", "steps", "repeats", "batch_size", "threads"):

@@ -29,7 +29,7 @@ from vaelib.flows import (
     push,
 )
 from vaelib.models import GaussianMLP
-from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob, stop_gradient
+from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob
 
 ROWS = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda e: e.name)
 X = torch.zeros(1, 1, dtype=DTYPE)
@@ -62,9 +62,7 @@ kinds = pytest.mark.parametrize("kind", LAYERS)
 
 def encoder_of(kinds, dim=2, seed=0, one_pass=False, base=None, conditional=False):
     generator = torch.Generator().manual_seed(seed)
-    layers = [
-        coupling(dim, generator, 2 * dim) if conditional else LAYERS[kind](dim, generator) for kind in kinds
-    ]
+    layers = [coupling(dim, generator, 2 * dim) if conditional else LAYERS[kind](dim, generator) for kind in kinds]
     return FlowEncoder(base or StandardNormal(dim), layers, one_pass=one_pass, conditional=conditional).double()
 
 
@@ -100,10 +98,10 @@ class Contained(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder = stop_gradient(encoder)
+        self.log_prob = encoder(X).stop_gradient().log_prob  # no parameters of the model's
 
     def forward(self, x, z):
-        return self.encoder(x).log_prob(z)
+        return self.log_prob(z)
 
 
 def dense_force(flow, eps):
@@ -126,7 +124,9 @@ def dense_force(flow, eps):
 
 
 def phi_gradient(module):
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in module.parameters()])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in module.parameters()]
+    )
 
 
 # --- layers
@@ -218,7 +218,10 @@ def test_a_density_that_forgets_its_determinants_does_not():
 
 
 def test_the_inverse_and_the_forward_pass_give_one_density():
-    for encoder, x in [(encoder_of(["coupling", "sinh-arcsinh"] * 2), X), (conditional_encoder(), torch.randn(4, 3).double())]:
+    for encoder, x in [
+        (encoder_of(["coupling", "sinh-arcsinh"] * 2), X),
+        (conditional_encoder(), torch.randn(4, 3).double()),
+    ]:
         q = encoder(x)
         eps = q.noise(5, torch.Generator().manual_seed(0))
         z, log_q = q.sample_and_log_prob(eps)
@@ -241,7 +244,9 @@ def test_samples_and_density_of_the_one_dimensional_flow_have_the_same_mean():
 # --- forces, and path gradients
 
 
-@pytest.mark.parametrize("kinds", [["coupling"] * 4, ["sinh-arcsinh"] * 2, ["planar"] * 3, ["coupling", "planar", "sinh-arcsinh"]])
+@pytest.mark.parametrize(
+    "kinds", [["coupling"] * 4, ["sinh-arcsinh"] * 2, ["planar"] * 3, ["coupling", "planar", "sinh-arcsinh"]]
+)
 def test_the_force_is_the_dense_one(kinds):
     flow = encoder_of(kinds, seed=3)(X)
     eps = torch.randn(4, 1, 2, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
@@ -290,14 +295,17 @@ def test_drop_in_and_one_pass_are_one_gradient_in_both_engines(estimator, dtype)
 def test_planar_layers_run_in_one_pass_and_have_the_exact_expectation(name):
     estimator = ESTIMATORS[name]
     joint, encoder = Banana(), encoder_of(["planar"] * 2, seed=5, one_pass=True)
-    eps, weight = quadrature(2, 1, nodes=120)
+    with torch.no_grad():
+        for layer in encoder.layers:
+            layer.normal.mul_(0.4)  # gentle waves, or quadrature needs many more nodes
+    eps, weight = quadrature(2, 1, nodes=100)
     eps = torch.cat(eps, -1)  # two stochastic layers of one dimension: one of two
     x = X.expand(len(weight), -1)
     z, log_q = encoder(x).flow.sample_and_log_prob(eps)
     parameters = [*joint.parameters(), *encoder.parameters()]
     truth = torch.autograd.grad(weight @ BOUNDS[estimator.bound](joint(x, z) - log_q), parameters)
     value = -weight @ objectives.surrogate(estimator, joint, encoder, x, eps)
-    torch.testing.assert_close(torch.autograd.grad(value, parameters), truth, rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.autograd.grad(value, parameters), truth, rtol=0, atol=1e-7)
 
 
 def one_dimensional(one_pass=False):
@@ -308,7 +316,11 @@ def one_dimensional(one_pass=False):
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_rows_on_a_flow_are_unbiased(estimator, one_pass):
     """Both sides by quadrature over the noise of K draws."""
-    joint, encoder, k = Skewed(), one_dimensional(one_pass), max(estimator.least_k, 2 if estimator.bound == "iwae" else 1)
+    joint, encoder, k = (
+        Skewed(),
+        one_dimensional(one_pass),
+        max(estimator.least_k, 2 if estimator.bound == "iwae" else 1),
+    )
     eps, weight = quadrature(1, k, nodes=90)
     truth = exact_gradient(estimator.bound, joint, encoder, X, eps, weight)
     mine = expected_gradient(estimator, joint, encoder, X, eps, weight)

@@ -33,28 +33,28 @@ Discrete = FactorisedBernoulli | OneHotCategorical
 def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     r"""Return the ELBO :math:`\sum_z q(z) [\log p(x, z) - \log q(z)]` by going through all values of z, ``[B]``.
 
-    Its gradient by automatic differentiation is exact. All values share one pass through the decoder, which they
-    enter without a batch axis, as ``[S, 1, D]``; S is at most 4,096 (12 bits).
+    Its gradient by automatic differentiation is exact. The S values are the draws of one pass through the model,
+    ``[S, B, D]``; S is at most 4,096 (12 bits).
 
     Raises
     ------
     InputError
         if there are more values, or if z is not discrete.
     """
-    z = _discrete(q, "enumeration").support()
+    z = _every_value(q, x)
     log_q = q.log_prob(z)
-    return (log_q.exp() * (joint(x, z) - log_q)).sum(0)
+    return (log_q.exp() * (_log_joint(joint, x, z) - log_q)).sum(0)
 
 
 def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
-    r"""Return the exact :math:`\log p(x) = \log \sum_z p(x, z)`, ``[B]``; q, such as ``joint.prior``, says what z can be.
+    r"""Return the exact :math:`\log p(x) = \log \sum_z p(x, z)`, ``[B]``; q (or ``joint.prior``) says what z can be.
 
     Raises
     ------
     InputError
         as for :func:`exact_elbo`.
     """
-    return joint(x, _discrete(q, "enumeration").support()).logsumexp(0)
+    return _log_joint(joint, x, _every_value(q, x)).logsumexp(0)
 
 
 def exact(joint: nn.Module, q: Discrete, x: Tensor, eps: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -
             )
         z, twin = q.sample(eps), q.sample(1 - eps)
         both = torch.cat((z, twin))
-        log_p = joint(x, both)
+        log_p = _log_joint(joint, x, both)
         log_w = (log_p - q.log_prob(both)).detach()
         first, second = log_w.chunk(2)
         with torch.no_grad():
@@ -116,10 +116,10 @@ def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]
 
     .. math:: \partial_\phi \big[ \log p(x \mid z_\tau) - \mathrm{KL}(q \,\|\, p(z)) \big]
 
-    with :math:`z_\tau` the ``relaxed_sample`` of temperature :math:`\tau`, or, straight through, at the sample itself with
-    the derivative of :math:`z_\tau`. The value is the bound at the samples, which are discrete: the relaxed decoder's
-    would not be a bound. (That costs one more pass through the decoder, without a gradient, where the gradient is
-    not taken straight through.)
+    with :math:`z_\tau` the ``relaxed_sample`` of temperature :math:`\tau`, or, straight through, at the sample itself
+    with the derivative of :math:`z_\tau`. The value is the bound at the discrete samples, since the value at relaxed
+    ones bounds nothing; where the gradient is not taken straight through, that is one more pass through the decoder,
+    without a gradient.
     """
     if not temperature > 0:
         raise InputError(f"the temperature of a relaxed sample must be above 0, but is {temperature:g}")
@@ -129,7 +129,7 @@ def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]
         if not hasattr(joint, "log_likelihood"):
             raise InputError(
                 "a relaxed sample goes through the likelihood alone (method log_likelihood), which a "
-                f"{type(joint).__name__} does not have: use models.DiscreteJoint, or an estimator such as elbo-score-loo"
+                f"{type(joint).__name__} does not have: use models.DiscreteJoint, or a row such as elbo-score-loo"
             )
         z, soft = q.sample(eps), q.relaxed_sample(eps, temperature)
         kl = silent.divergence(joint, q)
@@ -146,8 +146,8 @@ def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]
 def gumbel_softmax(temperature: float) -> LossEstimator:
     r"""Return the estimator that differentiates a continuous sample (Jang et al. 2017, Maddison et al. 2017).
 
-    Its bias goes to 0 with the temperature :math:`\tau`, while its variance grows without limit. To anneal, make one for
-    every few steps: ``gumbel_softmax(annealed_temperature(step))``.
+    Its bias goes to 0 with the temperature :math:`\tau`, while its variance grows without limit. To anneal, make one
+    for every few steps: ``gumbel_softmax(annealed_temperature(step))``.
 
     Raises
     ------
@@ -161,8 +161,7 @@ def gumbel_softmax(temperature: float) -> LossEstimator:
 def straight_through(temperature: float) -> LossEstimator:
     r"""Return the estimator that evaluates the sample and differentiates the continuous one (Jang et al. 2017).
 
-    The decoder sees only what it will see later, and its gradient is unbiased; the encoder's is biased, more so than
-    that of :func:`gumbel_softmax`.
+    The decoder sees only what it will see later, and its gradient is unbiased; the encoder's is biased.
 
     Raises
     ------
@@ -191,6 +190,20 @@ ESTIMATORS: dict[str, Estimator | LossEstimator] = {
     "elbo-exact": LossEstimator("elbo-exact", "elbo", "elbo", 1, "mohamed2020", exact),
 }
 """Everything that can train a discrete posterior, by name."""
+
+
+def _every_value(q: Discrete, x: Tensor) -> Tensor:
+    return _discrete(q, "enumeration").support().expand(-1, len(x), -1)
+
+
+def _log_joint(joint: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+    log_p = joint(x, z)
+    if log_p.shape != z.shape[:2]:
+        raise InputError(
+            f"joint(x, z) must return log p(x, z) of the shape [K, B] = {list(z.shape[:2])}, one value for each draw "
+            f"and observation, but returned {list(log_p.shape)}; see that it sums over the last axis"
+        )
+    return log_p
 
 
 def _discrete(q: Discrete, what: str) -> Discrete:

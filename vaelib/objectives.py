@@ -168,13 +168,7 @@ class Objective(nn.Module):
 def _loss(estimator: LossEstimator, joint: nn.Module, posterior, x: Tensor, eps: Latent | None) -> Tensor:
     if eps is not None:
         estimator.check(_layers(eps)[0].shape[0])
-    loss = estimator.loss(joint, posterior, x, eps)
-    if loss.shape != x.shape[:1]:
-        raise InputError(
-            f"estimator '{estimator.name}' must have one value for each of the {len(x)} observations, but has the shape "
-            f"{list(loss.shape)}; see that joint(x, z) returns log p(x, z), [K, B], summed over the last axis"
-        )
-    return loss
+    return estimator.loss(joint, posterior, x, eps)
 
 
 def _layers(z: Latent) -> tuple[Tensor, ...]:

@@ -89,7 +89,7 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
 
     def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the mean :math:`w^\top \mu` and variance :math:`\sum_d w_d^2 \sigma_d^2` of each row of W z, ``[B, X]``."""
+        r"""Return the mean :math:`w^\top \mu` and variance :math:`\sum_d w_d^2 \sigma_d^2` of W z, row by row, ``[B, X]``."""
         return self.mean @ weight.mT, (2 * self.log_std).exp() @ weight.square().mT
 
     def stop_gradient(self) -> DiagonalGaussian:
@@ -351,10 +351,11 @@ def gumbel(eps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FactorisedBernoulli:
-    r"""Independent bits, :math:`q(z \mid x) = \prod_d \pi_d^{z_d} (1-\pi_d)^{1-z_d}`, :math:`\pi = \operatorname{sigmoid}(l)`.
+    r"""Independent bits, :math:`q(z \mid x) = \prod_d \pi_d^{z_d} (1-\pi_d)^{1-z_d}`.
 
-    A sample is :math:`z_d = 1[\varepsilon_d > 1 - \pi_d]` for uniform :math:`\varepsilon`: a step, without a derivative.
-    The antithetic sample of the same noise is that of :math:`1 - \varepsilon`. Without a batch axis it serves as a prior.
+    The probabilities are :math:`\pi = \operatorname{sigmoid}(l)`. A sample is :math:`z_d = 1[\varepsilon_d > 1 - \pi_d]` for
+    uniform :math:`\varepsilon`: a step, without a derivative. The antithetic sample of the same noise is that of
+    :math:`1 - \varepsilon`. Without a batch axis it serves as a prior.
 
     Parameters
     ----------
@@ -394,12 +395,15 @@ class FactorisedBernoulli:
         return (F.softplus(self.logits) - self.mean * self.logits).sum(-1)
 
     def kl(self, prior: FactorisedBernoulli | None = None) -> Tensor:
-        r"""Return :math:`\mathrm{KL}(q \,\|\, p) = -H[q] - \mathbb E_q[\log p(z)]`, ``[B]``; p: fair bits if not given."""
+        r"""Return :math:`\mathrm{KL}(q \,\|\, p)`, ``[B]``; the prior p is fair bits if not given."""
         fair = FactorisedBernoulli(torch.zeros_like(self.logits))
         return -self.entropy() - (prior or fair).log_prob(self.mean)  # log p is linear in z
 
     def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the mean :math:`w^\top \pi` and variance :math:`\sum_d w_d^2 \pi_d (1-\pi_d)` of each row of W z, ``[B, X]``."""
+        r"""Return the mean :math:`w^\top \pi` and variance of each row of W z, ``[B, X]``.
+
+        The variance is :math:`\sum_d w_d^2\, \pi_d (1-\pi_d)`.
+        """
         variance = self.mean * torch.sigmoid(-self.logits)
         return self.mean @ weight.mT, variance @ weight.square().mT
 
@@ -418,7 +422,8 @@ class OneHotCategorical:
     r"""G independent choices among C classes each, written as one-hot vectors side by side: z is ``[K, B, G C]``.
 
     With :math:`\pi_g = \operatorname{softmax}(l_g)`, a sample picks the class of the largest :math:`l_{gc} + G_{gc}` for
-    Gumbel variables :math:`G = -\log(-\log\varepsilon)` made of uniform noise. Without a batch axis it serves as a prior.
+    Gumbel variables :math:`G = -\log(-\log\varepsilon)` made of uniform noise. Without a batch axis it serves as a
+    prior.
 
     Parameters
     ----------
@@ -464,7 +469,7 @@ class OneHotCategorical:
         return -self.log_prob(self.mean)
 
     def kl(self, prior: OneHotCategorical | None = None) -> Tensor:
-        r"""Return :math:`\mathrm{KL}(q \,\|\, p) = -H[q] - \mathbb E_q[\log p(z)]`, ``[B]``; p is uniform if not given."""
+        r"""Return :math:`\mathrm{KL}(q \,\|\, p)`, ``[B]``; the prior p is uniform if not given."""
         uniform = OneHotCategorical(torch.zeros_like(self.logits))
         return -self.entropy() - (prior or uniform).log_prob(self.mean)  # log p is linear in z
 

@@ -50,10 +50,10 @@ def expected_square_error(x: Tensor, q, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def expected_log_prob(x: Tensor, q, weight: Tensor, bias: Tensor, log_std: Tensor) -> Tensor:
-    r"""Return :math:`\mathbb E_q[\log \mathcal N(x; W z + b, \operatorname{diag} s^2)]`, exact and differentiable, ``[B]``.
+    r"""Return :math:`\mathbb E_q[\log \mathcal N(x; W z + b, \operatorname{diag} s^2)]`, ``[B]``.
 
-    The equation at the top of this module. The scale may be held fixed, learned as a parameter, or profiled out
-    (:func:`profiled_log_std`).
+    It is exact, by the equation at the top of this module, and differentiable in all arguments. The scale may be held
+    fixed, learned as a parameter, or profiled out (:func:`profiled_log_std`).
 
     Parameters
     ----------
@@ -96,9 +96,11 @@ def expected_log_prob_log_linear(
     scale_weight: Tensor,
     scale_bias: Tensor,
 ) -> Tensor:
-    r"""Return :math:`\mathbb E_q[\log p(x \mid z)]` for a scale that depends on z, :math:`s_d^2 = e^{a_d^\top z + c_d}`, ``[B]``.
+    r"""Return :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]``, for a scale that depends on z.
 
-    Exact for a Gaussian q with mean m and covariance C. Its exponential moments tilt the Gaussian to the mean m - C a:
+    With :math:`s_d^2 = e^{a_d^\top z + c_d}` it is exact for a Gaussian q of mean m and covariance C. The logarithm
+    :math:`\log s_d^2` is linear and has the mean :math:`a_d^\top m + c_d`; the exponential tilts the Gaussian to the mean
+    m - C a:
 
     .. math:: \mathbb E_q[e^{-a^\top z} (r - w^\top z)^2]
         = e^{-a^\top m + \frac12 a^\top C a} \big[ (r - w^\top m + w^\top C a)^2 + w^\top C w \big], \qquad r = x - b
@@ -157,7 +159,7 @@ class LinearDecoder(nn.Module):
 
 
 def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
-    r"""Return the ELBO itself, :math:`\mathbb E_q[\log p(x \mid z)] - \mathrm{KL}(q \,\|\, p(z))`, in closed form, ``[B]``.
+    r"""Return the ELBO :math:`\mathbb E_q[\log p(x \mid z)] - \mathrm{KL}(q \,\|\, p(z))` in closed form, ``[B]``.
 
     Parameters
     ----------
@@ -198,9 +200,10 @@ def divergence(joint: nn.Module, q) -> Tensor:
     families = (DiagonalGaussian, FullGaussian) if prior is None else (type(prior),)
     if not isinstance(q, families):
         known = " or ".join(family.__name__ for family in families)
+        kind = "a standard normal" if prior is None else f"a {known}"
         raise InputError(
-            f"the divergence of a {type(q).__name__} from {'a standard normal' if prior is None else 'that'} prior has no "
-            f"closed form: use a posterior of the class {known}, or a row of the tableau, which estimates it from draws"
+            f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
+            f"class {known}, or a row of the tableau, which estimates the divergence from draws"
         )
     return q.kl() if prior is None else q.kl(prior)
 
@@ -227,4 +230,4 @@ def _loss(joint: nn.Module, q, x: Tensor, eps: Tensor | None) -> Tensor:
 
 
 ELBO = LossEstimator("elbo-silent", "elbo", "elbo", 1, "shao2025", _loss)
-"""The silent gradient as an estimator, ``objectives.backward(silent.ELBO, joint, encoder, x, None)``: there is no noise."""
+"""The silent gradient as an estimator, ``objectives.backward(silent.ELBO, joint, encoder, x, None)``: without noise."""
