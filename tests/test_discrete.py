@@ -239,6 +239,23 @@ def test_unbiased_estimators_have_the_exact_mean(name, make_joint):
 
 
 @JOINTS
+@pytest.mark.parametrize("name", ["iwae-score", "iwae-vimco"])
+def test_the_rows_of_the_other_bound_have_theirs(name, make_joint):
+    """The expectation of the bound of two draws, over all pairs of values."""
+    joint, x, leaf = make_joint(), observations(), LOGITS.clone().requires_grad_()
+    q = FactorisedBernoulli(leaf)
+    z = q.support()
+    log_q = q.log_prob(z)
+    log_w = (joint(x, z) - log_q).squeeze(-1)
+    mass = log_q.squeeze(-1).exp()
+    pairs = torch.stack(torch.broadcast_tensors(log_w, log_w.unsqueeze(-1)))
+    (right,) = torch.autograd.grad(mass @ BOUNDS["iwae"](pairs) @ mass, leaf)
+    mean, _ = exact_moments(name, joint, x, LOGITS, k=2)
+    torch.testing.assert_close(mean, right, rtol=1e-9, atol=1e-9)
+    assert (mean - truth(joint, x, LOGITS)).abs().max() > 1e-2  # it is not the ELBO's
+
+
+@JOINTS
 def test_the_relaxed_estimators_are_biased_less_so_when_cold_but_louder(make_joint):
     joint, x = make_joint(), observations()
     right = truth(joint, x, LOGITS)

@@ -25,9 +25,7 @@ from vaelib import silent
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS as TABLEAU
 from vaelib.estimators import Estimator, LossEstimator
-from vaelib.posteriors import FactorisedBernoulli, OneHotCategorical
-
-Discrete = FactorisedBernoulli | OneHotCategorical
+from vaelib.posteriors import Discrete, FactorisedBernoulli
 
 
 def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:

@@ -497,6 +497,10 @@ class OneHotCategorical:
         return self.logits + gumbel(eps).unflatten(-1, self.logits.shape[-2:])
 
 
+Discrete = FactorisedBernoulli | OneHotCategorical
+"""The posteriors whose samples have no path, and whose values can be gone through if they are few."""
+
+
 def _product(values: list[Tensor]) -> Tensor:
     """Return the Cartesian product of some vectors, one row each; also of a single vector."""
     if (states := math.prod(map(len, values))) > MAX_STATES:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError
-from vaelib.posteriors import FactorisedBernoulli, OneHotCategorical, standard_uniform
-
-Discrete = FactorisedBernoulli | OneHotCategorical
+from vaelib.posteriors import Discrete, FactorisedBernoulli, OneHotCategorical, standard_uniform
 
 
 class DiscreteJoint(nn.Module):
