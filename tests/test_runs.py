@@ -443,3 +443,19 @@ def test_evaluate_needs_a_run_and_sense(finished, tmp_path):
     ):
         with pytest.raises(InputError, match=sentence):
             runs.evaluate(run_dir, **bad)
+
+
+def test_a_damaged_result_is_refused_and_kept(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / "result.json").write_text('{"training": ')
+    for use in (lambda: runs.evaluate(run_dir, samples=2, limit=2), lambda: runs.train(run_dir, runs.read_config(run_dir / "config.json"))):
+        with pytest.raises(InputError, match="result.json' is not JSON .*: delete it"):
+            use()
+    assert (run_dir / "result.json").read_text() == '{"training": '
+
+
+def test_files_are_readable_by_others_as_the_umask_says(finished):
+    """A temporary file of the tempfile module would be the owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask for path in finished.glob("*.*") if path.is_file())

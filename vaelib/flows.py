@@ -231,7 +231,8 @@ class Flow:
 
     A posterior like those of :mod:`vaelib.posteriors`: the stopped copy holds the parameters of the Gaussian and of all
     layers constant, and evaluates a sample by inverting them, so that the gradient in z passes through every
-    intermediate :math:`z_\ell`. Introduced in book/06-flows.ipynb.
+    intermediate :math:`z_\ell`. Its layers are modules: under ``torch.func.functional_call``, use it inside the call,
+    or it sees the parameters it had before. Introduced in book/06-flows.ipynb.
 
     Parameters
     ----------
@@ -312,6 +313,7 @@ class OnePassFlow:
 
     of which the value and both first derivatives are exact: the force with respect to z', and the score with respect
     to phi, as what is left of the total derivative without the path. Stopping phi is a ``detach`` of two tensors.
+    It calls ``torch.autograd.grad`` while it samples; under the transforms of ``torch.func``, use :class:`Flow`.
     Introduced in book/06-flows.ipynb.
 
     Parameters

@@ -385,7 +385,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"'{path}' is not JSON ({error}): delete it, or put a whole copy in its place") from error
 
 
 def write_metrics(path: Path, trainer: Trainer) -> None:

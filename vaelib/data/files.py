@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,13 +197,18 @@ def reason(error: Exception) -> str:
 def whole(target: Path) -> Iterator[Path]:
     """Give a temporary path beside ``target`` to write to, and name it ``target`` once it is written and on
     disk."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    part.touch(exist_ok=False)
     try:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, target)
+        if os.name == "posix":  # the new name itself; Windows has no such call
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         part.unlink(missing_ok=True)
