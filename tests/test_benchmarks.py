@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -75,3 +76,29 @@ def test_bad_options(argv, capsys):
         steps.parse(argv)
     assert stop.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+README_ROWS = {
+    "floor": ("floor", None),
+    "NumPyro": ("NumPyro", "iwae"),
+    "vaelib": ("vaelib", None),
+    "pythae": ("pythae", "iwae"),
+    "Pyro": ("Pyro", "iwae"),
+}
+
+
+def test_the_readme_quotes_the_measured_ratios():
+    with open(ROOT / "results/benchmark-steps.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    quoted = re.findall(r"^\| (floor|NumPyro|vaelib|pythae|Pyro)\b[^|]*\|(.*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert [name for name, _ in quoted] == list(README_ROWS)
+    for name, cells in quoted:
+        library, estimator = README_ROWS[name]
+        for k, cell in zip((1, 5, 50), cells.split("|"), strict=True):
+            ratios = [
+                float(row["ratio_to_plain"])
+                for row in rows
+                if row["library"] == library and int(row["k"]) == k and estimator in (None, row["estimator"])
+            ]
+            low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+            assert cell.strip() == (low if len(ratios) == 1 else f"{low} to {high}"), (name, k)
