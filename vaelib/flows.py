@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError
+from vaelib.models.mlp import linear
 from vaelib.posteriors import DiagonalGaussian, stop_gradient
 
 
@@ -108,7 +109,7 @@ class AffineCoupling(Layer):
         widths = [self.sizes[0] + context_dim, *hidden]
         parts: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
-            parts += [_linear(inputs, outputs, generator), nn.Tanh()]
+            parts += [linear(inputs, outputs, generator), nn.Tanh()]
         last = nn.Linear(widths[-1], 2 * self.sizes[1])
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         self.network = nn.Sequential(*parts, last)
@@ -414,10 +415,3 @@ class FlowEncoder(nn.Module):
     def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
         return self.base.noise(k, x, generator)
-
-
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    nn.init.xavier_uniform_(layer.weight, generator=generator)
-    nn.init.zeros_(layer.bias)
-    return layer
