@@ -25,6 +25,7 @@ from vaelib import silent
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS as TABLEAU
 from vaelib.estimators import Estimator, LossEstimator
+from vaelib.objectives import log_joint
 from vaelib.posteriors import Discrete, FactorisedBernoulli
 
 
@@ -41,7 +42,7 @@ def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     """
     z = _every_value(q, x)
     log_q = q.log_prob(z)
-    return (log_q.exp() * (_log_joint(joint, x, z) - log_q)).sum(0)
+    return (log_q.exp() * (log_joint(joint, x, z) - log_q)).sum(0)
 
 
 def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
@@ -52,7 +53,7 @@ def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     InputError
         as for :func:`exact_elbo`.
     """
-    return _log_joint(joint, x, _every_value(q, x)).logsumexp(0)
+    return log_joint(joint, x, _every_value(q, x)).logsumexp(0)
 
 
 def exact(joint: nn.Module, q: Discrete, x: Tensor, eps: Tensor | None) -> Tensor:
@@ -81,7 +82,7 @@ def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -
             )
         z, twin = q.sample(eps), q.sample(1 - eps)
         both = torch.cat((z, twin))
-        log_p = _log_joint(joint, x, both)
+        log_p = log_joint(joint, x, both)
         log_w = (log_p - q.log_prob(both)).detach()
         first, second = log_w.chunk(2)
         with torch.no_grad():
@@ -192,16 +193,6 @@ ESTIMATORS: dict[str, Estimator | LossEstimator] = {
 
 def _every_value(q: Discrete, x: Tensor) -> Tensor:
     return _discrete(q, "enumeration").support().expand(-1, len(x), -1)
-
-
-def _log_joint(joint: nn.Module, x: Tensor, z: Tensor) -> Tensor:
-    log_p = joint(x, z)
-    if log_p.shape != z.shape[:2]:
-        raise InputError(
-            f"joint(x, z) must return log p(x, z) of the shape [K, B] = {list(z.shape[:2])}, one value for each draw "
-            f"and observation, but returned {list(log_p.shape)}; see that it sums over the last axis"
-        )
-    return log_p
 
 
 def _discrete(q: Discrete, what: str) -> Discrete:

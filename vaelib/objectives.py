@@ -63,8 +63,8 @@ def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn
         seen, density = map_latent(lambda layer: layer.view_as(layer), z), posterior.stop_gradient()
     else:
         seen, density = map_latent(Tensor.detach, z), posterior
-    log_p = joint(x, seen)
-    _check(estimator, log_p, x, eps)
+    log_p = log_joint(joint, x, seen)
+    estimator.check(len(log_p))
     log_q = density.log_prob(seen)
     log_w = (log_p - log_q).detach()
     a, b, c = estimator.rule(log_w)
@@ -98,8 +98,8 @@ def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: n
     z = posterior.sample(eps)
     z_stopped = map_latent(Tensor.detach, z)
 
-    theta = joint(x, z_stopped)
-    _check(estimator, theta, x, eps)
+    theta = log_joint(joint, x, z_stopped)
+    estimator.check(len(theta))
     score = posterior.log_prob(z_stopped)
     if score.requires_grad and estimator.reparameterised:
         _check_path(estimator, z)
@@ -109,6 +109,18 @@ def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: n
     a, b, c = estimator.weights(log_w)
     total = (a * theta + b * path + c * score).sum(0)
     return -(BOUNDS[estimator.bound](log_w) + total - total.detach())
+
+
+def log_joint(joint: nn.Module, x: Tensor, z: Latent) -> Tensor:
+    """Return ``joint(x, z)``, or raise InputError if it is not of the shape ``[K, B]``."""
+    log_p = joint(x, z)
+    expected = (_layers(z)[0].shape[0], x.shape[0])
+    if log_p.shape != expected:
+        raise InputError(
+            f"joint(x, z) must return log p(x, z) of the shape [K, B] = {list(expected)}, one value for each draw and "
+            f"observation, but returned {list(log_p.shape)}; see that it sums over the last axis"
+        )
+    return log_p
 
 
 MIXTURE_ROWS = ("elbo-total", "elbo-path", "iwae-total", "iwae-path")
@@ -139,8 +151,8 @@ def mixture_bound(estimator: Estimator, joint: nn.Module, posterior: Mixture, x:
             f"component by component: use one of {', '.join(MIXTURE_ROWS)}"
         )
     z = posterior.sample(eps)
-    log_p = joint(x, z)
-    _check(estimator, log_p, x, eps)
+    log_p = log_joint(joint, x, z)
+    estimator.check(len(log_p))
     density = posterior if estimator.name.endswith("total") else posterior.stop_gradient()
     log_w = log_p - density.log_prob(z)
     log_share = posterior.log_share(len(eps))
@@ -173,16 +185,6 @@ def _loss(estimator: LossEstimator, joint: nn.Module, posterior, x: Tensor, eps:
 
 def _layers(z: Latent) -> tuple[Tensor, ...]:
     return z if isinstance(z, tuple) else (z,)
-
-
-def _check(estimator: Estimator, log_p: Tensor, x: Tensor, eps: Latent) -> None:
-    expected = (_layers(eps)[0].shape[0], x.shape[0])
-    if log_p.shape != expected:
-        raise InputError(
-            f"joint(x, z) must return log p(x, z) of the shape [K, B] = {list(expected)}, one value for each draw and "
-            f"observation, but returned {list(log_p.shape)}; see that it sums over the last axis"
-        )
-    estimator.check(log_p.shape[0])
 
 
 def _check_path(estimator: Estimator, z: Latent) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vaelib import silent
 from vaelib.errors import InputError
 from vaelib.likelihoods import Gaussian
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal_log_prob
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal, standard_normal_log_prob
 
 
 class LinearGaussian(nn.Module):
@@ -104,7 +104,7 @@ class LinearEncoder(nn.Module):
 
     def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
-        return torch.randn((k, len(x), len(self.bias)), generator=generator, dtype=x.dtype, device=x.device)
+        return standard_normal(k, x.new_empty(len(x), len(self.bias)), generator)
 
 
 def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:

@@ -15,6 +15,7 @@ from vaelib.posteriors import (
     Latent,
     Mixture,
     equal_shares,
+    standard_normal,
     standard_normal_log_prob,
 )
 
@@ -59,7 +60,7 @@ class GaussianMLP(nn.Module):
 
     def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
-        return torch.randn((k, len(x), self.mean.out_features), generator=generator, dtype=x.dtype, device=x.device)
+        return standard_normal(k, x.new_empty(len(x), self.mean.out_features), generator)
 
 
 class HierarchicalEncoder(nn.Module):
@@ -201,4 +202,4 @@ class GaussianMixtureMLP(nn.Module):
         """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``; ``k`` must be a multiple of C."""
         components, latent_dim = self.shape
         equal_shares(k, components)
-        return torch.randn((k, len(x), latent_dim), generator=generator, dtype=x.dtype, device=x.device)
+        return standard_normal(k, x.new_empty(len(x), latent_dim), generator)
