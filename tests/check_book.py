@@ -108,6 +108,13 @@ def plain_python(notebook) -> Iterator[str]:
             yield f"not plain Python, so nbval would pass it when it fails: {cell.source[:60]!r}"
 
 
+def seeded(notebook) -> Iterator[str]:
+    """A draw without a generator must come out the same each time: torch's own is seeded by the clock."""
+    first = next(iter(code_cells(notebook)), None)
+    if first is not None and not re.search(r"^torch\.manual_seed\(\d+\)$", first.source, re.MULTILINE):
+        yield "the first code cell does not seed torch: torch.manual_seed(0)"
+
+
 def metadata(notebook) -> Iterator[str]:
     if set(notebook.metadata) - {"kernelspec", "language_info", "myst"}:
         yield f"metadata of the machine: {sorted(notebook.metadata)}"
@@ -189,7 +196,7 @@ def asserted(cell) -> bool:
     )
 
 
-RULES = (valid, order, size, figures, outputs, plain_python, metadata, checks, exercises)
+RULES = (valid, order, size, figures, outputs, plain_python, seeded, metadata, checks, exercises)
 
 
 def problems(notebook) -> list[str]:
