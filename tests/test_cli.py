@@ -62,13 +62,15 @@ def test_every_option_arrives(vaelib, tmp_path, monkeypatch):
     })  # fmt: skip
     given = Config(data="mnist", binarisation="fixed", model="mlp-2", sizes={"latent": 4, "latent2": 2},
                    estimator="iwae-dreg", k=5, batch_size=7, epochs=3, lr=0.01, schedule="burda", clip=2.0,
-                   adam_eps=1e-8, seed=9, device="cpu", checkpoint_seconds=5.0)  # fmt: skip
+                   optimizer="adam-released", shuffle=False, adam_eps=1e-8, seed=9, device="cpu", checkpoint_seconds=5.0)  # fmt: skip
     options = []
     for name, value in vars(given).items():
         flag = f"--{name.replace('_', '-')}"
         options += (
             [o for s, n in value.items() for o in ("--size", f"{s}={n}")]
             if name == "sizes"
+            else [flag if value else f"--no-{name}"]
+            if isinstance(value, bool)
             else [flag, value]
         )
     assert vaelib("train", tmp_path, *options)[0] == 0

@@ -290,7 +290,7 @@ def test_a_file_that_is_made_is_whole_or_absent(mirrors, cache, toy):
 
 
 def test_every_row_says_what_it_must():
-    assert data.names() == list(data.DATASETS) and data.names()[0] == "digits"
+    assert data.names() == [*data.DATASETS, *data.TEXTS] and data.names()[0] == "digits"
     for row in data.DATASETS.values():
         assert all((row.description, row.splits, row.licence, row.citation))
         assert set(row.binarisations) <= set(data.BINARISATIONS)

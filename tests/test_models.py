@@ -5,8 +5,9 @@ import torch
 from scipy import stats
 from torch.distributions import MultivariateNormal
 
-from vaelib import models
+from vaelib import models, objectives
 from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS
 
 
 @pytest.fixture
@@ -71,11 +72,11 @@ def test_the_exact_encoder_is_the_posterior(toy):
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_models_are_reproducible_and_of_the_stated_size(name):
-    first, again, other = (models.build(name, 20, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    first, again, other = (models.build(name, 25, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
-    assert not torch.equal(next(first.parameters()), next(other.parameters()))
-    small = models.build(name, 20, latent=2)
-    x = torch.rand(3, 20)
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters()))
+    small = models.build(name, 25, latent=2)
+    x = torch.rand(3, 25)
     eps = small.encoder.noise(4, x, torch.Generator().manual_seed(0))
     posterior = small.encoder(x)
     drawn = posterior.noise(4, torch.Generator().manual_seed(0))
@@ -100,6 +101,34 @@ def test_the_output_bias_starts_at_the_mean_image():
     decoder = models.build("mlp-1", 3, mean=mean).joint.decode
     torch.testing.assert_close(decoder.logits.bias.sigmoid(), mean.clamp(0.001, 0.999))
     torch.testing.assert_close(models.build("linear", 3, mean=mean).joint.bias.data, mean)
+
+
+def test_the_detached_model_differs_in_its_stopped_posterior_alone():
+    x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    detached, model = (
+        models.build(name, 6, generator=torch.Generator().manual_seed(0), hidden=5, latent=4, hidden2=5, latent2=2)
+        for name in ("mlp-2-detached", "mlp-2")
+    )
+    gradients = {}
+    for row in ("elbo-total", "elbo-path"):
+        for name, each in (("right", model), ("detached", detached)):
+            each.zero_grad()
+            eps = each.encoder.noise(3, x, torch.Generator().manual_seed(2))
+            objectives.backward(ESTIMATORS[row], each.joint, each.encoder, x, eps)
+            gradients[row, name] = {key: p.grad.clone() for key, p in each.named_parameters()}
+    torch.testing.assert_close(gradients["elbo-total", "right"], gradients["elbo-total", "detached"])
+    other = {
+        key.split(".")[1]
+        for key, gradient in gradients["elbo-path", "right"].items()
+        if not torch.allclose(gradient, gradients["elbo-path", "detached"][key])
+    }
+    assert other == {"first"}  # what is cut is the way from log q(z2 | z1) through z1
+
+    q = detached.encoder(x).stop_gradient().stop_gradient()
+    z = tuple(layer.detach().requires_grad_() for layer in q.sample(eps))
+    above = detached.encoder.second(z[0]).stop_gradient()
+    by_hand = torch.autograd.grad(q.first.log_prob(z[0]).sum() + above.log_prob(z[1]).sum(), z)
+    torch.testing.assert_close(torch.autograd.grad(q.log_prob(z).sum(), z), by_hand)
 
 
 def test_bad_names_and_sizes_are_named():

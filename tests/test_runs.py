@@ -321,6 +321,17 @@ def test_a_damaged_configuration_is_refused(finished, tmp_path, text, sentence):
     assert (run_dir / "config.json").read_text() == text
 
 
+def test_a_configuration_of_before_an_option_existed_goes_on(finished, tmp_path):
+    """A field that is not there has its default; and with another value it is another run."""
+    run_dir = copy_of(finished, tmp_path)
+    old = {name: value for name, value in contents(run_dir)["config"].items() if name not in ("optimizer", "shuffle")}
+    (run_dir / "config.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match="optimizer is 'adam' there and 'adam-released' here; shuffle is True there"):
+        runs.train(run_dir, replace(TINY, optimizer="adam-released", shuffle=False))
+    runs.train(run_dir, TINY)
+    assert not differences(contents(finished), contents(run_dir))
+
+
 def test_a_checkpoint_without_a_configuration_is_not_touched(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
     (run_dir / "config.json").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,6 +91,54 @@ def test_the_schedule_reaches_the_optimizer(split):
     assert [record["lr"] for record in history] == pytest.approx([2e-3, 1.44e-3, 1.44e-3, 1.44e-3, 1.04e-3])
 
 
+def released_by_hand(start, gradients, lr, eps, batch_size, beta1=0.99, beta2=0.999):
+    """The recursion of the released code in numpy: all right-hand sides are of the step before."""
+    theta, m, v = start.copy(), np.zeros_like(start), np.ones_like(start)
+    path = []
+    for t, g in enumerate(batch_size * gradients, start=1):
+        alpha = lr * np.sqrt(1 - beta2**t) / (1 - beta1**t)
+        theta = theta - alpha * m / (np.sqrt(v) + eps)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        path.append(theta)
+    return np.array(path)
+
+
+def steps_of(optimizer, parameter, gradients):
+    path = []
+    for gradient in gradients:
+        parameter.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        path.append(parameter.detach().numpy().copy())
+    return np.array(path)
+
+
+def test_the_released_adam():
+    random = np.random.default_rng(0)
+    start, gradients = random.normal(size=7), random.normal(size=(30, 7))
+    recipe = Recipe(lr=0.05, adam_eps=1e-2, batch_size=20)
+    by_hand = released_by_hand(start, gradients, 0.05, 1e-2, 20)
+    paths = {}
+    for name, build in training.OPTIMIZERS.items():
+        parameter = nn.Parameter(torch.from_numpy(start.copy()))
+        paths[name] = steps_of(build([parameter], recipe), parameter, gradients)
+    np.testing.assert_allclose(paths["adam-released"], by_hand, rtol=1e-12)
+    assert (by_hand[0] == start).all() and (by_hand[1] != start).all()
+
+    # the negative control: each fault of the released code alone is seen
+    assert np.abs(paths["adam"] - by_hand).max() > 0.01
+    for change in ({"beta1": 0.9}, {"batch_size": 1}, {"eps": 1e-4}):
+        settings = {"lr": 0.05, "eps": 1e-2, "batch_size": 20, **change}
+        assert np.abs(paths["adam-released"] - released_by_hand(start, gradients, **settings)).max() > 1e-4, change
+
+
+def test_without_shuffling_every_epoch_has_the_same_order(split):
+    trainer = small_trainer(split, shuffle=False, batch_size=500, optimizer="adam-released")
+    order = trainer.order.clone()
+    trainer.run()
+    assert torch.equal(trainer.order, order)
+
+
 @pytest.mark.parametrize(("clip", "expected"), [(0.01, 0.01), (1e9, None), (None, None)])
 def test_clip_limits_the_gradient(split, clip, expected):
     model = small_model()
@@ -152,6 +201,15 @@ def test_a_state_is_all_there_is(split, step):
     whole.run()
     resumed = small_trainer(split)
     resumed.load_state_dict(kill_at(small_trainer(split), step))
+    resumed.run()
+    assert not differences(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_released_recipe_resumes(split):
+    released = {"optimizer": "adam-released", "shuffle": False}
+    whole, resumed = small_trainer(split, **released), small_trainer(split, **released)
+    whole.run()
+    resumed.load_state_dict(kill_at(small_trainer(split, **released), STEPS + 7))
     resumed.run()
     assert not differences(whole.state_dict(), resumed.state_dict())
 
@@ -250,6 +308,8 @@ def test_a_learning_rate_far_too_high_is_told(split):
         ({"adam_eps": -1e-8}, "adam_eps must be a positive number"),
         ({"clip": 0}, "clip must be a positive number"),
         ({"schedule": "burdas"}, "did you mean 'burda'"),
+        ({"optimizer": "adam-relesed"}, "no optimizer is called 'adam-relesed', did you mean 'adam-released'"),
+        ({"shuffle": 1}, "shuffle must be true or false, but is 1"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant(values, sentence):

@@ -12,7 +12,7 @@ import typer
 
 from vaelib import __version__
 from vaelib.config import Config
-from vaelib.errors import InputError
+from vaelib.errors import InputError, choose
 
 app = typer.Typer(
     name="vaelib",
@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="List the data sets, or download one.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+experiment_app = typer.Typer(
+    help="The papers' tables and figures: list them, run one, show what it gave.", no_args_is_help=True
+)
+app.add_typer(experiment_app, name="experiment")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,6 +101,20 @@ def train(
             "schedule",
             help="constant, or burda: lr falls tenfold in eight stages of 1, 3, 9 ... 2187 epochs (Burda et al. 2016; "
             "the first four are 40 epochs, all are 3280).",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        option(
+            "optimizer",
+            help="adam, or adam-released: as in the code released with the papers (beta1 .99, second moment from 1, "
+            "moments of the step before, gradient summed over the batch).",
+        ),
+    ] = None,
+    shuffle: Annotated[
+        bool | None,
+        option(
+            "shuffle", "--shuffle/--no-shuffle", help="Another order of the images every epoch.", show_default="shuffle"
         ),
     ] = None,
     clip: Annotated[
@@ -184,11 +202,10 @@ def evaluate(
 @app.command()
 def estimators() -> None:
     """List the gradient estimators."""
-    from vaelib.estimators import ESTIMATORS
+    from vaelib.estimators import every
 
     rows = [
-        (row.name, row.bound, row.target or "-", str(row.least_k), inspect.getdoc(row.rule))
-        for row in ESTIMATORS.values()
+        (row.name, row.bound, row.target or "-", str(row.least_k), row.summary) for row in every().values()
     ]
     table(("name", "bound", "unbiased for", "least k", ""), *rows)
 
@@ -243,6 +260,121 @@ def fetch_data(
 
     folder = data.fetch(name)
     typer.echo(f"{name} is whole, in {folder}" if folder else f"{name} is built in")
+
+
+ExperimentName = Annotated[
+    str, typer.Argument(metavar="NAME", help="A name from `vaelib experiment list`.", show_default=False)
+]
+ResultsFolder = Annotated[Path, typer.Option("--results", help="The folder of the tables, one CSV an experiment.")]
+
+
+@experiment_app.command("list")
+def list_experiments() -> None:
+    """List the experiments: what each reproduces, and its presets with their runs and hours of one core."""
+    from vaelib.experiments import EXPERIMENTS, find
+
+    for name in EXPERIMENTS:
+        experiment = find(name)
+        typer.echo(f"{name}\n    {experiment.reproduces}")
+        for preset, size in experiment.presets.items():
+            typer.echo(f"    {preset}: {size.runs} runs, {duration(size.minutes)} of one core")
+
+
+@experiment_app.command("run")
+def run_experiment(
+    name: ExperimentName,
+    preset: Annotated[str, typer.Option(help="smoke, short or paper.")] = "short",
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each configuration.", show_default="of the preset")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once on this machine.", show_default="one a core, or one on a GPU")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Run on this Ray cluster; auto for the one around.", show_default="this machine"
+        ),
+    ] = None,
+    gpu_share: Annotated[float, typer.Option(help="What a run asks of a GPU on a cluster.")] = 1.0,
+    results: ResultsFolder = Path("results"),
+    runs: Annotated[Path, typer.Option(help="The folder of checkpoints, which a cluster must share.")] = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Make the runs of an experiment that its table does not hold yet.
+
+    Ctrl-C, a crash or a power cut lose little: the same command goes on from the checkpoints. Several such commands,
+    even of the same experiment, share the work. To make a run anew, delete its rows and its folder.
+
+    \b
+    Examples:
+      vaelib experiment run stl-figure-1
+      vaelib experiment run stl-table-2 --preset short --jobs 2
+      vaelib experiment run stl-table-2 --preset paper --ray auto --device cuda --gpu-share 0.25
+    """
+    start()
+    from vaelib.experiments import grid
+
+    try:
+        path = grid.run(name, preset, seeds, device, jobs, ray, gpu_share, results, runs, show_progress(quiet))
+    except KeyboardInterrupt:
+        typer.echo("vaelib: stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"all runs are in {path}\nnext: vaelib experiment show {name} --preset {preset}")
+
+
+@experiment_app.command("show")
+def show_experiment(
+    name: ExperimentName,
+    preset: Annotated[
+        str | None, typer.Option(help="smoke, short or paper.", show_default="the largest that has results")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw its figure into this file, such as table-2.png.")
+    ] = None,
+    results: ResultsFolder = Path("results"),
+) -> None:
+    """Show an experiment's table, ours beside the published one where there is one.
+
+    Figures of several seeds are means with their standard errors.
+
+    \b
+    Examples:
+      vaelib experiment show stl-table-2
+      vaelib experiment show stl-figure-1 --figure figure-1.png
+    """
+    from vaelib import experiments
+
+    experiment = experiments.find(name)
+    if preset is not None:
+        choose("preset", preset, experiment.presets)
+    rows = experiments.load(name, folder=results)
+    have = [each for each in experiment.presets if each in {row["preset"] for row in rows}]
+    if not have or (preset or have[-1]) not in have:
+        raise InputError(
+            f"'{results}' has no results of '{name}'{f', preset {preset}' if preset else ''}: make them with "
+            f"`vaelib experiment run {name} --preset {preset or 'short'}`"
+        )
+    preset = preset or have[-1]
+    rows = [row for row in rows if row["preset"] == preset]
+    typer.echo(f"{experiment.reproduces}\npreset {preset}, {', '.join(sorted({row['device'] for row in rows}))}\n")
+    table(*experiment.table(rows))
+    if figure is not None:
+        from matplotlib.figure import Figure
+
+        canvas = Figure(figsize=(7, 4), layout="constrained")
+        experiment.figure(rows, canvas)
+        try:
+            canvas.savefig(figure)
+        except ValueError as error:  # a kind of file that matplotlib does not know
+            raise InputError(f"--figure '{figure}': {error}") from None
+        typer.echo(f"\nfigure: {figure}")
+
+
+def duration(minutes: float) -> str:
+    """Return "20 minutes" or "3 hours"."""
+    return f"{minutes:g} minutes" if minutes < 90 else f"{minutes / 60:,.0f} hours"
 
 
 def parse_size(text: str) -> tuple[str, int]:

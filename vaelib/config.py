@@ -25,10 +25,14 @@ class Recipe:
         draws an observation, observations a step, passes through the data.
     lr, schedule
         Adam's step size and how it changes from epoch to epoch, a key of :data:`vaelib.training.SCHEDULES`.
+    optimizer
+        a key of :data:`vaelib.training.OPTIMIZERS`: Adam as the papers describe it, or as their released code has it.
+    shuffle
+        whether every epoch visits the observations in another order; the released code never does.
     clip
         the largest global norm of a gradient; None for no limit.
     adam_eps
-        the constant in Adam's denominator, for the gradient of the *mean* over a batch.
+        the constant in Adam's denominator, for the gradient of the *mean* over a batch ("adam-released": of the sum).
     seed
         of initial weights, data order, binarisation and noise, each of which has a generator of its own.
 
@@ -43,6 +47,8 @@ class Recipe:
     epochs: int = 10
     lr: float = 1e-3
     schedule: str = "constant"
+    optimizer: str = "adam"
+    shuffle: bool = True
     clip: float | None = None
     adam_eps: float = 1e-4
     seed: int = 0
@@ -57,6 +63,9 @@ class Recipe:
             if (value := getattr(self, name)) is not None or name != "clip":
                 positive(name, value)
         choose("schedule", self.schedule, training.SCHEDULES)
+        choose("optimizer", self.optimizer, training.OPTIMIZERS)
+        if not isinstance(self.shuffle, bool):
+            raise InputError(f"shuffle must be true or false, but is {self.shuffle!r}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Config(Recipe):
     model, sizes
         as for :func:`vaelib.models.build`.
     estimator
-        a row of the tableau, :data:`vaelib.estimators.ESTIMATORS`.
+        its name in :func:`vaelib.estimators.every`.
     device
         a key of :data:`DEVICES`.
     checkpoint_seconds
@@ -93,7 +102,7 @@ class Config(Recipe):
         if self.binarisation is not None:
             choose("binarisation", self.binarisation, data.BINARISATIONS)
         choose("model", self.model, models.MODELS)
-        choose("estimator", self.estimator, estimators.ESTIMATORS).check(self.k)
+        choose("estimator", self.estimator, estimators.every()).check(self.k)
         choose("device", self.device, DEVICES)
         if not isinstance(self.sizes, Mapping):
             raise InputError(

@@ -154,7 +154,8 @@ def gumbel_softmax(temperature: float) -> LossEstimator:
         if the temperature is not above 0.
     """
     name = f"elbo-gumbel-softmax({temperature:g})"
-    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False))
+    summary = "For discrete latents: the gradient of a continuous sample, which is biased."
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False), summary)
 
 
 def straight_through(temperature: float) -> LossEstimator:
@@ -168,7 +169,8 @@ def straight_through(temperature: float) -> LossEstimator:
         if the temperature is not above 0.
     """
     name = f"elbo-straight-through({temperature:g})"
-    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True))
+    summary = "For discrete latents: the value of the sample, the gradient of a continuous one; biased."
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True), summary)
 
 
 def annealed_temperature(step: int, rate: float = 1e-4, floor: float = 0.5) -> float:
@@ -181,12 +183,18 @@ TEMPERATURE = 0.5
 
 ESTIMATORS: dict[str, Estimator | LossEstimator] = {
     **{name: row for name, row in TABLEAU.items() if not row.reparameterised},
-    "elbo-arm": LossEstimator("elbo-arm", "elbo", "elbo", 1, "yin2019", arm),
-    "elbo-disarm": LossEstimator("elbo-disarm", "elbo", "elbo", 1, "dong2020", disarm),
+    "elbo-arm": LossEstimator(
+        "elbo-arm", "elbo", "elbo", 1, "yin2019", arm, "For bits: the difference between a sample and its antithetic twin."
+    ),
+    "elbo-disarm": LossEstimator(
+        "elbo-disarm", "elbo", "elbo", 1, "dong2020", disarm, "For bits: ARM, averaged over all noise of the same pair."
+    ),
     "elbo-gumbel-softmax": replace(gumbel_softmax(TEMPERATURE), name="elbo-gumbel-softmax"),
     "elbo-straight-through": replace(straight_through(TEMPERATURE), name="elbo-straight-through"),
     "elbo-silent": silent.ELBO,
-    "elbo-exact": LossEstimator("elbo-exact", "elbo", "elbo", 1, "mohamed2020", exact),
+    "elbo-exact": LossEstimator(
+        "elbo-exact", "elbo", "elbo", 1, "mohamed2020", exact, "For discrete latents of at most 12 bits: no draws, all values."
+    ),
 }
 """Everything that can train a discrete posterior, by name."""
 

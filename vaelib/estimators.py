@@ -18,6 +18,7 @@ Write :math:`\tilde w = \operatorname{softmax}_k \log w` and :math:`\hat L = \lo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,6 +70,11 @@ class Estimator:
         """Return the weights a, b, c for ``log_w`` ``[K, B]``; a channel that is not used weighs 0."""
         self.check(log_w.shape[0])
         return Weights(*(torch.zeros_like(log_w) if w is None else w for w in self.rule(log_w)))
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a line."""
+        return inspect.getdoc(self.rule) or ""
 
     @cached_property
     def reparameterised(self) -> bool:
@@ -218,6 +224,8 @@ class LossEstimator:
         as for :class:`Estimator`.
     loss
         ``(joint, posterior, x, eps) -> [B]``: the value is -bound, its gradient the estimator; a pure function.
+    summary
+        what it does, in a line.
     """
 
     name: str
@@ -226,5 +234,17 @@ class LossEstimator:
     least_k: int
     reference: str
     loss: Callable[[nn.Module, Any, Tensor, Tensor | None], Tensor]
+    summary: str = ""
 
     check = Estimator.check
+
+
+def every() -> dict[str, Estimator | LossEstimator]:
+    """Return all estimators that have a name: the tableau, then those beside it.
+
+    The tableau is :data:`ESTIMATORS`; beside it are the silent gradient and what :mod:`vaelib.discrete` adds for
+    discrete latents. Training, the laboratory and the command line look a name up here.
+    """
+    from vaelib import discrete  # here, since it stands on this file
+
+    return {**ESTIMATORS, **discrete.ESTIMATORS}

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from vaelib import objectives
 from vaelib.errors import InputError, choose
-from vaelib.estimators import ESTIMATORS, Estimator
+from vaelib.estimators import Estimator, every
 from vaelib.posteriors import FullGaussian, Latent, Mixture, map_latent, stop_gradient
 
 ROWS = 8192
@@ -421,7 +421,7 @@ def _per_draw(wrt: str) -> Callable[..., PerDraw]:
 def _rows(estimators: Iterable[Estimator | str]) -> dict[str, Estimator]:
     if isinstance(estimators, str):
         raise InputError(f"estimators must be a list, such as ['{estimators}'], but is one name")
-    rows = [choose("estimator", e, ESTIMATORS) if isinstance(e, str) else e for e in estimators]
+    rows = [choose("estimator", e, every()) if isinstance(e, str) else e for e in estimators]
     return {row.name: row for row in rows}
 
 

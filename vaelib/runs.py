@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from vaelib.config import Config, whole_number
 from vaelib.data import Images
 from vaelib.data.files import whole
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
+from vaelib.estimators import every
 from vaelib.training import Diverged, Trainer, stream
 
 try:
@@ -47,6 +47,10 @@ FORMAT = 1
 
 FREE = {"epochs", "device", "checkpoint_seconds"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
+
+
+class InUse(InputError):
+    """Another process works in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,17 @@ class Folder:
         return self.path / "result.json"
 
 
-def train(run_dir: str | Path, config: Config, progress: bool = False) -> dict[str, Any]:
+def train(
+    run_dir: str | Path,
+    config: Config,
+    progress: bool = False,
+    report: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Any]:
     """Train what ``config`` says in the folder ``run_dir``, from its checkpoint if it has one; return ``result.json``.
 
     A run that was stopped, even by SIGKILL, ends where an uninterrupted one ends, bit for bit, on the same machine
     with the same number of threads. More epochs than last time go on from there. SIGINT and SIGTERM save first.
+    ``report`` is told after each step how much of the training is done, from 0 to 1.
 
     Raises
     ------
@@ -112,6 +122,7 @@ def train(run_dir: str | Path, config: Config, progress: bool = False) -> dict[s
                 saved, due = trainer.step, time.monotonic() + config.checkpoint_seconds
             if epoch_ends:
                 write_metrics(folder.metrics, trainer)
+            report(trainer.step / trainer.total_steps)
             if stop and trainer.step < trainer.total_steps:
                 raise KeyboardInterrupt(
                     f"stopped after step {trainer.step} of {trainer.total_steps}, with a checkpoint; "
@@ -236,7 +247,7 @@ def build(config: Config, images: Images) -> Trainer:
     split = images.train
     weights = stream("init", config.seed)
     model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
-    return Trainer(model.to(split.grey.device), split, ESTIMATORS[config.estimator], config)
+    return Trainer(model.to(split.grey.device), split, every()[config.estimator], config)
 
 
 def provenance(trainer: Trainer) -> dict[str, Any]:
@@ -261,7 +272,7 @@ def in_use(folder: Folder) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(
+                raise InUse(
                     f"another process works in '{folder.path}': wait for it, or choose another folder"
                 ) from None
         for stray in folder.path.glob(".*.part"):

@@ -13,12 +13,20 @@ the ELBO of *this* decoder: beside a nonlinear one it is a direction to start in
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.func import grad, jvp
 
 from vaelib.errors import InputError
-from vaelib.estimators import LossEstimator
+from vaelib.estimators import Estimator, LossEstimator
 from vaelib.likelihoods import Gaussian
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian
+from vaelib.objectives import log_joint
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, stop_gradient
 
 
 def expected_square_error(x: Tensor, q, weight: Tensor, bias: Tensor) -> Tensor:
@@ -229,5 +237,258 @@ def _loss(joint: nn.Module, q, x: Tensor, eps: Tensor | None) -> Tensor:
     return -elbo(joint, x, q)
 
 
-ELBO = LossEstimator("elbo-silent", "elbo", "elbo", 1, "shao2025", _loss)
+ELBO = LossEstimator(
+    "elbo-silent", "elbo", "elbo", 1, "shao2025", _loss, "For linear Gaussian decoders: no draws, the closed form."
+)
 """The silent gradient as an estimator, ``objectives.backward(silent.ELBO, joint, encoder, x, None)``: without noise."""
+
+
+# --- beside a nonlinear decoder ----------------------------------------------------------------------------------------
+
+
+def linear(done: float) -> float:
+    r""":math:`1 - t`."""
+    return 1.0 - min(done, 1.0)
+
+
+def cosine(done: float) -> float:
+    r""":math:`\tfrac12 (1 + \cos \pi t)`."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
+def exponential(done: float) -> float:
+    r""":math:`e^{-5 t}`, and 0 from t = 1."""
+    return math.exp(-5.0 * done) if done < 1.0 else 0.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "cosine": cosine, "exponential": exponential}
+"""How the weight of the guide goes from 1 to 0 while the fraction done t goes from 0 to 1, by name."""
+
+
+def annealed(
+    base: Estimator | LossEstimator, weight: float, guide: Estimator | LossEstimator = ELBO
+) -> LossEstimator:
+    r"""Return the estimator that lets a linear decoder guide the encoder with weight :math:`\lambda`.
+
+    .. math:: \partial_\phi: \quad \lambda\, \partial_\phi \mathcal L_{\text{linear}}
+        + (1 - \lambda)\, \partial_\phi \mathcal L_{\text{model}}(\varepsilon)
+
+    while each decoder learns from its own term alone, with weight 1 (after Shao et al. 2025, whose schedule and
+    weights are not published). The value is the bound of the model. The gradient in the encoder is biased for the
+    model's bound unless :math:`\lambda = 0`; then the linear decoder rests, and this is ``base``.
+    Train with it by ``training.fit(model, split, lambda done: annealed(base, SCHEDULES["linear"](2 * done)), ...)``.
+
+    Parameters
+    ----------
+    base
+        how the model's own gradient is estimated, an estimator of the ELBO.
+    weight
+        :math:`\lambda`, from 0 to 1.
+    guide
+        how the linear decoder's is: in closed form, or, to learn what that is worth, from draws like ``base``.
+
+    Raises
+    ------
+    InputError
+        for a weight outside of 0 to 1, or an estimator that is not of the ELBO.
+    """
+    if not 0 <= weight <= 1:
+        raise InputError(f"the weight of the guide must be between 0 and 1, but is {weight:g}")
+    _of_elbo(base), _of_elbo(guide)
+
+    def loss(joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+        _guided(joint)
+        model = one_pass(base, joint.joint, scaled_gradient(q, 1 - weight), x, eps)
+        if weight == 0:
+            return model
+        linear = one_pass(guide, joint.guide, scaled_gradient(q, weight), x, eps)
+        return model + linear - linear.detach()
+
+    target = base.target if weight == 0 else None
+    return LossEstimator(f"elbo-annealed({weight:g})", "elbo", target, base.least_k, "shao2025", loss)
+
+
+def controlled(base: Estimator | LossEstimator, scale: float, control: Control | None = None) -> LossEstimator:
+    r"""Return ``base`` with the silent gradient of a linear decoder as its control variate.
+
+    .. math:: g(\varepsilon) - c\, \big( g_{\text{linear}}(\varepsilon) - \EE[g_{\text{linear}}] \big)
+
+    The two gradients of the linear decoder, one estimated from the same draws and the other exact, have the same mean,
+    so that the encoder's gradient is unbiased for every scale c that does not depend on these draws, whatever the linear
+    decoder is. The linear decoder learns its own bound meanwhile; the model's own gradient is that of ``base``.
+
+    Parameters
+    ----------
+    base
+        any estimator of the ELBO that is unbiased.
+    scale
+        c; the best one is :math:`\operatorname{Cov} / \Var`, see :class:`TrackedScale`.
+    control
+        what stands in the brackets, :func:`linear_control` or :func:`taylor_control`.
+
+    Raises
+    ------
+    InputError
+        if ``base`` is not an estimator of the ELBO, or the model has no linear decoder.
+    """
+    _of_elbo(base)
+    control = control or linear_control
+
+    def loss(joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+        _guided(joint)
+        model = one_pass(base, joint.joint, q, x, eps)
+        rest = -scale * control(base, joint, q, x, eps)
+        if control is linear_control:
+            rest = rest - elbo(joint.guide, x, q.stop_gradient())
+        return model + rest - rest.detach()
+
+    return LossEstimator(f"elbo-controlled({scale:.3g})", "elbo", base.target, base.least_k, "miller2017", loss)
+
+
+Control = Callable[[Estimator | LossEstimator, nn.Module, Any, Tensor, Tensor], Tensor]
+"""``(base, joint, q, x, eps) -> [B]``: a loss whose gradient in q has the mean 0."""
+
+
+def linear_control(base: Estimator | LossEstimator, joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+    """Return the loss of the linear decoder as ``base`` estimates it, less the exact one, ``[B]``."""
+    still = stop_gradient(joint.guide)
+    return one_pass(base, still, q, x, eps) + elbo(still, x, q)
+
+
+def taylor_control(
+    base: Estimator | LossEstimator, joint: nn.Module, q: DiagonalGaussian, x: Tensor, eps: Tensor
+) -> Tensor:
+    r"""Return a loss with the gradient of the model's own second-order expansion around the mean of q, ``[B]``.
+
+    With :math:`f(z) = \log p(x \mid z)` and :math:`\delta = \sigma \varepsilon`, it has the gradient
+    :math:`H(\mu)\, \delta` in :math:`\mu` and :math:`\partial f(\mu)\, \delta` in :math:`\log \sigma`, up to a sign, whose
+    means are 0. (Miller et al. 2017; the part of second order in the scale would need the diagonal of H, and is left
+    out.) It asks nothing of the likelihood but two derivatives, and costs about two more passes through the decoder.
+    """
+    if not isinstance(q, DiagonalGaussian):
+        raise InputError(
+            f"the expansion around the mean is for a DiagonalGaussian posterior, but this one is a {type(q).__name__}: "
+            "use linear_control"
+        )
+    model, still = stop_gradient(joint.joint), q.stop_gradient()
+    delta = still.sample(eps) - still.mean
+    slope, curvature = jvp(
+        grad(lambda z: model.log_likelihood(x, z).sum()), (still.mean.expand_as(delta).contiguous(),), (delta,)
+    )
+    return -(curvature.detach() * q.mean + (slope * delta).detach() * q.log_std).sum(-1).mean(0)
+
+
+def covariances(
+    base: Estimator | LossEstimator, joint: nn.Module, q, x: Tensor, eps: Tensor, control: Control = linear_control
+) -> tuple[float, float]:
+    r"""Return :math:`\sum_i g_i h_i` and :math:`\sum_i h_i^2`, of which the best scale of a control variate is made.
+
+    Here g is the gradient of ``base`` and h that of the control, in the numbers that q is made of, and :math:`\EE[h] = 0`,
+    so that the ratio of the two means is :math:`c^* = \operatorname{Cov}[g, h] / \Var[h]`.
+    """
+    names = [field.name for field in fields(q)]
+    leaves = [getattr(q, name).detach().requires_grad_() for name in names]
+    q, still = replace(q, **dict(zip(names, leaves))), stop_gradient(joint)
+    with torch.enable_grad():
+        g = torch.autograd.grad(one_pass(base, still.joint, q, x, eps).sum(), leaves)
+        h = torch.autograd.grad(control(base, still, q, x, eps).sum(), leaves)
+    return sum((a * b).sum().item() for a, b in zip(g, h)), sum(b.square().sum().item() for b in h)
+
+
+class TrackedScale:
+    r"""The estimator for each step of a training, :func:`controlled` with the scale that has been best of late.
+
+    The scale is :math:`c = \overline{g \cdot h} / \overline{h \cdot h}` (:func:`covariances`) over past steps, from images
+    and noise of its own. So it does not depend on the draws that it scales, and the gradient stays unbiased; the price
+    is one more gradient every few steps. Give it to :func:`vaelib.training.fit` in the place of an estimator.
+
+    Parameters
+    ----------
+    base, control
+        as for :func:`controlled`.
+    model
+        the model in training.
+    x
+        some training images, ``[B, X]``.
+    k
+        draws of each.
+    every, memory
+        how many steps lie between two looks, and how much of the average is left after one.
+    generator
+        draws the noise.
+    """
+
+    def __init__(
+        self,
+        base: Estimator | LossEstimator,
+        model: nn.Module,
+        x: Tensor,
+        k: int = 1,
+        *,
+        control: Control = linear_control,
+        every: int = 20,
+        memory: float = 0.8,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.base, self.model, self.x, self.k, self.control = base, model, x, k, control
+        self.every, self.memory, self.generator = every, memory, generator
+        self.calls, self.covariance, self.variance = 0, 0.0, 0.0
+
+    @property
+    def scale(self) -> float:
+        """The scale as it stands."""
+        return self.covariance / self.variance if self.variance else 0.0
+
+    def __call__(self, done: float) -> LossEstimator:
+        """Return the estimator for the next step, and look at the scale again every few calls."""
+        if self.calls % self.every == 0:
+            with torch.no_grad():
+                q = self.model.encoder(self.x)
+            eps = q.noise(self.k, self.generator)
+            covariance, variance = covariances(self.base, self.model.joint, q, self.x, eps, self.control)
+            self.covariance = self.memory * self.covariance + covariance
+            self.variance = self.memory * self.variance + variance
+        self.calls += 1
+        return controlled(self.base, self.scale, self.control)
+
+
+def scaled_gradient(q, factor: float):
+    r"""Return the same posterior, through which ``factor`` times the gradient goes back, :math:`\bar\phi + f (\phi - \bar\phi)`."""
+    still = q.stop_gradient()
+    values = {field.name: (getattr(q, field.name), getattr(still, field.name)) for field in fields(q)}
+    return replace(q, **{name: stopped + factor * (value - stopped) for name, (value, stopped) in values.items()})
+
+
+def one_pass(estimator: Estimator | LossEstimator, joint: nn.Module, q, x: Tensor, eps: Tensor | None) -> Tensor:
+    """Return minus the bound, ``[B]``, with the gradient of an estimator of the ELBO: its surrogate in one pass.
+
+    In a row of the ELBO the path weighs what theta does, if there is one; so nothing has to be taken apart.
+    """
+    if isinstance(estimator, LossEstimator):
+        return estimator.loss(joint, q, x, eps)
+    z = q.sample(eps)
+    if estimator.reparameterised:
+        density = q if estimator.automatic else q.stop_gradient()
+    else:
+        z, density = z.detach(), q
+    log_p, log_q = log_joint(joint, x, z), density.log_prob(z)
+    log_w = (log_p - log_q).detach()
+    a, _, c = estimator.weights(log_w)
+    total = (a * log_p + (c if density is q else -a) * log_q).sum(0)
+    return -(log_w.mean(0) + total - total.detach())
+
+
+def _of_elbo(estimator: Estimator | LossEstimator) -> None:
+    if estimator.bound != "elbo":
+        raise InputError(
+            f"estimator '{estimator.name}' is of the bound '{estimator.bound}', but a linear decoder's closed form is that "
+            "of the ELBO: use elbo-path, elbo-total, elbo-score-loo or another one of the ELBO"
+        )
+
+
+def _guided(joint: nn.Module) -> None:
+    if not hasattr(joint, "guide"):
+        raise InputError(
+            f"this estimator needs a linear decoder beside the model's own, but {type(joint).__name__} has none: "
+            "use models.Guided(joint, guide), or the model 'guided'"
+        )

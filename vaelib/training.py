@@ -6,8 +6,9 @@ one loop :meth:`Trainer.run`.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vaelib import objectives
 from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError, choose
-from vaelib.estimators import ESTIMATORS, Estimator
+from vaelib.estimators import Estimator, LossEstimator, every
 from vaelib.posteriors import Latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
@@ -46,6 +47,74 @@ def burda(epoch: int) -> float:
 
 SCHEDULES: dict[str, Callable[[int], float]] = {"constant": constant, "burda": burda}
 """Learning-rate schedules by name: the number of the epoch, from 1, gives the factor on the learning rate."""
+
+
+class ReleasedAdam(torch.optim.Optimizer):
+    r"""Adam as it stands in the code released with Burda et al. (2016) and Roeder et al. (2017), not as in their text.
+
+    With the gradient g summed over the batch, :math:`m_0 = 0`, :math:`v_0 = 1`, :math:`\beta_1 = 0.99`,
+
+    .. math::
+
+        \theta_t &= \theta_{t-1} - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+            \frac{m_{t-1}}{\sqrt{v_{t-1}} + \epsilon}, \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2.
+
+    The moments in the update are those of the step before, so that the first step moves nothing.
+
+    Parameters
+    ----------
+    params, lr, betas, eps
+        as for :class:`torch.optim.Adam`.
+    scale
+        multiplies the gradient; the batch size turns that of the mean into that of the sum.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.99, 0.999),
+        eps: float = 1e-4,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "scale": scale})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            (beta1, beta2), scale = group["betas"], group["scale"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["mean"], state["square"] = torch.zeros_like(p), torch.ones_like(p)
+                state["step"] += 1
+                t, mean, square = state["step"].item(), state["mean"], state["square"]
+                rate = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+                p.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-rate)
+                mean.mul_(beta1).add_(p.grad, alpha=(1 - beta1) * scale)
+                square.mul_(beta2).addcmul_(p.grad, p.grad, value=(1 - beta2) * scale**2)
+
+
+def adam(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam (Kingma and Ba 2015), as the papers describe their training."""
+    return torch.optim.Adam(parameters, recipe.lr, eps=recipe.adam_eps, fused=True)
+
+
+def adam_released(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam as in the papers' released code."""
+    return ReleasedAdam(parameters, recipe.lr, eps=recipe.adam_eps, scale=recipe.batch_size)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], Recipe], torch.optim.Optimizer]] = {
+    "adam": adam,
+    "adam-released": adam_released,
+}
+"""Optimisers by name, built from the parameters and the recipe."""
 
 
 class Diverged(InputError):
@@ -91,7 +160,8 @@ class Trainer:
     split
         the training images, on the device of the model.
     estimator
-        a row of the tableau.
+        a row of the tableau, or one beside it; or a function that gives the one for the next step, called with the
+        fraction of the training that is done (such as ``lambda done: silent.annealed(row, 1 - done)``).
     recipe
         how long, how fast, from which seed.
 
@@ -109,14 +179,22 @@ class Trainer:
         if model, images, estimator and recipe do not go together.
     """
 
-    def __init__(self, model: nn.Module, split: Split, estimator: Estimator, recipe: Recipe) -> None:
-        self.model, self.split, self.estimator, self.recipe = model, split, estimator, recipe
-        check_fit(model, split, estimator, recipe)
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        estimator: Estimator | LossEstimator | Callable[[float], Estimator | LossEstimator],
+        recipe: Recipe,
+    ) -> None:
+        self.model, self.split, self.recipe = model, split, recipe
+        self.estimator_at = estimator if callable(estimator) else lambda done: estimator
+        self.estimator = self.estimator_at(0.0)
+        check_fit(model, split, self.estimator, recipe)
         device = split.grey.device
         self.steps_per_epoch = (
             len(split) // recipe.batch_size
         )  # an incomplete batch is left out; every epoch another
-        self.optimizer = torch.optim.Adam(model.parameters(), recipe.lr, eps=recipe.adam_eps, fused=True)
+        self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
         self.streams = {
             "order": stream("order", recipe.seed),
             "binarisation": stream("binarisation", recipe.seed, device),
@@ -135,6 +213,7 @@ class Trainer:
 
     def update(self, x: Tensor) -> Tensor:
         """Learn from one batch and return its mean bound, ``[]``."""
+        self.estimator = self.estimator_at(self.step / self.total_steps)
         eps = self.model.encoder.noise(self.recipe.k, x, self.streams["noise"])
         return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip)
 
@@ -174,8 +253,9 @@ class Trainer:
         return self.history
 
     def begin_epoch(self) -> None:
-        """Shuffle the data and set the learning rate."""
-        self.order = torch.randperm(len(self.split), generator=self.streams["order"]).to(self.order.device)
+        """Shuffle the data, if the recipe says so, and set the learning rate."""
+        if self.recipe.shuffle:
+            self.order = torch.randperm(len(self.split), generator=self.streams["order"]).to(self.order.device)
         epoch = self.step // self.steps_per_epoch + 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * SCHEDULES[self.recipe.schedule](epoch)
@@ -247,7 +327,7 @@ class Trainer:
                 self.streams[name] = stream(name, self.recipe.seed, generator.device, self.step)
 
 
-def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Recipe) -> None:
+def check_fit(model: nn.Module, split: Split, estimator: Estimator | LossEstimator, recipe: Recipe) -> None:
     """Raise InputError if these do not go together."""
     estimator.check(recipe.k)
     if recipe.batch_size > len(split):
@@ -262,9 +342,9 @@ def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Reci
     x = split.batch(slice(0, 1), stream("test", 0, split.grey.device))
     mode = model.training
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             eps = model.eval().encoder.noise(recipe.k, x, stream("test", 0, x.device))
-            model.joint(x, model.encoder(x).sample(eps))
+            objectives.surrogate(estimator, model.joint, model.encoder, x, eps)
     except RuntimeError as error:
         raise InputError(
             f"the model cannot take these images of {x.shape[1]} pixels ({error}): build it with data_dim={x.shape[1]}"
@@ -276,7 +356,7 @@ def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Reci
 def fit(
     model: nn.Module,
     split: Split,
-    estimator: Estimator | str = "elbo-path",
+    estimator: Estimator | LossEstimator | Callable[[float], Estimator | LossEstimator] | str = "elbo-path",
     progress: bool = False,
     **recipe: Any,
 ) -> list[dict[str, Any]]:
@@ -286,5 +366,5 @@ def fit(
     :class:`vaelib.config.Recipe`, the records are those of :class:`Trainer`. Introduced in book/01-elbo-forms.ipynb.
     """
     if isinstance(estimator, str):
-        estimator = choose("estimator", estimator, ESTIMATORS)
+        estimator = choose("estimator", estimator, every())
     return Trainer(model, split, estimator, Recipe(**recipe)).run(progress=progress)

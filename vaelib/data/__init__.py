@@ -1,8 +1,8 @@
 """Data sets by name: ``data.load("digits")``.
 
 The files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the
-user's cache, and downloaded into it otherwise, once, with a checksum. ``digits`` comes with scikit-learn and
-needs none of this.
+user's cache, and downloaded into it otherwise, once, with a checksum. ``digits``, which comes with scikit-learn,
+and ``synthetic-text``, which is made from a seed, need none of this.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from vaelib.data import files
 from vaelib.data.images import BINARISATIONS, Images, ImageSet, Split
-from vaelib.data.registry import DATASETS
-from vaelib.errors import choose
+from vaelib.data.registry import DATASETS, TEXTS
+from vaelib.data.text import Sentences, Text, TextSet, Vocabulary
+from vaelib.errors import InputError, choose
 
 __all__ = [
     "BINARISATIONS",
@@ -21,7 +22,12 @@ __all__ = [
     "ImageSet",
     "Images",
     "Listing",
+    "Sentences",
     "Split",
+    "TEXTS",
+    "Text",
+    "TextSet",
+    "Vocabulary",
     "describe",
     "fetch",
     "load",
@@ -31,13 +37,15 @@ __all__ = [
 
 def names() -> list[str]:
     """Return the names that :func:`load` takes."""
-    return list(DATASETS)
+    return [*DATASETS, *TEXTS]
 
 
-def load(name: str, binarisation: str | None = None, seed: int = 0, valid: int = 0) -> Images:
+def load(
+    name: str, binarisation: str | None = None, seed: int = 0, valid: int = 0, **sizes: int | None
+) -> Images | Text:
     """Load a data set, downloading it first if it is nowhere on this machine.
 
-    Introduced in book/01-elbo-forms.ipynb.
+    Images introduced in book/01-elbo-forms.ipynb, text in book/04-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -45,22 +53,27 @@ def load(name: str, binarisation: str | None = None, seed: int = 0, valid: int =
         ``"digits"``, ``"mnist"``, ``"binarized-mnist"``, ``"fashion-mnist"``, ``"omniglot"`` or
         ``"omniglot-burda"``. Mind that ``"omniglot"`` is area-averaged from the original drawings and is not
         the ``chardata.mat`` of Burda et al.: log-likelihoods on it do not compare with published ones.
-        ``"omniglot-burda"`` is that file.
+        ``"omniglot-burda"`` is that file. Or text: ``"synthetic-text"``, ``"ptb"``, ``"yahoo"`` or ``"yelp"``.
     binarisation : str, optional
         What a batch holds: ``"dynamic"``, x ~ Bernoulli(grey) drawn anew at every access, as in Burda et al.;
         ``"fixed"``, drawn once, by ``seed``; ``"grey"``, the grey levels in [0, 1]. The default is ``"grey"``
         for digits (whose running example is a Gaussian model), ``"fixed"``, and nothing else, for
         binarized-mnist, and ``"dynamic"`` for the rest.
     seed : int
-        Of the ``"fixed"`` draws alone; the splits never change.
+        Of the ``"fixed"`` draws, and of synthetic text; the splits never change.
     valid : int
         Hold out the last ``valid`` training images as ``images.valid``. With 0, ``images.valid`` is None, but
-        for binarized-mnist, which has its own.
+        for binarized-mnist and texts, which have their own.
+    sizes : int, optional
+        For text alone. Of synthetic text, ``sentences`` (20,000), ``vocabulary`` (1,000), ``length`` (10) and
+        ``hidden`` (100), the width of the LSTM that writes them. Of the others, ``sentences``, how many of the training
+        set; ``vocabulary``, how many of the most frequent words; ``longest``, the words of the longest sentence.
 
     Returns
     -------
-    Images
-        ``.train``, ``.valid`` (or None), ``.test``, each a :class:`Split`; ``.note`` says what to mind.
+    Images or Text
+        ``.train``, ``.valid`` (or None), ``.test``, each a :class:`Split` or :class:`Sentences`; ``.note`` says what
+        to mind.
 
     Raises
     ------
@@ -68,7 +81,15 @@ def load(name: str, binarisation: str | None = None, seed: int = 0, valid: int =
         if a name is not known, if the files are cut, altered or not to be had, or if ``VAELIB_DATA`` is no
         folder.
     """
-    return choose("data set", name, DATASETS).load(binarisation, seed, valid)
+    row = find(name)
+    if sizes and isinstance(row, ImageSet):
+        raise InputError(f"'{name}' has images, whose sizes are fixed: leave {', '.join(sizes)} out")
+    return row.load(binarisation, seed, valid, **sizes)
+
+
+def find(name: str) -> ImageSet | TextSet:
+    """Return the row of a data set."""
+    return choose("data set", name, {**DATASETS, **TEXTS})
 
 
 def fetch(name: str) -> Path | None:
@@ -80,8 +101,7 @@ def fetch(name: str) -> Path | None:
     InputError
         as :func:`load`.
     """
-    row = choose("data set", name, DATASETS)
-    paths = [files.fetch(name, parts) for parts in (row.files or {}).values()]
+    paths = [files.fetch(name, parts) for parts in (find(name).files or {}).values()]
     return paths[0].parent if paths else None
 
 
@@ -99,10 +119,10 @@ class Listing:
 
 def describe() -> list[Listing]:
     """Return a line for each data set; looks whether files exist, and opens none."""
-    return [Listing(row.name, row.description, row.splits, where(row), row.note) for row in DATASETS.values()]
+    return [Listing(row.name, row.description, row.splits, where(row), row.note) for row in map(find, names())]
 
 
-def where(row: ImageSet) -> str:
+def where(row: ImageSet | TextSet) -> str:
     """Say where the files of a data set are."""
     if not row.files:
         return "built in"
@@ -110,5 +130,8 @@ def where(row: ImageSet) -> str:
     missing = [parts for part, parts in row.files.items() if not found[part]]
     if not missing:
         return " and ".join(dict.fromkeys(f"{place} ({path.parent})" for place, _, path in found.values()))
-    sizes = [next(file.size for file in parts if file.obtainable) for parts in missing]
+    sources = [next((file for file in parts if file.obtainable), None) for parts in missing]
+    if None in sources:
+        return "to be put in place by hand: " + ", ".join(parts[0].path for parts in missing)
+    sizes = [file.size for file in sources]
     return "to be downloaded" if None in sizes else f"to be downloaded, {sum(sizes) / 1e6:.1f} MB"

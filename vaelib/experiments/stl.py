@@ -1,0 +1,389 @@
+"""The experiments of "Sticking the Landing" (Roeder, Wu and Duvenaud 2017): its Table 2 and its Figures 1 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from vaelib import gradients, objectives, plots, runs
+from vaelib.config import Config
+from vaelib.estimators import ESTIMATORS
+from vaelib.experiments.experiment import Config as Cell
+from vaelib.experiments.experiment import Experiment, Measured, Preset, Report, Row
+from vaelib.experiments.results import Summary, over_seeds, summarise
+from vaelib.posteriors import DiagonalGaussian, Mixture
+
+# --- Table 2: test log-likelihoods ----------------------------------------------------------------------------------------
+
+RECIPES: Mapping[str, Mapping[str, object]] = {
+    "paper": {"schedule": "burda", "batch_size": 20, "lr": 1e-3, "adam_eps": 1e-4},
+    "released": {
+        "schedule": "burda",
+        "batch_size": 20,
+        "lr": 1e-3,
+        "adam_eps": 1e-4,
+        "optimizer": "adam-released",
+        "shuffle": False,
+    },
+}
+"""How to train: as the paper says, and as the code that was released with it does."""
+
+PUBLISHED: Mapping[tuple[str, int, str], tuple[float, ...]] = {
+    ("mnist", 1, "elbo-total"): (86.76, 86.47, 86.35),
+    ("mnist", 1, "elbo-path"): (86.40, 86.33, 86.48),
+    ("mnist", 1, "iwae-total"): (86.76, 85.54, 84.78),
+    ("mnist", 1, "iwae-path"): (86.40, 85.20, 84.45),
+    ("mnist", 2, "elbo-total"): (85.33, 85.01, 84.78),
+    ("mnist", 2, "elbo-path"): (84.77, 84.68, 84.33),
+    ("mnist", 2, "iwae-total"): (85.33, 83.89, 82.90),
+    ("mnist", 2, "iwae-path"): (84.77, 83.57, 83.16),
+    ("omniglot", 1, "elbo-total"): (108.11, 107.62, 107.80),
+    ("omniglot", 1, "elbo-path"): (107.39, 107.40, 107.42),
+    ("omniglot", 1, "iwae-total"): (108.11, 106.12, 104.67),
+    ("omniglot", 1, "iwae-path"): (107.39, 105.42, 104.16),
+    ("omniglot", 2, "elbo-total"): (107.58, 106.31, 106.30),
+    ("omniglot", 2, "elbo-path"): (105.22, 104.87, 105.70),
+    ("omniglot", 2, "iwae-total"): (107.56, 104.79, 103.38),
+    ("omniglot", 2, "iwae-path"): (105.22, 103.59, 102.86),
+}
+"""Test negative log-likelihoods in nats for k = 1, 5, 50, by data set, stochastic layers and estimator (their Table 2)."""
+
+KS = (1, 5, 50)
+
+
+def cells(data: str, ks: Iterable[int], epochs: int, samples: int) -> list[Cell]:
+    """Return the cells of Table 2 for one data set, with DReG and the released code's variants, cheap ones first.
+
+    With one draw the VAE and the IWAE are the same, and so are path and DReG.
+    """
+    grid = []
+    for k in ks:
+        estimators = ["elbo-total", "elbo-path"]
+        if k > 1:
+            estimators += ["iwae-total", "iwae-path", "iwae-dreg"]
+        for model in ("mlp-1", "mlp-2"):
+            grid += [cell(data, model, estimator, k, epochs, samples) for estimator in estimators]
+        detached = ["elbo-path"] if k == 1 else ["elbo-path", "iwae-path"]
+        grid += [cell(data, "mlp-2-detached", estimator, k, epochs, samples) for estimator in detached]
+    return grid
+
+
+def released(data: str, epochs: int, samples: int) -> list[Cell]:
+    """Return the cells that the released code's recipe is tried in."""
+    arms = [("mlp-1", "elbo-total"), ("mlp-1", "elbo-path"), ("mlp-2", "elbo-total"), ("mlp-2-detached", "elbo-path")]
+    return [cell(data, model, estimator, 1, epochs, samples, "released") for model, estimator in arms]
+
+
+def cell(
+    data: str, model: str, estimator: str, k: int, epochs: int, samples: int, recipe: str = "paper"
+) -> Cell:
+    return {
+        "data": data,
+        "model": model,
+        "estimator": estimator,
+        "k": k,
+        "recipe": recipe,
+        "epochs": epochs,
+        "samples": samples,
+    }
+
+
+def train_and_evaluate(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
+    """Train one cell of Table 2 and estimate -log p(x) of the test images."""
+    run = Config(
+        data=config["data"],
+        binarisation="dynamic",
+        model=config["model"],
+        estimator=config["estimator"],
+        k=config["k"],
+        epochs=config["epochs"],
+        seed=seed,
+        device=device,
+        **RECIPES[config["recipe"]],
+    )
+    training = runs.train(folder / "model", run, report=lambda fraction: report(0.9 * fraction))["training"]
+    found = runs.evaluate(folder / "model", samples=config["samples"], device=device)
+    active = [Measured(f"active units, layer {i}", n) for i, n in enumerate(found["active_units"], start=1)]
+    return [
+        Measured("nll", found["nll"], found["nll_error"]),
+        Measured("bound", found["bound"]),
+        *active,
+        Measured("training seconds", training["seconds"]),
+    ]
+
+
+def layers_of(model: str) -> int:
+    """Return how many stochastic layers a model of Table 2 has."""
+    return 2 if model.startswith("mlp-2") else 1
+
+
+def table_2(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return Table 2: -log p(x) in nats, ours (mean and standard error over seeds) beside the published figure."""
+    ours = over_seeds(rows, "nll", ("data", "model", "recipe", "epochs", "k", "estimator"))
+    lines = [("data", "model", "recipe", "epochs", "k", "estimator", "ours", "seeds", "published (3280 epochs)")]
+    for (data, model, recipe, epochs, k, estimator), found in ours.items():
+        figures = PUBLISHED.get((data, layers_of(model), estimator))
+        published = f"{figures[KS.index(k)]:.2f}" if figures and k in KS else "-"
+        lines.append((data, model, recipe, str(epochs), str(k), estimator, str(found), str(found.n), published))
+    return lines
+
+
+PAIRS = {"elbo-path": "elbo-total", "iwae-path": "iwae-total", "iwae-dreg": "iwae-total"}
+"""What an estimator is compared with."""
+
+
+def gains(rows: Sequence[Row]) -> dict[tuple[str, str, str, int, str], Summary]:
+    """Return the nats that each estimator gains on its total derivative, over seeds, each seed paired with its own.
+
+    The keys are data set, model, recipe, k and estimator. With the same seed both arms have the same initial weights,
+    data, noise and test draws.
+    """
+    nll = {
+        (row["data"], row["model"], row["recipe"], row["k"], row["estimator"], row["seed"]): row["value"]
+        for row in rows
+        if row["metric"] == "nll"
+    }
+    pairs: dict[tuple, list[float]] = {}
+    for (data, model, recipe, k, estimator, seed), value in nll.items():
+        total = (data, model.removesuffix("-detached"), recipe, k, PAIRS.get(estimator), seed)
+        if total in nll:
+            pairs.setdefault((data, model, recipe, k, estimator), []).append(nll[total] - value)
+    return {key: summarise(values) for key, values in pairs.items()}
+
+
+def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
+    """Draw what each estimator gains on the total derivative, beside what was published."""
+    found = {key: gain for key, gain in gains(rows).items() if key[2] == "paper"}
+    ax = figure.add_subplot()
+    for place, ((data, model, _, k, estimator), gain) in enumerate(found.items()):
+        error = gain.standard_error if gain.n > 1 else 0
+        ax.errorbar(gain.mean, place, xerr=2 * error, fmt="o", color="C0", label="ours" if place == 0 else None)
+        path, total = (PUBLISHED.get((data, layers_of(model), name)) for name in (estimator, PAIRS[estimator]))
+        if path and k in KS:
+            published = total[KS.index(k)] - path[KS.index(k)]
+            ax.plot(published, place, "x", color="k", label="published" if place == 0 else None)
+    names = [f"{data} {model} {estimator} k={k}" for data, model, _, k, estimator in found]
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.axvline(0, color="k", lw=0.8)
+    ax.set(xlabel="nats gained on the total derivative")
+    ax.legend()
+
+
+# --- Figure 1: a 100-dimensional Gaussian fitted to another ---------------------------------------------------------------
+
+
+class Free(nn.Module):
+    """An encoder that reads nothing: one Gaussian for each row of x."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.mean, self.log_std = (nn.Parameter(torch.zeros(rows, dim)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        """Return the Gaussians."""
+        return DiagonalGaussian(self.mean, self.log_std)
+
+
+def fit_gaussian(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
+    """Fit a Gaussian from the standard normal to a target by Adam; measure KL(q, target) along the way."""
+    generator = torch.Generator().manual_seed(seed)
+    dim = config["dim"]
+    target = DiagonalGaussian(torch.randn(1, dim, generator=generator), 2 * torch.rand(1, dim, generator=generator) - 1)
+    q, x = Free(1, dim), torch.zeros(1, 1)
+    adam = torch.optim.Adam(q.parameters(), config["lr"])
+    row, measured = ESTIMATORS[config["estimator"]], []
+    for step in range(config["steps"] + 1):
+        if step % config["every"] == 0:
+            with torch.no_grad():
+                here, there = (Normal(p.mean, p.log_std.exp()) for p in (q(x), target))
+                measured.append(Measured("kl", kl_divergence(here, there).sum().item(), at=step))
+            report(step / config["steps"])
+        adam.zero_grad()
+        objectives.backward(row, lambda _, z: target.log_prob(z), q, x, q(x).noise(1, generator))
+        adam.step()
+    return [*measured, Measured("final kl", measured[-1].value)]
+
+
+def table_of_finals(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the divergence that each estimator ends with."""
+    found = over_seeds(rows, "final kl", ("estimator", "dim", "steps", "lr"))
+    lines = [("estimator", "dimension", "steps", "learning rate", "KL(q, target) in nats", "seeds")]
+    for (estimator, dim, steps, lr), kl in found.items():
+        error = f" ± {kl.standard_error:.1g}" if kl.n > 1 else ""
+        lines.append((estimator, str(dim), str(steps), f"{lr:g}", f"{kl.mean:.3g}{error}", str(kl.n)))
+    return lines
+
+
+def curves(rows: Sequence[Row], metric: str, by: str) -> dict[str, tuple[list[int], list[Summary]]]:
+    """Return a metric's curve over the seeds for each value of the column ``by``."""
+    found: dict[str, tuple[list[int], list[Summary]]] = {}
+    for at in dict.fromkeys(row["at"] for row in rows if row["metric"] == metric):
+        for (name,), summary in over_seeds(rows, metric, (by,), at).items():
+            places, summaries = found.setdefault(name, ([], []))
+            places.append(at)
+            summaries.append(summary)
+    return found
+
+
+def figure_1(rows: Sequence[Row], figure: Figure) -> None:
+    """Draw KL(q, target) over the steps of the optimiser."""
+    ax = figure.add_subplot()
+    for name, (steps, kl) in curves(rows, "kl", "estimator").items():
+        ax.plot(steps, [point.mean for point in kl], **plots.LOOKS[name].line())
+    ax.set(yscale="log", xlabel="step", ylabel="KL(q, target) in nats")
+    ax.legend()
+
+
+# --- Figure 3: a mixture of five Gaussians, on the way to its target ---------------------------------------------------------
+
+
+def walk_to_mixture(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
+    """Measure the spread of the path and the score component on a straight line from one mixture to another."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config["components"], 1, config["dim"])
+
+    def parameters() -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_std = torch.randn(2, *shape, generator=generator).double()
+        return 2 * mean, 0.3 * log_std, torch.randn(shape[:2], generator=generator).double()
+
+    def mixture(mean: Tensor, log_std: Tensor, logits: Tensor) -> Mixture:
+        return Mixture(tuple(map(DiagonalGaussian, mean, log_std)), logits)
+
+    start, end = parameters(), parameters()
+    target, x, measured = Target(mixture(*end)), torch.zeros(1, 1).double(), []
+    for percent in range(0, 101, config["percent"]):
+        t = percent / 100
+        q = mixture(*((1 - t) * a + t * b for a, b in zip(start, end, strict=True)))
+        total, path = (
+            gradients.draws(
+                f"elbo-{name}",
+                target,
+                lambda x, q=q: q,
+                x,
+                k=config["components"],
+                draws=config["draws"],
+                generator=torch.Generator().manual_seed(seed),
+            )
+            for name in ("total", "path")
+        )
+        spreads = {"total": total, "path": path, "score": total - path}
+        measured += [Measured(name, draws.var(0).sum().item(), at=percent) for name, draws in spreads.items()]
+        report(t)
+    return measured
+
+
+class Target(nn.Module):
+    """A joint density that is a given distribution of z."""
+
+    def __init__(self, density: Mixture) -> None:
+        super().__init__()
+        self.density = density
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return log p(x, z), ``[K, B]``."""
+        return self.density.log_prob(z)
+
+
+COMPONENTS = ("total", "path", "score")
+
+
+def table_of_spreads(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the variance of each component at the start, half-way and at the target."""
+    lines = [("component", "at the start", "half-way", "at the target", "seeds")]
+    for name in COMPONENTS:
+        there = [over_seeds(rows, name, ("components", "dim"), at) for at in (0, 50, 100)]
+        if all(there):
+            summaries = [next(iter(found.values())) for found in there]
+            lines.append((name, *(f"{s.mean:.3g}" for s in summaries), str(summaries[0].n)))
+    return lines
+
+
+def figure_3(rows: Sequence[Row], figure: Figure) -> None:
+    """Draw the variance of the components on the way, one faint line a seed and their geometric mean."""
+    ax = figure.add_subplot()
+    for name in COMPONENTS:
+        look = plots.LOOKS[f"elbo-{name}"]
+        points = [row for row in rows if row["metric"] == name]
+        for seed in dict.fromkeys(row["seed"] for row in points):
+            line = [(row["at"], max(row["value"], 1e-30)) for row in points if row["seed"] == seed]
+            ax.plot(*zip(*line, strict=True), **look.line(lw=1, alpha=0.6, label=None if seed else look.label))
+    ax.set(yscale="log", xlabel="per cent of the way to the target", ylabel="variance", ylim=(1e-4, None))
+    ax.legend()
+
+
+# --- the experiments --------------------------------------------------------------------------------------------------
+
+
+def short_seeds(config: Cell) -> int:
+    """Three runs where one costs minutes; one where it costs more."""
+    return 3 if config["k"] == 1 else 1
+
+
+GAUSSIAN = {"dim": 100, "steps": 3000, "lr": 0.01, "every": 50}
+MIXTURE = {"components": 5, "dim": 2, "draws": 1000, "percent": 5}
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            name="stl-table-2",
+            reproduces='"Sticking the Landing", Table 2: -log p(x) on MNIST and Omniglot, total against path, and DReG',
+            presets={
+                "smoke": Preset(cells("digits", (1, 5), epochs=2, samples=50), seeds=1, minutes=0.5),
+                "short": Preset(
+                    [
+                        *cells("mnist", (1,), 40, 1000),
+                        *cells("omniglot", (1,), 40, 1000),
+                        *cells("mnist", (5,), 40, 1000),
+                        *released("mnist", 40, 1000),
+                        *cells("omniglot", (5,), 40, 1000),
+                        *cells("mnist", (50,), 40, 1000),
+                    ],
+                    seeds=short_seeds,
+                    minutes=1000,
+                ),
+                "paper": Preset(
+                    [
+                        *(c for k in KS for data in ("mnist", "omniglot") for c in cells(data, (k,), 3280, 5000)),
+                        *released("mnist", 3280, 5000),
+                    ],
+                    seeds=5,
+                    minutes=500_000,
+                ),
+            },
+            run=train_and_evaluate,
+            table=table_2,
+            figure=figure_of_gains,
+        ),
+        Experiment(
+            name="stl-figure-1",
+            reproduces='"Sticking the Landing", Figure 1: a 100-dimensional Gaussian fitted to another',
+            presets={
+                "smoke": Preset(
+                    [{"estimator": e, **GAUSSIAN, "steps": 200} for e in ("elbo-total", "elbo-path")], 1, 0.1
+                ),
+                "short": Preset([{"estimator": e, **GAUSSIAN} for e in ("elbo-total", "elbo-path")], 10, 1),
+            },
+            run=fit_gaussian,
+            table=table_of_finals,
+            figure=figure_1,
+        ),
+        Experiment(
+            name="stl-figure-3",
+            reproduces='"Sticking the Landing", Figure 3: a mixture of five Gaussians on the way to its target',
+            presets={
+                "smoke": Preset([{**MIXTURE, "draws": 100, "percent": 50}], 1, 0.1),
+                "short": Preset([MIXTURE], 5, 0.5),
+            },
+            run=walk_to_mixture,
+            table=table_of_spreads,
+            figure=figure_3,
+        ),
+    )
+}
