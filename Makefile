@@ -67,6 +67,6 @@ $(VENV)/installed: pyproject.toml constraints.txt $(ANEW)
 	@command -v $(PYTHON) >/dev/null || { echo 'Python 3.11 or newer is needed; "$(PYTHON)" was not found.' >&2; exit 2; }
 	@$(PYTHON) book/_tools/environment.py $(VENV)
 	@echo 'Installing into $(VENV): a few minutes the first time.'
-	@$(PY) -m pip install -c constraints.txt -e '.[book,test,lab]'
+	@$(PY) -m pip install -c constraints.txt -e '.[book,test,lab,ray]'
 	@printf '%s\n' '$(CURDIR)' > $(VENV)/home
 	@touch $@

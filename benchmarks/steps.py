@@ -23,7 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -199,13 +199,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
+def write(path: Path, records: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Write the CSV whole or not at all."""
     from vaelib.data.files import whole
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(records)
 

@@ -8,8 +8,10 @@ settings.load_profile("book")
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def as_new():
     """A draw without a generator of its own is the same in every run: torch's generator is seeded by the clock."""
     import torch
 
     torch.manual_seed(0)
+    yield
+    torch.set_flush_denormal(False)  # the commands set it for their process

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import lagging  # noqa: E402
+import gpu  # noqa: E402
+import gradient_lab  # noqa: E402
+import log_likelihood  # noqa: E402
 import peers  # noqa: E402
+import rounds  # noqa: E402
+import stacked  # noqa: E402
 import steps  # noqa: E402
 
 
@@ -70,6 +77,51 @@ def test_stored_table():
         assert stored == set(peers.our_rows(k)), f"k = {k}: measure again with `make bench`"
 
 
+@pytest.fixture
+def settings():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # the benchmarks set it for their process
+
+
+SMOKE = {
+    "stacked": (stacked, ["--models", "digits", "--seeds", "1", "2", "--threads", "1", "--steps", "2"], 2),
+    "gradient-lab": (gradient_lab, ["--draws", "20"], 4),
+    "log-likelihood": (log_likelihood, ["--images", "2", "--samples", "30"], 1),
+}
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_the_other_benchmarks_run(name, tmp_path, settings, monkeypatch):
+    way = "all at once"  # each one starts a process
+    monkeypatch.setattr(log_likelihood, "WAYS", {way: log_likelihood.WAYS[way]})
+    module, options, count = SMOKE[name]
+    module.main([*options, "--rounds", "2", "--output", str(tmp_path / "table.csv")])
+    with open(tmp_path / "table.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    with open(ROOT / "results" / f"benchmark-{name}.csv", newline="") as file:
+        stored = list(csv.DictReader(file))
+    assert len(written) == count and written[0].keys() == stored[0].keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which would be measured")
+def test_the_gpu_benchmark_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main([])
+    assert stop.value.code == 2
+    assert "needs an NVIDIA GPU, and torch finds none here" in capsys.readouterr().err
+
+
+def test_turns_are_taken_round_by_round():
+    calls = []
+    ticks = iter(range(100))
+    times = rounds.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, lambda: next(ticks), "")
+    assert calls == ["a", "b"] * 3 and times == {"a": [1, 1], "b": [1, 1]}
+    assert rounds.ratios([2.0, 9.0], [1.0, 3.0]) == [2, 3]
+    assert rounds.spread("x", [1.0, 2.0, 9.0]) == {"x": "2.0000", "x_min": "1.0000", "x_max": "9.0000"}
+
+
 @pytest.mark.parametrize("argv", [["--k", "0"], ["--k", "1", "5", "--steps", "3"], ["--only", "Stan"]])
 def test_bad_options(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -87,6 +139,22 @@ README_ROWS = {
 }
 
 
+PAGE_ROWS = {
+    "stacked": lambda r: r["threads"] == "1" and f"{float(r['ratio_to_alone']):.2f} ({float(r['ratio_to_alone_min']):.2f} to",
+    "compiled": lambda r: r["way"] != "plain loop" and f"{float(r['ratio_to_plain']):.2f} ({float(r['ratio_to_plain_min']):.2f} to",
+    "gradient-lab": lambda r: f"| {r['way']} | {float(r['draws_a_second']):,.0f} | {float(r['times_the_loop']):.2f} (",
+    "log-likelihood": lambda r: f"| {r['way']} | {float(r['seconds']):.2f} | {float(r['ratio_to_at_once']):.2f} (",
+}
+
+
+@pytest.mark.parametrize("name", PAGE_ROWS)
+def test_the_page_on_speed_quotes_what_was_measured(name):
+    page = (ROOT / "book/speed.md").read_text("utf-8")
+    with open(ROOT / "results" / f"benchmark-{name}.csv", newline="") as file:
+        expected = [PAGE_ROWS[name](row) for row in csv.DictReader(file)]
+    assert any(expected) and all(cells in page for cells in expected if cells)
+
+
 def test_the_readme_quotes_the_measured_ratios():
     with open(ROOT / "results/benchmark-steps.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -102,3 +170,44 @@ def test_the_readme_quotes_the_measured_ratios():
             ]
             low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
             assert cell.strip() == (low if len(ratios) == 1 else f"{low} to {high}"), (name, k)
+
+
+# --- lagging: the LSTM and the PixelCNN beside the same models as published
+
+LAGGING = (
+    "--vocabulary 30 --embedding 6 --hidden 8 --latent 3 --words 6 --text-batch 5 --side 6 --maps 4 --layers 5 "
+    "--image-batch 4 --rounds 2"
+).split()
+
+
+def test_lagging_writes_a_row_for_every_way(tmp_path, capsys):
+    lagging.main([*LAGGING, "--output", str(tmp_path / "table.csv")])
+    with open(tmp_path / "table.csv", newline="") as file:
+        table = csv.DictReader(file)
+        found = [(row["model"], row["data"], row["way"]) for row in table]
+    assert table.fieldnames == lagging.COLUMNS
+    assert found == [
+        *(("lstm", "one length", way) for way in ("vaelib", "published")),
+        *(("lstm", "many lengths", way) for way in ("vaelib", "published", "a softmax a step")),
+        *(("pixelcnn", "images", way) for way in ("vaelib", "published")),
+    ]
+    assert "x published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_lagging_notices_another_model(case):
+    _, _, build, x, ways, _, _ = lagging.cases(lagging.parse(LAGGING))[case]
+    for way in ways.values():
+        ours, x = build().double(), x.double() if x.is_floating_point() else x
+        assert lagging.disagreement(ours, way(ours), x) <= lagging.TOLERANCE
+        theirs = way(ours)
+        list(theirs.parameters())[-1].data.mul_(1.01)
+        assert lagging.disagreement(ours, theirs, x) > lagging.TOLERANCE
+
+
+def test_lagging_stored_table():
+    with open(ROOT / "results" / "benchmark-lagging.csv", newline="") as file:
+        table = csv.DictReader(file)
+        rows = list(table)
+    assert table.fieldnames == lagging.COLUMNS
+    assert {(row["model"], row["data"]) for row in rows} == {(case[0], case[1]) for case in lagging.cases(lagging.parse([]))}

@@ -14,12 +14,6 @@ from vaelib import __version__, cli, data, estimators, models
 from vaelib.config import Config
 
 
-@pytest.fixture(autouse=True)
-def denormals():
-    yield
-    torch.set_flush_denormal(False)  # the command sets it for its process
-
-
 @pytest.fixture
 def vaelib(capsys):
     """Run the command in this process; return (exit code, stdout, stderr)."""
@@ -62,7 +56,7 @@ def test_every_option_arrives(vaelib, tmp_path, monkeypatch):
     })  # fmt: skip
     given = Config(data="mnist", binarisation="fixed", model="mlp-2", sizes={"latent": 4, "latent2": 2},
                    estimator="iwae-dreg", k=5, batch_size=7, epochs=3, lr=0.01, schedule="burda", clip=2.0,
-                   optimizer="adam-released", shuffle=False, adam_eps=1e-8, seed=9, device="cpu", checkpoint_seconds=5.0)  # fmt: skip
+                   optimizer="adam-released", shuffle=False, adam_eps=1e-8, seed=9, device="cpu", checkpoint_seconds=5.0, compile=True)  # fmt: skip
     options = []
     for name, value in vars(given).items():
         flag = f"--{name.replace('_', '-')}"

@@ -14,12 +14,13 @@ import torch
 from torch.distributions import Bernoulli, Independent, OneHotCategorical as Choice, kl_divergence
 from toys import DTYPE
 
-from vaelib import checks, discrete, evaluation, gradients, models, objectives, silent
+from vaelib import checks, data, discrete, evaluation, gradients, models, objectives, plots, silent, training
 from vaelib.bounds import BOUNDS
+from vaelib.config import Config
 from vaelib.discrete import ESTIMATORS
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS as TABLEAU
-from vaelib.estimators import LossEstimator
+from vaelib.estimators import LossEstimator, every
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, OneHotCategorical, gumbel
 
 BITS, X = 2, 3
@@ -485,3 +486,63 @@ def test_training_by_any_name_raises_the_exact_bound():
             objectives.backward(ESTIMATORS[name], joint, encoder, x, encoder.noise(2, x, generator))
             optimizer.step()
         assert discrete.exact_elbo(joint, x, encoder(x)).mean().item() > before + 0.5, name
+
+
+# Beside them: a linear decoder's silent gradient as a control variate, and the pairings that training refuses
+
+
+@pytest.mark.parametrize("name", ["elbo-arm", "elbo-disarm", "elbo-score"])
+def test_a_control_variate_leaves_their_mean_alone_and_takes_all_noise_of_a_linear_model(name):
+    joint, x = models.Guided(curved_joint(), linear_joint()), observations()
+    exact = truth(joint.joint, x, LOGITS)
+    for scale in (0.5, 1.0):
+        mean, variance = exact_moments(silent.controlled(ESTIMATORS[name], scale), joint, x, LOGITS)
+        torch.testing.assert_close(mean, exact)
+        assert variance > 1e-6
+    same = models.Guided(joint.guide, joint.guide)
+    assert exact_moments(silent.controlled(ESTIMATORS[name], 1.0), same, x, LOGITS)[1] < 1e-20
+    forgetful = silent.controlled(ESTIMATORS[name], 0.5, lambda base, joint, *rest: silent.one_pass(base, joint.guide, *rest))
+    assert (exact_moments(forgetful, joint, x, LOGITS)[0] - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "estimator", "sentence"),
+    [
+        ("mlp-1", "elbo-silent", "BernoulliMLP has no closed form"),
+        ("mlp-1", "elbo-arm", "ARM and DisARM are for bits"),
+        ("mlp-1", "elbo-gumbel-softmax", "for a discrete posterior"),
+        ("mlp-1", "elbo-exact", "enumeration is for a discrete posterior"),
+        ("mlp-1-bernoulli", "elbo-path", "needs a sample that moves with the encoder"),
+        ("mlp-1-bernoulli", "elbo-silent", "BernoulliMLP has no closed form"),
+        ("mlp-1-categorical", "elbo-disarm", "this one is a OneHotCategorical"),
+        ("mlp-1-bernoulli", "elbo-exact", "too many to go through"),
+        ("linear", "elbo-straight-through", "for a discrete posterior"),
+    ],
+)
+def test_a_wrong_pairing_is_refused_before_training(model, estimator, sentence):
+    split = data.load("digits", "grey" if model.startswith("linear") else "dynamic").train
+    vae = models.build(model, 64, generator=torch.Generator().manual_seed(0))
+    before = [value.clone() for value in vae.parameters()]
+    with pytest.raises(InputError, match=sentence):
+        training.fit(vae, split, estimator, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters()))
+
+
+@pytest.mark.parametrize("model", ["linear-bernoulli", "linear-categorical", "mlp-1-bernoulli", "mlp-1-categorical"])
+@pytest.mark.parametrize("estimator", ["elbo-score-loo", "elbo-gumbel-softmax"])
+def test_the_discrete_models_learn(model, estimator):
+    split = data.load("digits", "grey" if model.startswith("linear") else "dynamic").train
+    sizes = {"latent": 3} if model.startswith("linear") else {"latent": 3, "hidden": 20}
+    vae = models.build(model, 64, split.grey.mean(0), torch.Generator().manual_seed(0), **sizes)
+    history = training.fit(vae, split, estimator, epochs=3, k=2, lr=1e-2, batch_size=50)
+    assert history[-1]["bound"] > history[0]["bound"]
+
+
+def test_every_estimator_is_found_by_name():
+    names = list(every())
+    assert names[: len(TABLEAU)] == list(TABLEAU) and set(ESTIMATORS) < set(names) and len(names) == len(set(names))
+    assert all(row.name == name and row.summary.endswith(".") for name, row in every().items())
+    assert set(names) <= set(plots.LOOKS)
+    with pytest.raises(InputError, match="did you mean 'elbo-disarm'"):
+        Config(estimator="elbo-disarn")
+    assert Config(estimator="elbo-arm", model="linear-bernoulli").estimator == "elbo-arm"

@@ -54,8 +54,8 @@ def test_a_pin_that_is_missing_or_out_of_range_is_found(constraints):
 
 def test_conda_and_make_install_the_same_thing():
     conda = yaml.safe_load(read("environment.yml"))["dependencies"]
-    assert conda[2]["pip"] == ["-c constraints.txt", "-e .[book,test,lab]"]
-    assert "pip install -c constraints.txt -e '.[book,test,lab]'" in read("Makefile")
+    assert conda[2]["pip"] == ["-c constraints.txt", "-e .[book,test,lab,ray]"]
+    assert "pip install -c constraints.txt -e '.[book,test,lab,ray]'" in read("Makefile")
     project = tomllib.loads(read("pyproject.toml"))["project"]
     assert Requirement("python" + project["requires-python"]).specifier.contains(conda[0].removeprefix("python="))
     assert {"book", "test", "lab"} <= set(project["optional-dependencies"])

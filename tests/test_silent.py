@@ -6,6 +6,7 @@ false alarm once in 1,500 seeds, and the seed is fixed.
 """
 
 import csv
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from toys import DTYPE
 
-from vaelib import bounds, checks, gradients, models, objectives, silent
+from vaelib import bounds, checks, data, estimators, gradients, models, objectives, silent, training
 from vaelib.errors import InputError
 from vaelib.flows import AffineCoupling, FlowEncoder, StandardNormal
 from vaelib.likelihoods import Gaussian
@@ -202,6 +203,31 @@ def test_a_log_linear_scale_is_exact_too(family, x):
     torch.testing.assert_close(constant, untilted)
 
 
+# A decoder linear in cosines
+
+
+def cosines(dim: int, features: int = 5) -> silent.CosineDecoder:
+    parts = [(features, dim), (features,), (X, features), (X,), (X,)]
+    return silent.CosineDecoder(*(0.5 * randn(*shape, seed=40 + i) for i, shape in enumerate(parts)))
+
+
+@pytest.mark.parametrize("family", ["diagonal", "full"])
+def test_a_decoder_linear_in_cosines_is_exact_too(family, x):
+    phi = [randn(*shape, seed=20 + i).requires_grad_() for i, shape in enumerate([(B, 2), (B, 2) if family == "diagonal" else (B, 2, 2)])]
+    q, decoder = FAMILIES[family][0](*phi), cosines(2)
+    truth = expectation(q, lambda z: decoder(z).log_prob(x), nodes=60)
+    mine = silent.elbo(models.Joint(decoder), x, q) + q.kl()
+    torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-9)
+    same_gradient(mine, truth, [*phi, *decoder.parameters()])
+    decoder.log_std = torch.nn.Parameter(torch.tensor(0.2, dtype=DTYPE))  # one scale for all pixels
+    truth = expectation(q, lambda z: decoder(z).log_prob(x), nodes=60)
+    torch.testing.assert_close(decoder.expected_log_likelihood(x, q), truth, rtol=1e-9, atol=1e-9)
+    at_the_mean = decoder(q.mean).log_prob(x)  # the control: no variance
+    assert (at_the_mean - truth).abs().min() > 1e-3
+    with pytest.raises(InputError, match="Gaussian posterior, but this one is a FactorisedBernoulli"):
+        decoder.expected_log_likelihood(x, FactorisedBernoulli(phi[0]))
+
+
 # The ELBO
 
 PRIORS = {"bits": torch.linspace(-1, 1, D, dtype=DTYPE), "choices": torch.linspace(-1, 1, D, dtype=DTYPE).reshape(2, 2)}
@@ -277,6 +303,277 @@ def test_the_engine_the_reference_and_the_noise_form_agree(decoder, x):
     q = encoder(x)
     z = q.sample(q.noise(40_000, torch.Generator().manual_seed(0)))
     checks.unbiased(bounds.elbo_kl(joint, x, q, z).detach(), value)
+
+
+# Beside a nonlinear decoder
+
+
+KINDS = {"diagonal": DiagonalGaussian, "bits": FactorisedBernoulli}
+
+
+class Bent(torch.nn.Module):
+    """A decoder that is not linear in z, but a polynomial, for which quadrature is exact."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(randn(X, dim, seed=5))
+
+    def forward(self, z):
+        linear = z @ self.weight.mT
+        return Gaussian(linear + 0.2 * linear.square(), torch.tensor(-0.5, dtype=DTYPE))
+
+
+def two_decoders(family: str, dim: int = 2) -> models.Guided:
+    weight, bias, log_std = randn(X, dim, seed=1), randn(X, seed=2), torch.tensor(-0.3, dtype=DTYPE)
+    parts = Bent(dim), silent.LinearDecoder(weight, bias, log_std)
+    if family == "bits":
+        return models.Guided(*(models.DiscreteJoint(part, randn(dim, seed=3)) for part in parts))
+    return models.Guided(*map(models.Joint, parts))
+
+
+def noise(family: str, phi: list[torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return noise ``[K, N, D]`` that stands for all there is, and its weights ``[N]``."""
+    if family == "bits":  # a node in each step of the sample; ARM and DisARM have more steps: see test_discrete.py
+        pi = phi[0].detach().sigmoid()[0].repeat(k)
+        bits = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=DTYPE)] * len(pi))
+        eps, weight = (1 - pi + bits) / 2, torch.where(bits > 0, pi, 1 - pi).prod(1)
+    else:
+        points, mass = (torch.tensor(v, dtype=DTYPE) for v in np.polynomial.hermite_e.hermegauss(12))
+        dim = k * phi[0].shape[1]
+        eps = torch.cartesian_prod(*[points] * dim).reshape(-1, dim)
+        weight = torch.cartesian_prod(*[mass / mass.sum()] * dim).reshape(-1, dim).prod(1)
+    return eps.unflatten(1, (k, -1)).transpose(0, 1), weight
+
+
+def moments_of_gradient(estimator, joint, family, phi, x, k=1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the exact mean and total variance of an estimator's gradient in phi for one observation."""
+    eps, weight = noise(family, phi, k)
+    leaves = [value.detach().expand(len(weight), -1).clone().requires_grad_() for value in phi]
+    loss = objectives.surrogate(estimator, joint, lambda _: KINDS[family](*leaves), x.expand(len(weight), -1), eps)
+    each = -torch.cat(torch.autograd.grad(loss.sum(), leaves), dim=1)
+    mean = weight @ each
+    return mean, weight @ (each - mean).square().sum(1)
+
+
+def exact_gradient(joint, family, phi, x) -> torch.Tensor:
+    q = KINDS[family](*phi)
+    elbo = expectation(q, lambda z: joint(x, z) - q.log_prob(z), nodes=12)
+    return torch.cat(torch.autograd.grad(elbo.sum(), phi), dim=1)[0]
+
+
+def one_observation(family: str, dim: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
+    count = 1 if family == "bits" else 2
+    return [0.5 * randn(1, dim, seed=30 + i).requires_grad_() for i in range(count)], randn(1, X, seed=4)
+
+
+ALL = estimators.every()
+BASES = [("diagonal", "elbo-total"), ("diagonal", "elbo-path"), ("diagonal", "elbo-score"), ("bits", "elbo-score")]
+bases = pytest.mark.parametrize(("family", "base"), BASES)
+
+
+def close(mine, truth) -> bool:
+    return torch.allclose(mine, truth, rtol=1e-7, atol=1e-7)
+
+
+@bases
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0, -2.0])
+def test_a_control_variate_leaves_the_mean_alone_whatever_its_scale(family, base, scale):
+    joint, (phi, x) = two_decoders(family), one_observation(family)
+    mean, _ = moments_of_gradient(silent.controlled(ALL[base], scale), joint, family, phi, x)
+    assert close(mean, exact_gradient(joint, family, phi, x))
+
+
+@bases
+def test_without_its_expectation_a_control_variate_is_a_bias(family, base):
+    """The negative control: g - c g_linear, its mean left out."""
+
+    def forgetful(base, joint, q, x, eps):
+        return silent.one_pass(base, joint.guide, q, x, eps)
+
+    joint, (phi, x) = two_decoders(family), one_observation(family)
+    mean, _ = moments_of_gradient(silent.controlled(ALL[base], 0.1, forgetful), joint, family, phi, x)
+    assert (mean - exact_gradient(joint, family, phi, x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("base", ["elbo-score-loo", "elbo-score"])
+def test_the_same_with_two_draws(base):
+    joint, (phi, x) = two_decoders("bits"), one_observation("bits")
+    mean, variance = moments_of_gradient(silent.controlled(ALL[base], 0.6), joint, "bits", phi, x, k=2)
+    assert close(mean, exact_gradient(joint, "bits", phi, x)) and variance > 1e-3
+
+
+@bases
+def test_a_guide_that_is_the_model_leaves_no_variance(family, base):
+    joint, (phi, x) = two_decoders(family), one_observation(family)
+    joint = models.Guided(joint.guide, joint.guide)
+    _, bare = moments_of_gradient(silent.controlled(ALL[base], 0.0), joint, family, phi, x)
+    _, none = moments_of_gradient(silent.controlled(ALL[base], 1.0), joint, family, phi, x)
+    assert none < 1e-20 and bare > 1e-3
+
+
+@bases
+def test_the_best_scale_is_the_best(family, base):
+    joint, (phi, x) = two_decoders(family), one_observation(family)
+    eps, weight = noise(family, phi, 1)
+    together = [0.0, 0.0]
+    for i, mass in enumerate(weight):
+        q = KINDS[family](*phi)
+        for j, value in enumerate(silent.covariances(ALL[base], joint, q, x, eps[:, i : i + 1])):
+            together[j] += mass.item() * value
+    scale = together[0] / together[1]
+
+    def variance(c):
+        return moments_of_gradient(silent.controlled(ALL[base], c), joint, family, phi, x)[1]
+
+    assert variance(scale) < min(variance(0.0), variance(scale - 0.05), variance(scale + 0.05))
+
+
+def test_the_model_s_own_expansion_is_a_control_variate_too():
+    """It leaves the mean alone; and of a linear decoder it takes all the noise there is in the posterior's mean."""
+    joint, (phi, x) = two_decoders("diagonal"), one_observation("diagonal")
+    estimator = silent.controlled(ALL["elbo-total"], 1.0, silent.taylor_control)
+    mean, _ = moments_of_gradient(estimator, joint, "diagonal", phi, x)
+    assert close(mean, exact_gradient(joint, "diagonal", phi, x))
+    linear = models.Guided(joint.guide, joint.guide)
+    eps = randn(50, 1, 1, 2, seed=9)
+
+    def likelihood_part(c):
+        def gradient(e):
+            q = DiagonalGaussian(*(value.detach().requires_grad_() for value in phi))
+            loss = -linear.log_likelihood(x, q.sample(e)).sum() - c * silent.taylor_control(None, linear, q, x, e).sum()
+            return torch.autograd.grad(loss, q.mean)[0].flatten()
+
+        return torch.stack([gradient(e) for e in eps]).var(0).sum()
+
+    assert likelihood_part(1.0) < 1e-20 and likelihood_part(0.0) > 1e-2 and likelihood_part(0.9) > 1e-4
+
+
+@pytest.mark.parametrize("base", [name for name, row in estimators.ESTIMATORS.items() if row.bound == "elbo"])
+def test_one_pass_is_the_surrogate_in_value_and_all_gradients(base, decoder, x):
+    torch.manual_seed(0)
+    joint, encoder = joint_for("diagonal", decoder), Encoder()
+    eps = randn(3, B, D, seed=8)
+    everything = [*joint.parameters(), *encoder.parameters()]
+    truth = objectives.surrogate(ALL[base], joint, encoder, x, eps)
+    mine = silent.one_pass(ALL[base], joint, encoder(x), x, eps)
+    torch.testing.assert_close(mine, truth)
+    same_gradient(mine, truth, everything)
+
+
+@pytest.mark.parametrize("family", ["diagonal", "bits"])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("exact", [True, False])
+def test_annealing_mixes_the_encoder_s_gradients_and_no_decoder_s(family, weight, exact):
+    base = ALL["elbo-total" if family == "diagonal" else "elbo-gumbel-softmax"]
+    guide = silent.ELBO if exact else base
+    joint, (phi, x) = two_decoders(family), one_observation(family)
+    q, eps = KINDS[family](*phi), 0.2 + 0.6 * torch.rand(2, 1, 2, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
+    loss = silent.annealed(base, weight, guide).loss(joint, q, x, eps)
+    model, linear = silent.one_pass(base, joint.joint, q, x, eps), silent.one_pass(guide, joint.guide, q, x, eps)
+    torch.testing.assert_close(loss, model)
+
+    def gradients_of(value, wanted):
+        return torch.autograd.grad(value.sum(), list(wanted), retain_graph=True, allow_unused=True)
+
+    for mine, a, b in zip(gradients_of(loss, phi), gradients_of(model, phi), gradients_of(linear, phi)):
+        torch.testing.assert_close(mine, (1 - weight) * a + weight * b)
+    torch.testing.assert_close(gradients_of(loss, joint.joint.parameters()), gradients_of(model, joint.joint.parameters()))
+    of_guide = gradients_of(loss, joint.guide.parameters())
+    if weight == 0:
+        assert of_guide == (None,) * len(of_guide)
+    else:
+        torch.testing.assert_close(of_guide, gradients_of(linear, joint.guide.parameters()))
+
+
+@bases
+def test_annealing_is_biased_until_it_is_done(family, base):
+    joint, (phi, x) = two_decoders(family), one_observation(family)
+    truth = exact_gradient(joint, family, phi, x)
+    biased, done = (
+        moments_of_gradient(silent.annealed(ALL[base], weight), joint, family, phi, x)[0] for weight in (0.3, 0.0)
+    )
+    assert close(done, truth) and (biased - truth).abs().max() > 1e-2
+    assert [silent.annealed(ALL[base], weight).target for weight in (0.3, 0.0)] == [None, "elbo"]
+
+
+@pytest.mark.parametrize("schedule", silent.SCHEDULES.values(), ids=silent.SCHEDULES)
+def test_schedules_go_from_one_to_zero(schedule):
+    weights = [schedule(t / 20) for t in range(30)]
+    assert weights[0] == 1 and weights[20:] == [0] * 10
+    assert all(a > b for a, b in zip(weights[:20], weights[1:21]))
+
+
+def images(n=60):
+    return data.load("digits").train.grey[:n]
+
+
+def split(n=60):
+    return dataclasses.replace(data.load("digits").train, grey=images(n), labels=None)
+
+
+@pytest.mark.parametrize(("model", "base"), [("guided", "elbo-path"), ("guided-bernoulli", "elbo-score-loo")])
+def test_training_with_a_schedule_and_with_a_tracked_scale(model, base):
+    def trained(make):
+        torch.manual_seed(0)
+        vae = models.build(model, 64, images().mean(0), torch.Generator().manual_seed(0), hidden=8, latent=3)
+        history = training.fit(vae, split(), make(vae), epochs=3, batch_size=20, k=2, lr=1e-2)
+        return [record["bound"] for record in history], vae
+
+    plain, constant = trained(lambda _: silent.annealed(ALL[base], 0.0)), trained(lambda _: lambda done: silent.annealed(ALL[base], 0.0))
+    assert plain[0] == constant[0]
+    seen = []
+
+    def schedule(done):
+        seen.append(done)
+        return silent.annealed(ALL[base], silent.linear(2 * done))
+
+    annealed = trained(lambda _: schedule)
+    assert seen == [0.0, *(i / 9 for i in range(9))] and annealed[0] != plain[0]
+    tracked = []
+
+    def track(vae):
+        generator = torch.Generator().manual_seed(5)
+        tracked.append(silent.TrackedScale(ALL[base], vae, images(), 2, every=2, generator=generator))
+        return tracked[0]
+
+    controlled = trained(track)
+    assert controlled[0] != plain[0] and tracked[0].calls == 10 and tracked[0].scale != 0
+    guides = [dict(vae.joint.guide.named_parameters()) for _, vae in (plain, controlled)]
+    assert all(not torch.equal(a, b) for a, b in zip(guides[0].values(), guides[1].values()))  # only one has learned
+
+
+def test_the_scale_does_not_depend_on_the_draws_it_scales():
+    """The negative control of unbiasedness: a scale made of the same draws is a bias."""
+    joint, (phi, x) = two_decoders("bits"), one_observation("bits")
+    eps, weight = noise("bits", phi, 1)
+
+    def own_scale(base, joint, q, x, e):
+        parts = []
+        for i in range(e.shape[1]):
+            one = FactorisedBernoulli(q.logits[i : i + 1].detach())
+            covariance, variance = silent.covariances(base, joint, one, x[i : i + 1], e[:, i : i + 1])
+            parts.append(covariance / variance)
+        return torch.tensor(parts, dtype=DTYPE) * silent.linear_control(base, joint, q, x, e)
+
+    mean, _ = moments_of_gradient(silent.controlled(ALL["elbo-score"], 1.0, own_scale), joint, "bits", phi, x)
+    assert (mean - exact_gradient(joint, "bits", phi, x)).abs().max() > 1e-3
+
+
+def test_what_a_guide_refuses(decoder, x):
+    phi, _ = one_observation("diagonal")
+    q, eps = DiagonalGaussian(*phi), torch.zeros(1, 1, 2, dtype=DTYPE)
+    with pytest.raises(InputError, match="weight of the guide must be between 0 and 1, but is 1.5"):
+        silent.annealed(ALL["elbo-path"], 1.5)
+    for make in (silent.annealed, silent.controlled):
+        with pytest.raises(InputError, match="'iwae-dreg' is of the bound 'iwae'"):
+            make(ALL["iwae-dreg"], 0.5)
+        with pytest.raises(InputError, match="Joint has none: use models.Guided"):
+            make(ALL["elbo-path"], 0.5).loss(joint_for("diagonal", decoder), q, x, eps)
+    with pytest.raises(InputError, match="not a Mixture"):
+        silent.scaled_gradient(mixture(*parameters("mixture")), 0.5)
+    bits, u = FactorisedBernoulli(phi[0]), torch.full((1, 1, 2), 0.5, dtype=DTYPE)
+    with pytest.raises(InputError, match="DiagonalGaussian posterior, but this one is a FactorisedBernoulli"):
+        silent.controlled(ALL["elbo-score"], 1.0, silent.taylor_control).loss(two_decoders("bits"), bits, x[:1], u)
 
 
 # The benchmark

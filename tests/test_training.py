@@ -329,6 +329,7 @@ def test_a_recipe_that_cannot_be_meant(values, sentence):
         ({"sizes": 3}, "sizes must map names to whole numbers"),
         ({"sizes": {"latent": 0}}, "size 'latent' must be a whole number of at least 1"),
         ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a positive number"),
+        ({"compile": "yes"}, "compile must be true or false, but is 'yes'"),
         ({"lr": -1.0}, "lr must be"),
     ],
 )

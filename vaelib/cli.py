@@ -129,6 +129,15 @@ def train(
         float | None,
         option("checkpoint_seconds", help="Longest time between two checkpoints; each epoch ends with one."),
     ] = None,
+    compile: Annotated[
+        bool | None,
+        option(
+            "compile",
+            "--compile/--no-compile",
+            help="Compile the step: the same numbers to rounding, sooner; needs a C++ compiler.",
+            show_default="no-compile",
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a model in RUN_DIR, or go on with it.
@@ -228,9 +237,9 @@ def models() -> None:
 
 def table(*rows: tuple[str, ...]) -> None:
     """Print rows of cells in columns as wide as they need."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    from vaelib.experiments.results import Table
+
+    typer.echo(str(Table(rows)))
 
 
 @data_app.command("list")

@@ -64,8 +64,7 @@ class Recipe:
                 positive(name, value)
         choose("schedule", self.schedule, training.SCHEDULES)
         choose("optimizer", self.optimizer, training.OPTIMIZERS)
-        if not isinstance(self.shuffle, bool):
-            raise InputError(f"shuffle must be true or false, but is {self.shuffle!r}")
+        true_or_false("shuffle", self.shuffle)
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class Config(Recipe):
         a key of :data:`DEVICES`.
     checkpoint_seconds
         the longest time between two checkpoints; each epoch ends with one too.
+    compile
+        take the same steps with less overhead, see :mod:`vaelib.fast`; the numbers are the same to rounding.
     """
 
     data: str = "digits"
@@ -93,6 +94,7 @@ class Config(Recipe):
     estimator: str = "elbo-path"
     device: str = "auto"
     checkpoint_seconds: float = 60.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         from vaelib import data, estimators, models
@@ -104,6 +106,7 @@ class Config(Recipe):
         choose("model", self.model, models.MODELS)
         choose("estimator", self.estimator, estimators.every()).check(self.k)
         choose("device", self.device, DEVICES)
+        true_or_false("compile", self.compile)
         if not isinstance(self.sizes, Mapping):
             raise InputError(
                 f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}"
@@ -118,6 +121,12 @@ def whole_number(name: str, value: Any, least: int) -> None:
     """Raise InputError unless ``value`` is a whole number of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}, but is {value!r}")
+
+
+def true_or_false(name: str, value: Any) -> None:
+    """Raise InputError unless ``value`` is one of these."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, but is {value!r}")
 
 
 def positive(name: str, value: Any) -> None:

@@ -33,7 +33,7 @@ def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     r"""Return the ELBO :math:`\sum_z q(z) [\log p(x, z) - \log q(z)]` by going through all values of z, ``[B]``.
 
     Its gradient by automatic differentiation is exact. The S values are the draws of one pass through the model,
-    ``[S, B, D]``; S is at most 4,096 (12 bits).
+    ``[S, B, D]``; S is at most 4,096 (12 bits). Introduced in book/03-silent-gradients.ipynb.
 
     Raises
     ------
@@ -147,6 +147,7 @@ def gumbel_softmax(temperature: float) -> LossEstimator:
 
     Its bias goes to 0 with the temperature :math:`\tau`, while its variance grows without limit. To anneal, make one
     for every few steps: ``gumbel_softmax(annealed_temperature(step))``.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Raises
     ------
@@ -162,6 +163,7 @@ def straight_through(temperature: float) -> LossEstimator:
     r"""Return the estimator that evaluates the sample and differentiates the continuous one (Jang et al. 2017).
 
     The decoder sees only what it will see later, and its gradient is unbiased; the encoder's is biased.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Raises
     ------

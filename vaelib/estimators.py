@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vaelib.bounds import iwae
+from vaelib.bounds import BOUNDS, iwae
 from vaelib.errors import InputError
 
 
@@ -86,6 +86,10 @@ class Estimator:
         """Whether the row is what automatic differentiation gives with nothing held constant: b = a = -c."""
         a, b, c = self.weights(torch.arange(3.0).unsqueeze(-1))
         return torch.equal(b, a) and torch.equal(c, -a)
+
+    def value(self, log_w: Tensor) -> Tensor:
+        """Return the bound that it reports, ``[K, B] -> [B]``."""
+        return BOUNDS[self.bound](log_w)
 
     def check(self, k: int) -> None:
         """Raise InputError if the row is not defined for ``k`` draws."""

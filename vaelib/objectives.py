@@ -79,7 +79,7 @@ def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn
             roots.append((posterior.log_prob(map_latent(Tensor.detach, z)), c))
     roots = [(root, weight / -len(x)) for root, weight in roots if root.requires_grad]
     torch.autograd.backward(*zip(*roots, strict=True))
-    return BOUNDS[estimator.bound](log_w)
+    return estimator.value(log_w)
 
 
 def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
@@ -108,7 +108,7 @@ def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: n
     log_w = (theta - score).detach()
     a, b, c = estimator.weights(log_w)
     total = (a * theta + b * path + c * score).sum(0)
-    return -(BOUNDS[estimator.bound](log_w) + total - total.detach())
+    return -(estimator.value(log_w) + total - total.detach())
 
 
 def log_joint(joint: nn.Module, x: Tensor, z: Latent) -> Tensor:

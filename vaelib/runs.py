@@ -45,7 +45,7 @@ except ImportError:  # Windows: two processes in one folder are not noticed
 FORMAT = 1
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
 
-FREE = {"epochs", "device", "checkpoint_seconds"}
+FREE = {"epochs", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
 
 
@@ -247,7 +247,7 @@ def build(config: Config, images: Images) -> Trainer:
     split = images.train
     weights = stream("init", config.seed)
     model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
-    return Trainer(model.to(split.grey.device), split, every()[config.estimator], config)
+    return Trainer(model.to(split.grey.device), split, every()[config.estimator], config, config.compile)
 
 
 def provenance(trainer: Trainer) -> dict[str, Any]:

@@ -8,7 +8,11 @@ log-likelihood is quadratic in z, so that its expectation needs two moments of q
 
 (Shao et al. 2025 call the gradient of it silent.) Every posterior with a method ``linear_moments(weight)`` serves:
 Gaussians, bits, one-hot choices, and mixtures of Gaussians. What varies still is the minibatch; and what is exact is
-the ELBO of *this* decoder: beside a nonlinear one it is a direction to start in, and biased.
+the ELBO of *this* decoder: beside a nonlinear one it is a direction to start in, and biased. It can be
+
+* a guide whose weight goes to 0 (:func:`annealed`);
+* a control variate, which leaves the nonlinear decoder's gradient unbiased at any time (:func:`controlled`);
+* the gradient of a decoder that is nonlinear itself, if its features have known moments (:class:`CosineDecoder`).
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ from vaelib.errors import InputError
 from vaelib.estimators import Estimator, LossEstimator
 from vaelib.likelihoods import Gaussian
 from vaelib.objectives import log_joint
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, stop_gradient
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, Mixture, stop_gradient
 
 
 def expected_square_error(x: Tensor, q, weight: Tensor, bias: Tensor) -> Tensor:
     r"""Return what a pixel is missed by, squared and averaged over z, ``[B, X]``.
+
+    Introduced in book/03-silent-gradients.ipynb.
 
     .. math:: \mathbb E_q[(x_d - b_d - w_d^\top z)^2]
         = (x_d - b_d - \mathbb E_q[w_d^\top z])^2 + \operatorname{Var}_q[w_d^\top z]
@@ -62,6 +68,7 @@ def expected_log_prob(x: Tensor, q, weight: Tensor, bias: Tensor, log_std: Tenso
 
     It is exact, by the equation at the top of this module, and differentiable in all arguments. The scale may be held
     fixed, learned as a parameter, or profiled out (:func:`profiled_log_std`).
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -85,6 +92,7 @@ def profiled_log_std(square_error: Tensor, shared: bool = True) -> Tensor:
     With it the expected log-likelihood is :math:`-\tfrac X2 (\log 2\pi s^2 + 1)` on average. It is a maximum, so the
     gradient of the batch's mean is the same with and without the derivative of s. It is the best for the batch it was
     given: a minibatch's flatters, and the model's is that of all the data.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -114,6 +122,7 @@ def expected_log_prob_log_linear(
         = e^{-a^\top m + \frac12 a^\top C a} \big[ (r - w^\top m + w^\top C a)^2 + w^\top C w \big], \qquad r = x - b
 
     The covariance :math:`w^\top C a` of two linear functions is had from the variances of their sum and difference.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -129,11 +138,7 @@ def expected_log_prob_log_linear(
     InputError
         for a posterior that is not one Gaussian.
     """
-    if not isinstance(q, DiagonalGaussian | FullGaussian):
-        raise InputError(
-            f"a scale that depends on z has a closed form for a Gaussian posterior, but this one is a "
-            f"{type(q).__name__}: use DiagonalGaussian or FullGaussian, or a scale of its own (expected_log_prob)"
-        )
+    _one_gaussian(q, "a scale that depends on z", "a scale of its own (expected_log_prob)")
     mean, variance = q.linear_moments(weight)
     log_scale, scale_variance = q.linear_moments(scale_weight)
     covariance = (q.linear_moments(weight + scale_weight)[1] - q.linear_moments(weight - scale_weight)[1]) / 4
@@ -144,6 +149,8 @@ def expected_log_prob_log_linear(
 
 class LinearDecoder(nn.Module):
     r"""The decoder :math:`p(x \mid z) = \mathcal N(W z + b, \operatorname{diag} s^2)`, by draws and in closed form.
+
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -166,8 +173,70 @@ class LinearDecoder(nn.Module):
         return expected_log_prob(x, q, self.weight, self.bias, self.log_std)
 
 
+def expected_cosines(q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: Tensor) -> Tensor:
+    r"""Return :math:`\EE_q[\cos(w_j^\top z + b_j)] = \cos(m_j)\, e^{-v_j / 2}`, ``[B, J]``.
+
+    It is the real part of a Gaussian's characteristic function, with m and v the mean and variance of what the cosine is
+    taken of.
+
+    Raises
+    ------
+    InputError
+        for a posterior that is not one Gaussian.
+    """
+    _one_gaussian(q, "the mean of a cosine", "a decoder that is linear in z")
+    mean, variance = q.linear_moments(weight)
+    return (mean + phase).cos() * (-0.5 * variance).exp()
+
+
+class CosineDecoder(nn.Module):
+    r"""The decoder :math:`\mathcal N(A \cos(W z + c) + b, \operatorname{diag} s^2)`: nonlinear in z, and silent all the same.
+
+    It is linear in features whose first two moments are known under a Gaussian:
+    :math:`\cos u_i \cos u_j = \tfrac12 [\cos(u_i + u_j) + \cos(u_i - u_j)]`, and the sum and difference are again linear
+    in z (:func:`expected_cosines`). So the closed form costs :math:`J^2` cosines an observation for J features, where a
+    draw costs J. Introduced in book/03-silent-gradients.ipynb.
+
+    Parameters
+    ----------
+    frequency, phase
+        W ``[J, D]`` and c ``[J]``.
+    weight, bias, log_std
+        A ``[X, J]``, b ``[X]`` and :math:`\log s`, ``[X]`` or ``[]`` (one scale for all pixels).
+    """
+
+    def __init__(self, frequency: Tensor, phase: Tensor, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
+        super().__init__()
+        self.frequency, self.phase = nn.Parameter(frequency), nn.Parameter(phase)
+        self.weight, self.bias, self.log_std = nn.Parameter(weight), nn.Parameter(bias), nn.Parameter(log_std)
+
+    def forward(self, z: Tensor) -> Gaussian:
+        """Return p(x given z) for ``z`` ``[K, B, D]``."""
+        return Gaussian((z @ self.frequency.mT + self.phase).cos() @ self.weight.mT + self.bias, self.log_std)
+
+    def expected_log_likelihood(self, x: Tensor, q: DiagonalGaussian | FullGaussian) -> Tensor:
+        r"""Return the exact :math:`\EE_q[\log p(x \mid z)]`, ``[B]``.
+
+        With features f and whitened :math:`r = (x - b) / s`, :math:`A' = A / s`, the expected square error is
+        :math:`|r|^2 - 2\, r^\top A' \EE[f] + \sum_{ij} (A'^\top A')_{ij}\, \EE[f_i f_j]`.
+        """
+        scale = (-self.log_std).exp().expand_as(self.bias)
+        residual, weight = (x - self.bias) * scale, self.weight * scale.unsqueeze(-1)
+        i, j = torch.triu_indices(len(self.phase), len(self.phase), device=x.device)
+        products = 0.5 * sum(
+            expected_cosines(q, self.frequency[i] + sign * self.frequency[j], self.phase[i] + sign * self.phase[j])
+            for sign in (1, -1)
+        )
+        gram = (weight.mT @ weight)[i, j] * torch.where(i == j, 1.0, 2.0).to(x)  # a pair stands for both orders
+        features = expected_cosines(q, self.frequency, self.phase)
+        square = residual.square().sum(-1) - 2 * ((residual @ weight) * features).sum(-1) + products @ gram
+        return -0.5 * square + scale.log().sum() - 0.5 * len(self.bias) * LOG_2PI
+
+
 def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
     r"""Return the ELBO :math:`\mathbb E_q[\log p(x \mid z)] - \mathrm{KL}(q \,\|\, p(z))` in closed form, ``[B]``.
+
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -190,7 +259,8 @@ def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
     raise InputError(
         f"{type(getattr(joint, 'decode', joint)).__name__} has no closed form of E_q[log p(x given z)], which needs a "
         "log-likelihood quadratic in z: the log(1 + e^l) of Bernoulli pixels is not, nor is anything behind a hidden "
-        "layer; estimate it with a row of the tableau such as elbo-path, or decode with a silent.LinearDecoder"
+        "layer (but for cosines); estimate it with a row of the tableau such as elbo-path, or decode with a "
+        "silent.LinearDecoder or silent.CosineDecoder"
     )
 
 
@@ -198,6 +268,7 @@ def divergence(joint: nn.Module, q) -> Tensor:
     r"""Return :math:`\mathrm{KL}(q \,\|\, p(z))` to the model's prior in closed form, ``[B]``.
 
     The prior is ``joint.prior`` where there is one, a distribution like q; otherwise it is standard normal.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Raises
     ------
@@ -265,9 +336,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "cosine": co
 """How the weight of the guide goes from 1 to 0 while the fraction done t goes from 0 to 1, by name."""
 
 
-def annealed(
-    base: Estimator | LossEstimator, weight: float, guide: Estimator | LossEstimator = ELBO
-) -> LossEstimator:
+def annealed(base: Estimator | LossEstimator, weight: float, guide: Estimator | LossEstimator = ELBO) -> LossEstimator:
     r"""Return the estimator that lets a linear decoder guide the encoder with weight :math:`\lambda`.
 
     .. math:: \partial_\phi: \quad \lambda\, \partial_\phi \mathcal L_{\text{linear}}
@@ -277,6 +346,7 @@ def annealed(
     weights are not published). The value is the bound of the model. The gradient in the encoder is biased for the
     model's bound unless :math:`\lambda = 0`; then the linear decoder rests, and this is ``base``.
     Train with it by ``training.fit(model, split, lambda done: annealed(base, SCHEDULES["linear"](2 * done)), ...)``.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -308,43 +378,6 @@ def annealed(
     return LossEstimator(f"elbo-annealed({weight:g})", "elbo", target, base.least_k, "shao2025", loss)
 
 
-def controlled(base: Estimator | LossEstimator, scale: float, control: Control | None = None) -> LossEstimator:
-    r"""Return ``base`` with the silent gradient of a linear decoder as its control variate.
-
-    .. math:: g(\varepsilon) - c\, \big( g_{\text{linear}}(\varepsilon) - \EE[g_{\text{linear}}] \big)
-
-    The two gradients of the linear decoder, one estimated from the same draws and the other exact, have the same mean,
-    so that the encoder's gradient is unbiased for every scale c that does not depend on these draws, whatever the linear
-    decoder is. The linear decoder learns its own bound meanwhile; the model's own gradient is that of ``base``.
-
-    Parameters
-    ----------
-    base
-        any estimator of the ELBO that is unbiased.
-    scale
-        c; the best one is :math:`\operatorname{Cov} / \Var`, see :class:`TrackedScale`.
-    control
-        what stands in the brackets, :func:`linear_control` or :func:`taylor_control`.
-
-    Raises
-    ------
-    InputError
-        if ``base`` is not an estimator of the ELBO, or the model has no linear decoder.
-    """
-    _of_elbo(base)
-    control = control or linear_control
-
-    def loss(joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
-        _guided(joint)
-        model = one_pass(base, joint.joint, q, x, eps)
-        rest = -scale * control(base, joint, q, x, eps)
-        if control is linear_control:
-            rest = rest - elbo(joint.guide, x, q.stop_gradient())
-        return model + rest - rest.detach()
-
-    return LossEstimator(f"elbo-controlled({scale:.3g})", "elbo", base.target, base.least_k, "miller2017", loss)
-
-
 Control = Callable[[Estimator | LossEstimator, nn.Module, Any, Tensor, Tensor], Tensor]
 """``(base, joint, q, x, eps) -> [B]``: a loss whose gradient in q has the mean 0."""
 
@@ -364,6 +397,7 @@ def taylor_control(
     :math:`H(\mu)\, \delta` in :math:`\mu` and :math:`\partial f(\mu)\, \delta` in :math:`\log \sigma`, up to a sign, whose
     means are 0. (Miller et al. 2017; the part of second order in the scale would need the diagonal of H, and is left
     out.) It asks nothing of the likelihood but two derivatives, and costs about two more passes through the decoder.
+    Introduced in book/03-silent-gradients.ipynb.
     """
     if not isinstance(q, DiagonalGaussian):
         raise InputError(
@@ -376,6 +410,43 @@ def taylor_control(
         grad(lambda z: model.log_likelihood(x, z).sum()), (still.mean.expand_as(delta).contiguous(),), (delta,)
     )
     return -(curvature.detach() * q.mean + (slope * delta).detach() * q.log_std).sum(-1).mean(0)
+
+
+def controlled(base: Estimator | LossEstimator, scale: float, control: Control = linear_control) -> LossEstimator:
+    r"""Return ``base`` with the silent gradient of a linear decoder as its control variate.
+
+    .. math:: g(\varepsilon) - c\, \big( g_{\text{linear}}(\varepsilon) - \EE[g_{\text{linear}}] \big)
+
+    The two gradients of the linear decoder, one estimated from the same draws and the other exact, have the same mean,
+    so that the encoder's gradient is unbiased for every scale c that does not depend on these draws, whatever the linear
+    decoder is. The linear decoder learns its own bound meanwhile; the model's own gradient is that of ``base``.
+    Introduced in book/03-silent-gradients.ipynb.
+
+    Parameters
+    ----------
+    base
+        any estimator of the ELBO that is unbiased.
+    scale
+        c; the best one is :math:`\operatorname{Cov} / \Var`, see :class:`TrackedScale`.
+    control
+        what stands in the brackets, :func:`linear_control` or :func:`taylor_control`.
+
+    Raises
+    ------
+    InputError
+        if ``base`` is not an estimator of the ELBO, or the model has no linear decoder.
+    """
+    _of_elbo(base)
+
+    def loss(joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+        _guided(joint)
+        model = one_pass(base, joint.joint, q, x, eps)
+        rest = -scale * control(base, joint, q, x, eps)
+        if control is linear_control:  # the guide learns
+            rest = rest - elbo(joint.guide, x, q.stop_gradient())
+        return model + rest - rest.detach()
+
+    return LossEstimator(f"elbo-controlled({scale:.3g})", "elbo", base.target, base.least_k, "miller2017", loss)
 
 
 def covariances(
@@ -398,9 +469,11 @@ def covariances(
 class TrackedScale:
     r"""The estimator for each step of a training, :func:`controlled` with the scale that has been best of late.
 
-    The scale is :math:`c = \overline{g \cdot h} / \overline{h \cdot h}` (:func:`covariances`) over past steps, from images
-    and noise of its own. So it does not depend on the draws that it scales, and the gradient stays unbiased; the price
-    is one more gradient every few steps. Give it to :func:`vaelib.training.fit` in the place of an estimator.
+    A look at it is :math:`\sum g \cdot h / \sum h \cdot h` (:func:`covariances`) for images and noise of its own, and the
+    scale a running average of looks: of these ratios, since their two parts shrink by orders of magnitude while training
+    goes on. It does not depend on the draws that it scales, so that the gradient stays unbiased; the price is two more
+    gradients every few steps. Give it to :func:`vaelib.training.fit` in the place of an estimator.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -416,6 +489,11 @@ class TrackedScale:
         how many steps lie between two looks, and how much of the average is left after one.
     generator
         draws the noise.
+
+    Attributes
+    ----------
+    scale : float
+        c as it stands.
     """
 
     def __init__(
@@ -427,17 +505,12 @@ class TrackedScale:
         *,
         control: Control = linear_control,
         every: int = 20,
-        memory: float = 0.8,
+        memory: float = 0.5,
         generator: torch.Generator | None = None,
     ) -> None:
         self.base, self.model, self.x, self.k, self.control = base, model, x, k, control
         self.every, self.memory, self.generator = every, memory, generator
-        self.calls, self.covariance, self.variance = 0, 0.0, 0.0
-
-    @property
-    def scale(self) -> float:
-        """The scale as it stands."""
-        return self.covariance / self.variance if self.variance else 0.0
+        self.calls, self.scale = 0, 0.0
 
     def __call__(self, done: float) -> LossEstimator:
         """Return the estimator for the next step, and look at the scale again every few calls."""
@@ -446,14 +519,16 @@ class TrackedScale:
                 q = self.model.encoder(self.x)
             eps = q.noise(self.k, self.generator)
             covariance, variance = covariances(self.base, self.model.joint, q, self.x, eps, self.control)
-            self.covariance = self.memory * self.covariance + covariance
-            self.variance = self.memory * self.variance + variance
+            kept = self.memory if self.calls else 0.0
+            self.scale = kept * self.scale + (1 - kept) * (covariance / variance if variance else 0.0)
         self.calls += 1
         return controlled(self.base, self.scale, self.control)
 
 
 def scaled_gradient(q, factor: float):
     r"""Return the same posterior, through which ``factor`` times the gradient goes back, :math:`\bar\phi + f (\phi - \bar\phi)`."""
+    if isinstance(q, Mixture):
+        raise InputError("a guide's share of the gradient is for one posterior, not a Mixture: use DiagonalGaussian")
     still = q.stop_gradient()
     values = {field.name: (getattr(q, field.name), getattr(still, field.name)) for field in fields(q)}
     return replace(q, **{name: stopped + factor * (value - stopped) for name, (value, stopped) in values.items()})
@@ -476,6 +551,14 @@ def one_pass(estimator: Estimator | LossEstimator, joint: nn.Module, q, x: Tenso
     a, _, c = estimator.weights(log_w)
     total = (a * log_p + (c if density is q else -a) * log_q).sum(0)
     return -(log_w.mean(0) + total - total.detach())
+
+
+def _one_gaussian(q, what: str, instead: str) -> None:
+    if not isinstance(q, DiagonalGaussian | FullGaussian):
+        raise InputError(
+            f"{what} has a closed form for a Gaussian posterior, but this one is a {type(q).__name__}: use "
+            f"DiagonalGaussian or FullGaussian, or {instead}"
+        )
 
 
 def _of_elbo(estimator: Estimator | LossEstimator) -> None:

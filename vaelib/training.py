@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vaelib import objectives
+from vaelib import fast, objectives
 from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError, choose
@@ -24,6 +24,7 @@ from vaelib.estimators import Estimator, LossEstimator, every
 from vaelib.posteriors import Latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
+CAPTURED_STEPS = 50  # in one CUDA graph
 
 BURDA_STAGES = 8
 BURDA_EPOCHS = tuple(3**i for i in range(BURDA_STAGES))
@@ -100,17 +101,18 @@ class ReleasedAdam(torch.optim.Optimizer):
                 square.mul_(beta2).addcmul_(p.grad, p.grad, value=(1 - beta2) * scale**2)
 
 
-def adam(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+def adam(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015), as the papers describe their training."""
-    return torch.optim.Adam(parameters, recipe.lr, eps=recipe.adam_eps, fused=True)
+    on_gpu = parameters[0].is_cuda
+    return torch.optim.Adam(parameters, recipe.lr, eps=recipe.adam_eps, fused=True, capturable=on_gpu)
 
 
-def adam_released(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+def adam_released(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """Adam as in the papers' released code."""
     return ReleasedAdam(parameters, recipe.lr, eps=recipe.adam_eps, scale=recipe.batch_size)
 
 
-OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], Recipe], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Sequence[Tensor], Recipe], torch.optim.Optimizer]] = {
     "adam": adam,
     "adam-released": adam_released,
 }
@@ -128,13 +130,15 @@ def train_step(
     x: Tensor,
     eps: Latent,
     clip: float | None = None,
+    backward: Callable[..., Tensor] = objectives.backward,
 ) -> Tensor:
     """Take one step up the bound and return its mean over the batch ``x``, before the step, ``[]``.
 
-    ``clip`` limits the global norm of the gradient. Introduced in book/01-elbo-forms.ipynb.
+    ``clip`` limits the global norm of the gradient; ``backward`` computes it, as :func:`vaelib.objectives.backward`
+    does. Introduced in book/01-elbo-forms.ipynb.
     """
     optimizer.zero_grad()
-    bound = objectives.backward(estimator, model.joint, model.encoder, x, eps)
+    bound = backward(estimator, model.joint, model.encoder, x, eps)
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
@@ -150,7 +154,91 @@ def stream(name: str, seed: int, device: torch.device | str = "cpu", step: int =
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
-class Trainer:
+class Loop:
+    """The loop over steps and epochs, of one training (:class:`Trainer`) or of several side by side.
+
+    Attributes
+    ----------
+    step : int
+        steps taken so far.
+    seconds : float
+        how long they took.
+    """
+
+    recipe: Recipe
+    history: list
+    step: int
+    steps_per_epoch: int
+    seconds: float
+    captured: fast.Captured | None = None
+    captures = False
+
+    @property
+    def total_steps(self) -> int:
+        """Steps after which the recipe's epochs are done."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    def run(self, after_step: Callable[[], None] = lambda: None, progress: bool = False) -> list:
+        """Train until the recipe's epochs are done, from wherever :attr:`step` stands; return the history.
+
+        Raises
+        ------
+        Diverged
+            if a bound is not finite; it names the first such step.
+        """
+        start = time.monotonic() - self.seconds
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5
+        )
+        with bar:
+            while self.step < self.total_steps:
+                before = self.step
+                bounds = self.advance()
+                self.seconds = time.monotonic() - start
+                self.note(bounds)
+                if self.step % self.steps_per_epoch == 0:
+                    bar.set_postfix_str(self.summary())
+                after_step()
+                bar.update(self.step - before)
+        return self.history
+
+    def advance(self) -> Tensor:
+        """Take a step, or on a GPU that captures them several; return their bounds, ``[steps, ...]``."""
+        i = self.step % self.steps_per_epoch
+        if i == 0:
+            self.begin_epoch()
+        if not self.captures or self.steps_per_epoch - i < CAPTURED_STEPS:
+            return self.learn(self.index(1)[0]).unsqueeze(0)
+        if self.captured is None:
+            self.captured = fast.Captured(self.learn, self.generators())
+        return self.captured(self.index(CAPTURED_STEPS))
+
+    def index(self, steps: int) -> Tensor:
+        """Return the observations of the next ``steps`` steps, by their numbers."""
+        raise NotImplementedError
+
+    def learn(self, index: Tensor) -> Tensor:
+        """Take one step with these observations and return the mean bound."""
+        raise NotImplementedError
+
+    def generators(self) -> list[torch.Generator]:
+        """Return all that :meth:`learn` draws from."""
+        raise NotImplementedError
+
+    def note(self, bounds: Tensor) -> None:
+        """Count the steps that gave these bounds and write the history."""
+        raise NotImplementedError
+
+    def begin_epoch(self) -> None:
+        """Shuffle the data and set the learning rate."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Say how the last epoch went."""
+        raise NotImplementedError
+
+
+class Trainer(Loop):
     """A training, and everything that a checkpoint has to hold of it.
 
     Parameters
@@ -164,11 +252,11 @@ class Trainer:
         fraction of the training that is done (such as ``lambda done: silent.annealed(row, 1 - done)``).
     recipe
         how long, how fast, from which seed.
+    compile
+        take the same steps with less overhead (:mod:`vaelib.fast`): compiled, and on a GPU captured, several at a time.
 
     Attributes
     ----------
-    step : int
-        steps taken so far.
     history : list of dict
         one record an epoch: its number, the steps so far, the mean bound of its steps in nats, the learning rate, and
         the seconds of training so far.
@@ -185,16 +273,21 @@ class Trainer:
         split: Split,
         estimator: Estimator | LossEstimator | Callable[[float], Estimator | LossEstimator],
         recipe: Recipe,
+        compile: bool = False,
     ) -> None:
+        if compile and callable(estimator):
+            raise InputError("an estimator that changes from step to step cannot be compiled: leave out compile")
         self.model, self.split, self.recipe = model, split, recipe
         self.estimator_at = estimator if callable(estimator) else lambda done: estimator
+        self.backward = fast.Compiled() if compile else objectives.backward
         self.estimator = self.estimator_at(0.0)
         check_fit(model, split, self.estimator, recipe)
         device = split.grey.device
         self.steps_per_epoch = (
             len(split) // recipe.batch_size
         )  # an incomplete batch is left out; every epoch another
-        self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
+        self.optimizer = OPTIMIZERS[recipe.optimizer](list(model.parameters()), recipe)
+        self.captures = compile and self.optimizer.defaults.get("capturable", False)
         self.streams = {
             "order": stream("order", recipe.seed),
             "binarisation": stream("binarisation", recipe.seed, device),
@@ -206,59 +299,47 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
 
-    @property
-    def total_steps(self) -> int:
-        """Steps after which the recipe's epochs are done."""
-        return self.recipe.epochs * self.steps_per_epoch
+    def index(self, steps: int) -> Tensor:
+        """Return the observations of the next ``steps`` steps, by their numbers, ``[steps, B]``."""
+        size = self.recipe.batch_size
+        first = self.step % self.steps_per_epoch * size
+        return self.order[first : first + steps * size].view(steps, size)
+
+    def learn(self, index: Tensor) -> Tensor:
+        """Take one step with the observations ``index`` ``[B]`` and return its mean bound, ``[]``."""
+        return self.update(self.split.batch(index, self.streams["binarisation"]))
 
     def update(self, x: Tensor) -> Tensor:
         """Learn from one batch and return its mean bound, ``[]``."""
         self.estimator = self.estimator_at(self.step / self.total_steps)
         eps = self.model.encoder.noise(self.recipe.k, x, self.streams["noise"])
-        return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip)
+        return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip, self.backward)
 
-    def run(
-        self, after_step: Callable[[], None] = lambda: None, progress: bool = False
-    ) -> list[dict[str, Any]]:
-        """Train until the recipe's epochs are done, from wherever :attr:`step` stands; return the history.
+    def generators(self) -> list[torch.Generator]:
+        """Return all that :meth:`learn` draws from."""
+        return [self.streams["binarisation"], self.streams["noise"]]
 
-        Raises
-        ------
-        Diverged
-            if a bound is not finite; it names the first such step.
-        """
-        start = time.monotonic() - self.seconds
-        batch_size, binarisation = self.recipe.batch_size, self.streams["binarisation"]
-        bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5
-        )
-        with bar:
-            while self.step < self.total_steps:
-                i = self.step % self.steps_per_epoch
-                if i == 0:
-                    self.begin_epoch()
-                index = self.order[i * batch_size : (i + 1) * batch_size]
-                self.bounds[i] = self.update(self.split.batch(index, binarisation))
-                self.step += 1
-                if self.step % CHECK_EVERY == 0:
-                    self.check_bounds()
-                self.seconds = time.monotonic() - start
-                if i + 1 == self.steps_per_epoch:
-                    self.end_epoch()
-                    bar.set_postfix_str(
-                        f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
-                    )
-                after_step()
-                bar.update()
-        return self.history
+    def note(self, bounds: Tensor) -> None:
+        """Count the steps that gave ``bounds`` ``[steps]``; look at them now and then, and at the end of an epoch."""
+        before, i = self.step, self.step % self.steps_per_epoch
+        self.bounds[i : i + len(bounds)] = bounds
+        self.step += len(bounds)
+        if before // CHECK_EVERY != self.step // CHECK_EVERY:
+            self.check_bounds()
+        if self.step % self.steps_per_epoch == 0:
+            self.end_epoch()
+
+    def summary(self) -> str:
+        """Say how the last epoch went."""
+        return f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
 
     def begin_epoch(self) -> None:
         """Shuffle the data, if the recipe says so, and set the learning rate."""
         if self.recipe.shuffle:
             self.order = torch.randperm(len(self.split), generator=self.streams["order"]).to(self.order.device)
-        epoch = self.step // self.steps_per_epoch + 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * SCHEDULES[self.recipe.schedule](epoch)
+        lr = self.recipe.lr * SCHEDULES[self.recipe.schedule](self.step // self.steps_per_epoch + 1)
+        if set_lr(self.optimizer, lr):
+            self.captured = None  # which holds the old rate
 
     def end_epoch(self) -> None:
         """Add the epoch to the history."""
@@ -315,8 +396,11 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, bit for bit; on another kind of device with other noise from there on."""
+        self.captured = None  # with the tensors of before
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # where it was captured is of no concern here
+            group.update({name: self.optimizer.defaults[name] for name in group if name == "capturable"})
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self.order.copy_(state["order"])
         self.bounds.copy_(state["bounds"])
@@ -325,6 +409,14 @@ class Trainer:
                 generator.set_state(state["streams"][name])
             else:
                 self.streams[name] = stream(name, self.recipe.seed, generator.device, self.step)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
+    """Set the learning rate and return whether it is another one now."""
+    changed = any(group["lr"] != lr for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return changed
 
 
 def check_fit(model: nn.Module, split: Split, estimator: Estimator | LossEstimator, recipe: Recipe) -> None:
@@ -358,13 +450,14 @@ def fit(
     split: Split,
     estimator: Estimator | LossEstimator | Callable[[float], Estimator | LossEstimator] | str = "elbo-path",
     progress: bool = False,
+    compile: bool = False,
     **recipe: Any,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place, in memory, and return its history, one record an epoch.
 
     ``fit(model, images.train, "elbo-path", epochs=5, lr=1e-3, seed=0)``; the keywords are the fields of
-    :class:`vaelib.config.Recipe`, the records are those of :class:`Trainer`. Introduced in book/01-elbo-forms.ipynb.
+    :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Trainer`. Introduced in book/01-elbo-forms.ipynb.
     """
     if isinstance(estimator, str):
         estimator = choose("estimator", estimator, every())
-    return Trainer(model, split, estimator, Recipe(**recipe)).run(progress=progress)
+    return Trainer(model, split, estimator, Recipe(**recipe), compile).run(progress=progress)

@@ -130,8 +130,7 @@ def where(row: ImageSet | TextSet) -> str:
     missing = [parts for part, parts in row.files.items() if not found[part]]
     if not missing:
         return " and ".join(dict.fromkeys(f"{place} ({path.parent})" for place, _, path in found.values()))
-    sources = [next((file for file in parts if file.obtainable), None) for parts in missing]
-    if None in sources:
-        return "to be put in place by hand: " + ", ".join(parts[0].path for parts in missing)
-    sizes = [file.size for file in sources]
+    if by_hand := [parts[0].path for parts in missing if not any(file.obtainable for file in parts)]:
+        return f"to be put in place by hand: {', '.join(by_hand)}"
+    sizes = [next(file.size for file in parts if file.obtainable) for parts in missing]
     return "to be downloaded" if None in sizes else f"to be downloaded, {sum(sizes) / 1e6:.1f} MB"

@@ -111,6 +111,11 @@ class Sentences:
         """Return the sentences ``index``, padded to the longest of them; ``generator`` is not touched."""
         return self.tokens[index, : int(self.lengths[index].max())]
 
+    @staticmethod
+    def units(x: Tensor) -> int:
+        """Count what is foretold in a batch ``[B, T]``: the words and the end of each sentence."""
+        return int((x[:, 1:] != PAD).sum())
+
     def to(self, device: torch.device | str) -> Sentences:
         """Return the same split on ``device``."""
         return replace(self, tokens=self.tokens.to(device))
@@ -257,6 +262,8 @@ def synthetic(
     drawn = [[names[token] for token in row] for size in sizes for row in draw(size).tolist()]
     tenth = sentences // 10
     if not tenth:
-        raise InputError(f"synthetic-text needs 10 sentences at least, to part them in three, but was asked for {sentences}")
+        raise InputError(
+            f"synthetic-text needs 10 sentences at least, to part them in three, but was asked for {sentences}"
+        )
     parts = {"train": drawn[: -2 * tenth], "valid": drawn[-2 * tenth : -tenth], "test": drawn[-tenth:]}
     return parts, Vocabulary((*MARKS, *names))

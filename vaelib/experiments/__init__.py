@@ -12,9 +12,9 @@ import importlib
 
 from vaelib.errors import choose
 from vaelib.experiments.experiment import Experiment, Measured, Preset, Task
-from vaelib.experiments.results import Summary, load, over_seeds
+from vaelib.experiments.results import Summary, Table, load, over_seeds
 
-__all__ = ["EXPERIMENTS", "Experiment", "Measured", "Preset", "Summary", "Task", "find", "load", "over_seeds"]
+__all__ = ["EXPERIMENTS", "Experiment", "Measured", "Preset", "Summary", "Table", "Task", "find", "load", "over_seeds"]
 
 EXPERIMENTS = {
     "stl-table-2": "stl",

@@ -13,7 +13,7 @@ from vaelib.config import whole_number
 from vaelib.errors import InputError, choose
 
 Plain = str | int | float | None
-Config = Mapping[str, Plain]
+Cell = Mapping[str, Plain]
 Report = Callable[[float], None]
 Row = dict[str, Any]
 
@@ -52,11 +52,11 @@ class Preset:
         what all of it takes one core of a laptop, roughly.
     """
 
-    grid: Sequence[Config]
-    seeds: int | Callable[[Config], int]
+    grid: Sequence[Cell]
+    seeds: int | Callable[[Cell], int]
     minutes: float
 
-    def seeds_of(self, config: Config) -> int:
+    def seeds_of(self, config: Cell) -> int:
         """Return how many runs of a configuration belong to it."""
         return self.seeds(config) if callable(self.seeds) else self.seeds
 
@@ -72,7 +72,7 @@ class Task:
 
     experiment: str
     preset: str
-    config: Config
+    config: Cell
     seed: int
 
     @property
@@ -110,7 +110,7 @@ class Experiment:
     name: str
     reproduces: str
     presets: Mapping[str, Preset]
-    run: Callable[[Config, int, Path, str, Report], Sequence[Measured]]
+    run: Callable[[Cell, int, Path, str, Report], Sequence[Measured]]
     table: Callable[[Sequence[Row]], list[tuple[str, ...]]]
     figure: Callable[[Sequence[Row], Any], None]
 

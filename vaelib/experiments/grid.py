@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vaelib.config import DEVICES, positive, whole_number
 from vaelib.errors import InputError, choose
-from vaelib.experiments import find, results
+from vaelib.experiments import EXPERIMENTS, find, results
 from vaelib.experiments.experiment import Task
 from vaelib.runs import Folder, InUse, find_device, in_use, read_json, write, write_json
 
@@ -32,6 +32,8 @@ TRIES = 3
 """How often a run is started whose process died."""
 PAUSE = 0.2
 """Seconds between two looks at the runs."""
+SLOW_IMPORTS = ("sklearn.datasets", "torch._dynamo")
+"""What nearly every run imports when it needs it; the processes are forked from one that has."""
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
     name, preset, seeds
         which runs.
     device
-        a key of :data:`vaelib.config.DEVICES`.
+        "cpu", "cuda" or "auto".
     jobs
         runs at once; by default one a core, or one a GPU, of this machine; on a cluster as many as it has room for.
     ray
@@ -273,7 +275,8 @@ class OnThisMachine:
         how = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self.context = multiprocessing.get_context(how)
         if how == "forkserver":
-            self.context.set_forkserver_preload(["vaelib.experiments.grid", "torch"])
+            modules = {f"vaelib.experiments.{module}" for module in ("grid", *EXPERIMENTS.values())}
+            self.context.set_forkserver_preload([*sorted(modules), *SLOW_IMPORTS])
 
     def has_room(self) -> bool:
         return len(self.processes) < self.jobs

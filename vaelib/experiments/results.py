@@ -15,6 +15,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,26 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + (f" ± {self.standard_error:.2f}" if self.n > 1 else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of words, a header first; set in columns as text, and as a table in a notebook."""
+
+    lines: Sequence[tuple[str, ...]]
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.lines, strict=True)]
+        return "\n".join(
+            "  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)).rstrip()
+            for line in self.lines
+        )
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        header, *rest = (f"| {' | '.join(line)} |" for line in self.lines)
+        return "\n".join([header, f"|{' --- |' * len(self.lines[0])}", *rest])
 
 
 def columns(experiment: Experiment) -> tuple[str, ...]:

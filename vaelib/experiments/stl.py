@@ -13,8 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from vaelib import gradients, objectives, plots, runs
 from vaelib.config import Config
 from vaelib.estimators import ESTIMATORS
-from vaelib.experiments.experiment import Config as Cell
-from vaelib.experiments.experiment import Experiment, Measured, Preset, Report, Row
+from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
 from vaelib.experiments.results import Summary, over_seeds, summarise
 from vaelib.posteriors import DiagonalGaussian, Mixture
 

@@ -23,7 +23,7 @@ from vaelib.models.mlp import (
     tanh_layers,
 )
 from vaelib.models.pixelcnn import NoLatent, PixelCNN, ResNetEncoder, square_side
-from vaelib.silent import LinearDecoder
+from vaelib.silent import CosineDecoder, LinearDecoder
 
 __all__ = [
     "MODELS",
@@ -185,7 +185,7 @@ def guided_bernoulli(
     return VAE(Guided(decoder, guide), encoder, binary=False)
 
 
-def pixelcnn(
+def pixelcnn_vae(
     data_dim: int,
     mean: Tensor | None,
     generator: torch.Generator | None,
@@ -208,6 +208,25 @@ def pixelcnn_alone(
     """The decoder of pixelcnn without z, as a VAE whose latent has no dimension (see :class:`NoLatent`)."""
     decoder = PixelCNN(square_side(data_dim), 0, maps, layers, generator=generator)
     return VAE(Joint(decoder), NoLatent(), binary=True)
+
+
+def cosine(
+    data_dim: int,
+    mean: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    hidden: int = 100,
+    latent: int = 8,
+    features: int = 32,
+) -> VAE:
+    """One stochastic layer, x-100-100-8, and a decoder linear in cosines of z, whose ELBO has a closed form."""
+    encoder = GaussianMLP((data_dim, hidden, hidden), latent, generator)
+    frequency = 0.7 * torch.randn(features, latent, generator=generator)
+    phase = 2 * math.pi * torch.rand(features, generator=generator)
+    weight = 0.3 / math.sqrt(features) * torch.randn(data_dim, features, generator=generator)
+    bias = torch.zeros(data_dim) if mean is None else mean.clone()
+    decoder = CosineDecoder(frequency, phase, weight, bias, torch.tensor(-1.0))
+    return VAE(Joint(decoder), encoder, binary=False)
 
 
 def _mlp(inputs: int, hidden: int, outputs: int, generator: torch.Generator | None) -> nn.Sequential:
@@ -259,7 +278,8 @@ MODELS = {
     "mlp-1-categorical": mlp_1_categorical,
     "guided": guided,
     "guided-bernoulli": guided_bernoulli,
-    "pixelcnn": pixelcnn,
+    "cosine": cosine,
+    "pixelcnn": pixelcnn_vae,
 }
 """The builders of the models, by name."""
 

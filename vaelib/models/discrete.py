@@ -14,6 +14,8 @@ from vaelib.posteriors import Discrete, FactorisedBernoulli, OneHotCategorical, 
 class DiscreteJoint(nn.Module):
     r"""The joint density :math:`\log p(z) + \log p(x \mid z)` with independent bits or one-hot choices as the prior.
 
+    Introduced in book/03-silent-gradients.ipynb.
+
     Parameters
     ----------
     decode
@@ -56,6 +58,8 @@ class DiscreteJoint(nn.Module):
 
 class DiscreteEncoder(nn.Module):
     r"""The encoder :math:`q(z \mid x)` of bits or one-hot choices whose logits a network gives.
+
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ The model of "Lagging Inference Networks and Posterior Collapse in VAEs" (He et 
 description and released sizes. The decoder sees z *and* all the pixels before the one it predicts, so it can do without
 z, and a VAE in which it does has collapsed.
 
-Both networks use batch normalisation, which has three consequences:
+Both networks use batch normalisation, which has consequences:
 
 - *In training mode* an image is normalised with the statistics of its batch, so a logit depends, a little, on later
   pixels and on the other images. Only ``model.eval()``, which uses the running statistics, makes
@@ -14,9 +14,10 @@ Both networks use batch normalisation, which has three consequences:
   encoder runs once a step. A second pass through ``posteriors.stop_gradient(encoder)`` gives the same q, too, and does
   not move the running statistics again, since its buffers are copies; a second pass through the encoder itself would.
 - *Rows of the tableau.* :func:`vaelib.objectives.backward` scales what arrives at a sample by b / a of its own draw,
-  and in training mode a sample's gradient also holds what the others in the batch owe to it. For a ratio that is the same
+  and in training mode a sample's gradient also holds what the others in the batch owe it. For a ratio that is the same
   for all draws (``elbo-total``, ``elbo-path``, ``iwae-total``, ``iwae-path``) this is the estimator; ``iwae-dreg`` and
-  ``rws-dreg`` are what they say in evaluation mode only.
+  ``rws-dreg`` are what they say in evaluation mode only. So are gradients draw by draw under ``torch.func.vmap``, which
+  refuses to move running statistics.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MASKS = {"A": 0, "B": 1}
 
 
 def he_normal(weight: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
-    r"""Fill a convolution's ``weight`` from :math:`\mathcal N(0, 2 / (s^2 C))`, s the kernel's size, C the output maps."""
+    r"""Fill ``weight`` from :math:`\mathcal N(0, 2 / (s^2 C))`, s the kernel's size and C the output maps."""
     return nn.init.normal_(weight, 0.0, math.sqrt(2 / (size * size * weight.shape[0])), generator=generator)
 
 
@@ -199,9 +200,10 @@ def kernel_sizes(layers: int) -> list[int]:
 class PixelCNN(nn.Module):
     r"""The decoder :math:`p(x \mid z) = \prod_d p(x_d \mid x_{<d}, z)`, pixels in raster order.
 
-    z becomes some maps of the image's size by a linear layer. A masked convolution (mask A) of the image and an ordinary one
-    of these maps make the first layer; residual blocks (mask B) follow, and every layer's output skips three layers,
-    through a block of its own. Published: 28 x 28 pixels, 13 layers of 64 maps, 4 maps of a 32-dimensional z.
+    z becomes some maps of the image's size by a linear layer. A masked convolution (mask A) of the image and an
+    ordinary one of these maps make the first layer; residual blocks (mask B) follow, and every layer's output skips
+    three layers, through a block of its own. Published: 28 x 28 pixels, 13 layers of 64 maps, 4 maps of a
+    32-dimensional z. As in all stacks of square masked kernels, far pixels to the upper right stay in a blind spot.
     Called as ``decode(z)`` it returns a likelihood, as other decoders do. Introduced in book/04-inference-lag.ipynb.
 
     Parameters
@@ -268,7 +270,7 @@ class PixelCNN(nn.Module):
 
 @dataclass(frozen=True)
 class AutoregressiveBernoulli:
-    r"""Binary pixels in raster order, :math:`p(x \mid z) = \prod_d p(x_d \mid x_{<d}, z)`; what :class:`PixelCNN` returns.
+    r"""Binary pixels in raster order, :math:`\prod_d p(x_d \mid x_{<d}, z)`; what :class:`PixelCNN` returns.
 
     Introduced in book/04-inference-lag.ipynb.
 
@@ -307,7 +309,7 @@ class AutoregressiveBernoulli:
             in training mode, where the images of a batch would depend on each other.
         """
         if self.network.training:
-            raise InputError("a PixelCNN samples with the running statistics of its batch norms: call model.eval() first")
+            raise InputError("a PixelCNN samples with its batch norms' running statistics: call model.eval() first")
         side = self.network.side
         images = self.context.new_zeros(*self.context.shape[:2], side, side)
         for row, column in product(range(side), repeat=2):

@@ -1,0 +1,97 @@
+"""Measure training steps a second on an NVIDIA GPU: eager, compiled, in a CUDA graph, both; one seed and stacked ones.
+
+A step is all of it (data order, dynamic binarisation on the device, noise, forward, backward, fused Adam): elbo-path,
+the 784-200-200-50 model of Burda et al., float32, batches of 20. The ways are timed in turns, by the wall's clock after
+the GPU has caught up. "share" is the floating-point work of the matrix products in a second, over that of one large
+product of matrices in float32 on the same chip. Needs a GPU, and there is no other way to have these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rounds import finish, spread, take_turns
+from stacked import training
+from steps import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+from vaelib import fast, objectives
+from vaelib.stacked import StackedTrainer
+from vaelib.training import CAPTURED_STEPS, Loop, Trainer
+
+WAYS = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled graph": (True, True)}
+LARGE = 8192
+
+
+def on_gpu(k: int, seed: int) -> Trainer:
+    """Return one training whose data and model are on the GPU."""
+    trainer = training("burda", k, seed)
+    return Trainer(trainer.model.cuda(), trainer.split.to("cuda"), trainer.estimator, trainer.recipe)
+
+
+def make(way: str, k: int, seeds: int) -> Loop:
+    """Return one training, or several stacked ones, that take their steps in this way."""
+    loop: Any = on_gpu(k, 0) if seeds == 1 else StackedTrainer([on_gpu(k, seed) for seed in range(seeds)])
+    compiled, loop.captures = WAYS[way]
+    loop.backward = fast.Compiled() if compiled else objectives.backward
+    return loop
+
+
+def steps(loop: Loop, count: int) -> None:
+    """Take at least ``count`` steps, and wait for them."""
+    end = loop.step + count
+    while loop.step < end:
+        loop.note(loop.advance())
+    torch.cuda.synchronize()
+
+
+def chip() -> float:
+    """Return the floating-point operations a second of a large product in float32."""
+    a = torch.randn(LARGE, LARGE, device="cuda")
+    a @ a
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    torch.cuda.synchronize()
+    return 10 * 2 * LARGE**3 / (time.perf_counter() - start)
+
+
+def measure(k: int, seeds: int, rounds: int, rate: float) -> list[dict[str, Any]]:
+    """Return the rows of the CSV for one k and one number of seeds."""
+    loops = {way: make(way, k, seeds) for way in WAYS}
+    with FlopCounterMode(display=False) as counter:
+        loops["eager"].note(loops["eager"].advance())
+    count = 4 * CAPTURED_STEPS
+    calls = {way: (lambda loop=loop: steps(loop, count)) for way, loop in loops.items()}
+    times = take_turns(calls, rounds, time.perf_counter, f"k = {k}, {seeds} seeds")
+    return [
+        {"way": way, "k": k, "seeds": seeds, "gpu": torch.cuda.get_device_name(), "rounds": rounds}
+        | spread("steps_a_second", [seeds * count / seconds for seconds in mine])
+        | {"share": f"{max(count / seconds for seconds in mine) * counter.get_total_flops() / rate:.5f}"}
+        for way, mine in times.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 50], help="draws (default: 1 5 50)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 8, 32], help="stacked (default: 1 8 32)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-gpu.csv")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs an NVIDIA GPU, and torch finds none here")
+    rate = chip()
+    finish(
+        arguments.output,
+        [r for k in arguments.k for seeds in arguments.seeds for r in measure(k, seeds, arguments.rounds, rate)],
+    )
+
+
+if __name__ == "__main__":
+    main()

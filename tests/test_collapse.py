@@ -1,0 +1,481 @@
+"""The aggressive schedule step by step, the KL weights, semi-amortised inference, the grid, and going on after a kill."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from vaelib import collapse, data, models, objectives, runs
+from vaelib.collapse import METHODS, TEXT, Recipe, Training
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS
+from vaelib.models.text import lstm_vae
+from vaelib.posteriors import DiagonalGaussian
+
+
+@pytest.fixture(scope="module")
+def text():
+    return data.load("synthetic-text", sentences=200, vocabulary=12, length=4, seed=0)
+
+
+def small(text, seed=0, latent=1, dropout=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return lstm_vae(len(text.vocabulary), generator, latent=latent, embedding=6, hidden=8, dropout=dropout)
+
+
+@pytest.fixture
+def linear():
+    """The linear-Gaussian VAE at its best, and an encoder that knows nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 2.0, 1, 1, 1, 1]).double()
+    joint = models.ppca(x, 2)
+    zeros = torch.zeros(2, 6, dtype=torch.float64)
+    return models.VAE(joint, models.LinearEncoder(zeros, zeros[:, 0].clone(), zeros[:, 0].clone()), binary=False), x
+
+
+# -------------------------------------------------------------------------------- the aggressive step
+
+
+class Spy:
+    """A model, a stream of batches and an optimiser that write down what happens, with losses made to order."""
+
+    def __init__(self, losses, monkeypatch):
+        self.events, self.losses = [], iter(losses)
+        self.model = nn.Module()
+        self.model.joint, self.model.encoder = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        step = self.optimizer.step
+
+        def spied():
+            moved = [name for name in ("joint", "encoder") if getattr(self.model, name).weight.grad is not None]
+            self.events.append("+".join(moved))
+            step()
+
+        self.optimizer.step = spied
+        monkeypatch.setattr(objectives, "backward", self.backward)
+
+    def backward(self, estimator, joint, encoder, x, eps):
+        self.events.append(x.item())
+        for part in (joint, encoder):
+            part.weight.grad, part.bias.grad = torch.ones(1, 1), torch.ones(1)
+        return -torch.full((4,), float(next(self.losses)))
+
+    def run(self, **options):
+        batches = iter(range(1, 1000))
+        return collapse.aggressive_step(
+            self.model, None, self.optimizer, torch.tensor(0), lambda: torch.tensor(next(batches)), lambda x: None,
+            units=lambda x: 4, **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([9, 9, 8, 8, 7, 7, 7.5, 7.5], 8),  # worse than the block before: stop there, after its step
+        ([9, 9, 9.1, 9.1], 4),  # two blocks at the earliest
+        ([9, 9, 8, 8, 8, 8, 7.9, 8.2], 8),  # means of blocks count, equal ones go on
+        ([5] * 11, 11),  # the most
+    ],
+)
+def test_the_inner_loop_is_the_published_one(losses, steps, monkeypatch):
+    spy = Spy([*losses, 3.0], monkeypatch)
+    bound, taken = spy.run(block=2, most=11)
+    assert taken == steps and (bound == -3.0).all()
+    encoder_steps = [event for pair in range(steps) for event in (pair, "encoder")]
+    assert spy.events == [*encoder_steps, 0, "joint"]  # x first, then random batches; then the decoder alone, on x
+
+
+def test_blocks_are_compared_per_unit_and_not_per_batch(monkeypatch):
+    """Twice the words at one and a half times the loss is no reason to stop."""
+    spy = Spy([4, 4, 6, 6, 6.1, 6.1, 0.0], monkeypatch)
+    sizes = iter([4, 4, 8, 8, 8, 8])
+    batches = iter(range(1, 99))
+    _, steps = collapse.aggressive_step(
+        spy.model, None, spy.optimizer, torch.tensor(0), lambda: torch.tensor(next(batches)), lambda x: None,
+        block=2, most=20, units=lambda x: next(sizes),
+    )  # fmt: skip
+    assert steps == 6
+
+
+def test_joint_clipping_shortens_the_encoder_s_step():
+    torch_model = nn.Module()
+    torch_model.joint, torch_model.encoder = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    def backward(estimator, joint, encoder, x, eps):
+        joint.weight.grad, encoder.weight.grad = torch.full((1, 1), 40.0), torch.full((1, 1), 30.0)
+        return torch.zeros(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "backward", backward)
+        found = {}
+        for joint_clip in (True, False):
+            collapse.gradient(torch_model, None, None, None, clip=5.0, joint_clip=joint_clip)
+            found[joint_clip] = torch_model.encoder.weight.grad.item(), torch_model.joint.weight.grad.item()
+        collapse.gradient(torch_model, None, None, None, clip=None)
+    assert found[True] == pytest.approx((3.0, 4.0), rel=1e-5) and found[False] == pytest.approx((5.0, 5.0), rel=1e-5)
+    assert torch_model.encoder.weight.grad.item() == 30.0
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.5), lambda p: torch.optim.Adam(p, 0.1)])
+def test_one_optimiser_does_the_work_of_two(make):
+    """What has no gradient stands still, moments and all: bit for bit what an optimiser of its own would do."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, generator=generator).requires_grad_() for _ in range(2))
+    a2, b2 = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    one, two = make([a, b]), (make([a2]), make([b2]))
+    for which in (0, 0, 1, 0, 1, 1):
+        for p, q in ((a, a2), (b, b2)):
+            p.grad = q.grad = None
+        for p in ((a, a2), (b, b2))[which]:
+            p.grad = p.detach().square() + 1
+        one.step()
+        two[which].step()
+    assert torch.equal(a, a2) and torch.equal(b, b2)
+
+
+@pytest.mark.parametrize("name", ["elbo-path", "elbo-total", "iwae-dreg", "elbo-kl"])
+def test_the_aggressive_step_reaches_the_exact_posterior_with_any_estimator(name, linear):
+    """On the linear VAE the inner loop's goal is known: q at the exact posterior; the decoder waits meanwhile."""
+    model, x = linear
+    generator = torch.Generator().manual_seed(1)
+    estimator = collapse.elbo_kl() if name == "elbo-kl" else ESTIMATORS[name]
+    exact = models.exact_encoder(model.joint)
+    before = [p.detach().clone() for p in model.joint.parameters()]
+    optimizer = torch.optim.Adam(
+        [{"params": model.encoder.parameters()}, {"params": model.joint.parameters(), "lr": 0.0}]
+    )
+    for lr in (0.1, 0.03, 0.01):
+        optimizer.param_groups[0]["lr"] = lr
+        _, steps = collapse.aggressive_step(
+            model, estimator, optimizer, x, lambda: x, lambda x: model.encoder.noise(10, x, generator)
+        )
+    assert steps >= 30 and all(torch.equal(p, q) for p, q in zip(model.joint.parameters(), before))
+    torch.testing.assert_close(model.encoder.weight.detach(), exact.weight.detach(), rtol=0, atol=0.03)
+    torch.testing.assert_close(model.encoder.log_std.detach(), exact.log_std.detach(), rtol=0, atol=0.06)
+    assert model.encoder.weight.abs().max() > 0.3  # where it began at 0
+
+
+def test_the_rules_that_end_the_phase():
+    drop, misses = collapse.RULES["first-drop"], collapse.RULES["five-misses"]
+    assert (
+        not drop([])
+        and not drop([0.5])
+        and not drop([0.1, 0.1, 0.4])
+        and drop([0.1, 0.4, 0.39])
+        and drop([0.2, 0.1, 3])
+    )
+    assert not misses([]) and not misses([3, 2, 2, 2, 2])  # four
+    assert misses([3, 2, 2, 2, 2, 2]) and misses([3, 2, 2, 4, 3, 3, 5, 4])  # five in all, never reset
+    assert not misses([1, 1, 1, 1, 1, 1, 1])
+
+
+# -------------------------------------------------------------------------------- the objective
+
+
+def test_the_weights():
+    recipe = Recipe(epochs=40, beta=0.3, start=0.1, warm_up=10, cycles=4, ratio=0.5)
+    at = {
+        name: [rule(epoch, recipe) for epoch in (0, 2.5, 5, 9.99, 10, 12.5, 39)]
+        for name, rule in collapse.WEIGHTS.items()
+    }
+    assert at["constant"] == [0.3] * 7
+    assert at["linear"] == pytest.approx([0.1, 0.325, 0.55, 0.9991, 1, 1, 1])
+    assert at["cyclical"] == pytest.approx([0, 0.5, 1, 1, 0, 0.5, 1])
+
+
+def test_the_weighted_elbo_is_what_it_says(linear):
+    """E[log p(x given z)] - beta KL: exactly, with the closed forms of the linear VAE, and not with another beta."""
+    model, x = linear
+    model.encoder = models.exact_encoder(model.joint)
+    posterior = model.encoder(x)
+    eps = model.encoder.noise(4000, x[:5], torch.Generator().manual_seed(0))
+    few = DiagonalGaussian(posterior.mean[:5], posterior.log_std[:5])
+    for beta, weight_shown in ((0.4, 0.4), (1.0, 1.0)):
+        exact = model.joint.expected_log_likelihood(x[:5], few) - weight_shown * few.kl()
+        found = -collapse.elbo_kl(beta).loss(model.joint, few, x[:5], eps)
+        spread = model.joint.log_likelihood(x[:5], few.sample(eps)).std(0) / math.sqrt(4000)
+        assert ((found - exact).abs() < 4.5 * spread).all()  # 5 of them: wrong once in 29,000
+        assert ((found - exact - 0.3 * few.kl()).abs() > 4.5 * spread).all()
+    assert (
+        collapse.elbo_kl().target == "elbo" and collapse.elbo_kl(0.4).target is collapse.elbo_kl(1, 0.1).target is None
+    )
+
+
+def test_free_bits_are_free():
+    """Below the threshold the KL of a dimension costs a constant and has no gradient; above, it is the KL."""
+
+    class Joint(nn.Module):
+        def log_likelihood(self, x, z):
+            return torch.zeros(z.shape[:2], dtype=z.dtype)
+
+    mean = torch.tensor([[0.1, 2.0], [0.2, 2.5]], dtype=torch.float64, requires_grad=True)
+    log_std = torch.zeros(2, 2, dtype=torch.float64)
+    q = DiagonalGaussian(mean, log_std)
+    assert torch.allclose(collapse.kl_by_dimension(q).sum(1), q.kl())
+    loss = collapse.elbo_kl(1.0, 0.5).loss(Joint(), q, torch.zeros(2), torch.zeros(1, 2, 2).double()).mean()
+    assert loss.item() == pytest.approx(0.5 + 0.5 * (4 + 6.25) / 2)
+    loss.backward()
+    assert torch.equal(mean.grad[:, 0], torch.zeros(2).double()) and (mean.grad[:, 1] > 0).all()
+
+
+# -------------------------------------------------------------------------------- semi-amortised inference
+
+
+def test_svi_steps_lead_to_the_exact_posterior(linear):
+    model, x = linear
+    x = x[:8]
+    start = model.encoder(x)
+    exact = models.exact_encoder(model.joint)(x)
+    off = [
+        (collapse.SemiAmortised(model.encoder, model.joint, steps, lr=0.5, generator=torch.Generator().manual_seed(0))(x).mean
+         - exact.mean).abs().mean().item()
+        for steps in (1, 10, 300)
+    ]  # fmt: skip
+    assert (start.mean - exact.mean).abs().mean() > off[0] > off[1] > off[2] and off[2] < 0.3
+
+
+def test_the_derivative_through_the_steps_is_the_finite_difference(text):
+    """Of the LSTM's ELBO after 3 steps, by encoder's and decoder's weights; without the steps it is another."""
+    model = small(text).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    x, eps = text.train.batch(slice(0, 4)), torch.ones(1, 4, 1, dtype=torch.float64)
+
+    def value():
+        encoder = collapse.SemiAmortised(model.encoder, model.joint, 3, generator=torch.Generator().manual_seed(0))
+        return collapse.elbo_kl().loss(model.joint, encoder(x), x, eps).mean()
+
+    weights = (model.encoder.head.weight, model.joint.decode.lift.weight)
+    found = torch.autograd.grad(value(), weights)
+    for weight, slope in zip(weights, found):
+        direction = torch.ones_like(weight)
+        with torch.no_grad():
+            weight += 1e-5 * direction
+            above = value()
+            weight -= 2e-5 * direction
+            below = value()
+            weight += 1e-5 * direction
+        difference = (above - below) / 2e-5
+        assert (slope * direction).sum().item() == pytest.approx(difference.item(), rel=1e-4)
+    plain = collapse.elbo_kl().loss(model.joint, model.encoder(x), x, eps).mean()
+    assert not torch.allclose(torch.autograd.grad(plain, weights)[0], found[0], rtol=1e-3)
+
+
+def test_single_precision_differentiates_twice_as_well(text):
+    """The fast LSTM of single precision gives the derivative of double precision."""
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        model = small(text).to(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(20 * p if p.abs().max() < 0.02 else p)
+        encoder = collapse.SemiAmortised(model.encoder, model.joint, 2)
+        encoder.encoder.noise = lambda k, x, g: torch.ones(k, len(x), 1, dtype=dtype)
+        x = text.train.batch(slice(0, 4))
+        loss = collapse.elbo_kl().loss(model.joint, encoder(x), x, torch.ones(1, 4, 1, dtype=dtype)).mean()
+        grads.append(torch.autograd.grad(loss, model.joint.decode.lstm.weight_hh_l0)[0].double())
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+
+
+def test_semi_amortised_inference_keeps_the_decoder_s_parameters_apart(text):
+    model = small(text)
+    names = {name for name, _ in model.named_parameters()}
+    encoder = collapse.SemiAmortised(model.encoder, model.joint)
+    assert len(list(encoder.parameters())) == len(list(model.encoder.parameters()))
+    model.encoder = encoder
+    assert len(names) == len(list(model.parameters()))
+    with torch.no_grad():
+        posterior = model.encoder(text.valid.tokens)
+    assert not posterior.mean.requires_grad and all(p.grad is None for p in model.parameters())
+
+
+# -------------------------------------------------------------------------------- the grid
+
+
+def test_the_posterior_mean_is_the_exact_one(linear):
+    model, x = linear
+    axis = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    exact = model.joint.posterior(x[:7]).mean
+    torch.testing.assert_close(collapse.posterior_mean(model.joint, x[:7], grid, chunk=3), exact.detach())
+    coarse = collapse.posterior_mean(model.joint, x[:7], grid.clamp_max(0))
+    assert not torch.allclose(coarse, exact, atol=0.1)
+
+
+def test_the_default_grid_is_the_paper_s(text):
+    model, seen = small(text), []
+    model.joint.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    assert collapse.posterior_mean(model.joint, text.valid.tokens[:7]).shape == (7, 1)
+    assert [z.shape for z in seen] == [(400, 5, 1), (400, 2, 1)]
+    assert (seen[0].min(), seen[0].max()) == (pytest.approx(-20), pytest.approx(19.9))
+
+
+# -------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_reports(method, text):
+    model = small(text)
+    history = collapse.fit(model, text.train, text.valid, method, epochs=2, lr=0.5, block=3, most=7)
+    assert [record["epoch"] for record in history] == [1, 2] and not model.training
+    assert history[1]["nll_bound"] < history[0]["nll_bound"]
+    assert all(math.isfinite(record[name]) for record in history for name in ("kl", "mi", "mi_all", "au", "bound"))
+    aggressive = METHODS[method].get("aggressive", False)
+    assert history[0]["aggressive"] == aggressive
+    assert (history[0]["encoder_steps"] > 5) == aggressive and (history[0]["aggressive_seconds"] > 0) == aggressive
+    assert history[1]["seconds"] > 0
+
+
+def test_images_and_a_row_of_the_tableau_are_trained_too():
+    images = data.load("digits", valid=100)
+    model = models.build("linear", 64, images.train.grey.mean(0), torch.Generator().manual_seed(0))
+    recipe = replace(collapse.IMAGES, epochs=2, estimator="elbo-path", most=20)
+    history = collapse.fit(model, images.train, images.valid, "aggressive", recipe)
+    assert history[1]["nll_bound"] < history[0]["nll_bound"] and history[1]["encoder_steps"] > 200
+
+
+def test_collapse_and_its_cure(text):
+    """A small case in full: plain training leaves KL, MI and AU at nothing, aggressive training does not."""
+    toy = data.load("synthetic-text", sentences=500, vocabulary=60, length=8, seed=0)
+    last = {}
+    for method in ("plain", "aggressive"):
+        model = lstm_vae(63, torch.Generator().manual_seed(0), latent=1, embedding=16, hidden=16, dropout=0.0)
+        last[method] = collapse.fit(model, toy.train, toy.valid, method, epochs=3)[-1]
+    assert last["plain"]["kl"] < 0.05 and last["plain"]["au"] == 0 and last["plain"]["mi_all"] < 0.2
+    assert last["aggressive"]["kl"] > 0.3 and last["aggressive"]["au"] == 1 and last["aggressive"]["mi_all"] > 0.3
+
+
+def test_batches_hold_sentences_of_like_length_and_every_epoch_others():
+    vocabulary = data.Vocabulary(("<pad>", "<s>", "</s>", "a"))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (100,), generator=generator).tolist()
+    split = data.Sentences(vocabulary.encode([["a"] * n for n in lengths]), vocabulary)
+    model = lstm_vae(4, generator, latent=1, embedding=3, hidden=3)
+    training = Training(model, split, split, replace(TEXT, batch_size=10))
+    orders = []
+    for _ in range(2):
+        training.begin_epoch()
+        batches = split.lengths[training.order].view(10, 10)
+        assert training.order.unique().numel() == 100
+        assert (batches.amax(1) - batches.amin(1)).max() <= 6 < max(lengths) - min(lengths)
+        orders.append(training.order)
+    assert not torch.equal(*orders)
+    training.split = data.load("digits").train
+    training.begin_epoch()
+    assert training.order.unique().numel() == 100
+
+
+def test_the_step_size_is_halved_and_the_best_weights_come_back(text):
+    training = Training(small(text), text.train, text.valid, replace(TEXT, patience=2, first_decay=3, decays=2))
+    best = None
+    lrs, best_is_back = [], []
+    for epoch, loss in enumerate([5.0, 4.0, 4.5, 4.5, 4.4, 4.6, 4.7], start=1):
+        with torch.no_grad():
+            for p in training.model.parameters():
+                p.fill_(epoch)
+        training.history.append({})
+        training.look_at_loss(loss)
+        if best is None or loss < 4.5:
+            best = training.best
+        lrs.append(training.optimizer.param_groups[0]["lr"])
+        best_is_back.append(next(training.model.parameters()).flatten()[0].item() == 2)
+    # none better in epochs 3 and 4; the loss to beat is then 4.5, as in the authors' code; 4.4 beats it; then two more
+    assert lrs == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
+    assert best_is_back == [False, True, False, True, False, False, True]
+    assert training.total_steps == training.step  # two decays: it is over
+
+
+@pytest.mark.parametrize("method", ["plain", "aggressive-anneal", "sa-vae"])
+def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(method, text, tmp_path):
+    """With dropout, across an epoch's end, through a file; and not if a stream of noise is left out."""
+    recipe = replace(TEXT, epochs=3, batch_size=16, block=3, most=7, first_decay=0, patience=1, **METHODS[method])
+
+    def make():
+        return Training(small(text, dropout=0.5), text.train, text.valid, recipe)
+
+    class Stop(Exception):
+        pass
+
+    whole = make()
+    whole.run()
+    first, path = make(), tmp_path / "checkpoint.pt"
+
+    def stop():
+        if first.step == 13:
+            runs.save(first, path)
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.run(stop)
+    second = make()
+    runs.restore(second, path)
+    assert second.step == 13
+    second.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values()))
+    timeless = [
+        [{k: v for k, v in record.items() if "seconds" not in k} for record in training.history]
+        for training in (whole, second)
+    ]
+    assert timeless[0] == timeless[1]
+    broken = make()
+    runs.restore(broken, path)
+    broken.streams["noise"].manual_seed(1)
+    broken.run()
+    assert not all(
+        torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), broken.model.state_dict().values())
+    )
+
+
+def test_training_leaves_the_global_generator_alone(text):
+    before = torch.get_rng_state()
+    collapse.fit(small(text, dropout=0.5), text.train, text.valid, epochs=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_another_vocabulary_than_the_checkpoint_s_gets_a_sentence(text, tmp_path):
+    training = Training(small(text), text.train, text.valid)
+    runs.save(training, tmp_path / "checkpoint.pt")
+    words = list(text.vocabulary.words)
+    words[5], words[6] = words[6], words[5]
+    swapped = replace(text.train, vocabulary=data.Vocabulary(tuple(words)))
+    with pytest.raises(
+        InputError, match=r"vocabulary has 15 words and the data's 15, and word 5 is '2' there and '3' here"
+    ):
+        runs.restore(Training(small(text), swapped, text.valid), tmp_path / "checkpoint.pt")
+    larger = data.load("synthetic-text", sentences=200, vocabulary=13, length=4)
+    with pytest.raises(InputError, match=r"15 words and the data's 16, and word 15 is none there and '12' here"):
+        runs.restore(Training(small(larger), larger.train, larger.valid), tmp_path / "checkpoint.pt")
+
+
+def test_bad_recipes_get_a_sentence(text):
+    for options, message in (
+        ({"optimizer": "sdg"}, "no optimizer is called 'sdg', did you mean 'sgd'"),
+        ({"weight": "cyclic"}, "did you mean 'cyclical'"),
+        ({"rule": "x"}, "no rule is called 'x'"),
+        ({"block": 0}, "block must be a whole number of at least 1"),
+        ({"lr": -1}, "lr must be a positive number"),
+        ({"estimator": "elbo-path", "beta": 0.5}, "has no weight on the KL"),
+        ({"estimator": "iwae-vimco"}, "needs k >= 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Recipe(**options)
+    with pytest.raises(InputError, match="no method is called 'agressive', did you mean 'aggressive'"):
+        collapse.fit(small(text), text.train, text.valid, "agressive")
+    with pytest.raises(InputError, match="batch_size is 500, but there are only 160"):
+        collapse.fit(small(text), text.train, text.valid, batch_size=500)
+
+
+def test_the_model_is_left_with_its_best_weights(text):
+    training = Training(small(text), text.train, text.valid, replace(TEXT, epochs=2))
+    training.run()
+    assert all(torch.equal(a, b) for a, b in zip(training.best.values(), training.model.state_dict().values()))
+    assert (
+        training.best is not training.model.state_dict() and copy.deepcopy(training.best).keys() == training.best.keys()
+    )

@@ -1,0 +1,175 @@
+"""The experiments of the silent gradient: small runs, what their tables say, and that made-up rows are read right."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from matplotlib.figure import Figure
+
+from vaelib import silent
+from vaelib.experiments import find, results
+from vaelib.experiments import silent as experiments
+from vaelib.experiments.experiment import Task
+
+NAMES = ("silent-linear", "silent-annealed", "silent-control-variate")
+
+
+def rows_of(name: str, folder, **changes) -> list[dict]:
+    """Make the first seeds of some configurations of the smoke preset, through a table on disk."""
+    experiment = find(name)
+    wanted = changes.pop("only")
+    for task in experiment.tasks("smoke"):
+        if all(task.config[key] in values for key, values in wanted.items()):
+            small = Task(name, "smoke", {**task.config, **changes}, 0)
+            measured = experiment.run(small.config, 0, folder, "cpu", lambda fraction: None)
+            results.add(experiment, small, results.as_rows(measured, 0.0, "cpu"), folder)
+    return results.load(name, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "only", "metrics"),
+    [
+        (
+            "silent-linear",
+            {"estimator": ["elbo-silent", "elbo-total"], "latent": ["gaussian", "gaussian-cosine"]},
+            {"elbo", "diverged", "test elbo", "test log-likelihood", "log-likelihood", "ppca"},
+        ),
+        (
+            "silent-linear",
+            {"estimator": ["elbo-silent", "elbo-disarm", "elbo-score"], "latent": ["bernoulli", "categorical"]},
+            {"elbo", "diverged", "test elbo", "test log-likelihood"},
+        ),
+        ("silent-annealed", {"estimator": ["elbo-gumbel-softmax"]}, {"elbo", "diverged", "log-likelihood"}),
+        (
+            "silent-control-variate",
+            {"estimator": ["elbo-total", "elbo-disarm"], "method": ["plain", "linear decoder"]},
+            {
+                "elbo",
+                "diverged",
+                "log-likelihood",
+                "variance",
+                "variance ratio",
+                "variance over path",
+                "scale",
+                "cost ratio",
+            },
+        ),
+    ],
+)
+def test_a_small_run_gives_its_numbers_its_table_and_its_figure(name, only, metrics, tmp_path):
+    rows = rows_of(name, tmp_path, only=only, images=100, epochs=2)
+    assert {row["metric"] for row in rows} == metrics
+    assert all(math.isfinite(row["value"]) for row in rows)
+    elbo = [row for row in rows if row["metric"] == "elbo"]
+    assert {row["at"] for row in elbo} == {0, 1, 2}
+    table = find(name).table(rows)
+    assert len(table) > 1 and len({len(line) for line in table}) == 1
+    find(name).figure(rows, Figure())
+    for row in rows:
+        if row["metric"] == "ppca":
+            mine = [
+                r["value"]
+                for r in rows
+                if (r["metric"], r["estimator"], r["latent"]) == ("log-likelihood", row["estimator"], "gaussian")
+            ]
+            assert mine[0] < row["value"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_are_sound(name):
+    experiment = find(name)
+    for preset in ("smoke", "short"):
+        tasks = experiment.tasks(preset)
+        assert len({task.key for task in tasks}) == len(tasks) == experiment.presets[preset].runs
+    kinds = {tuple(type(value) for value in task.config.values()) for task in experiment.tasks("short")}
+    assert len(kinds) == 1
+
+
+def test_the_same_seed_starts_at_the_same_place(tmp_path):
+    rows = rows_of(
+        "silent-linear",
+        tmp_path,
+        only={"latent": ["bernoulli"], "estimator": ["elbo-silent", "elbo-arm"]},
+        images=100,
+        epochs=1,
+    )
+    first = {row["value"] for row in rows if row["metric"] == "elbo" and row["at"] == 0}
+    later = {row["value"] for row in rows if row["metric"] == "elbo" and row["at"] == 1}
+    assert (len(first), len(later)) == (1, 2)
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    task = find("silent-linear").tasks("smoke")[0]
+    config = {**task.config, "lr": 1e30, "images": 100, "epochs": 3}
+    measured = {m.metric: m.value for m in experiments.run_linear(config, 0, tmp_path, "cpu", lambda fraction: None)}
+    assert measured["diverged"] == 1 and "test elbo" not in measured
+
+
+def test_the_method_names_the_estimator():
+    config = {"estimator": "elbo-total", "anneal": 0.5}
+    names = {
+        method: [experiments.estimator_at({**config, "method": method})(t).name for t in (0.0, 0.25, 0.5, 1.0)]
+        for method in experiments.METHODS
+    }
+    assert names["plain"] == ["elbo-annealed(0)"] * 4
+    for method in ("linear", "linear, sampled", "cosine"):
+        assert names[method] == ["elbo-annealed(1)", "elbo-annealed(0.5)", "elbo-annealed(0)", "elbo-annealed(0)"]
+
+
+def made(estimator, lr, seed, curve, **more):
+    key = {"data": "d", "latent": "gaussian", "estimator": estimator, "lr": lr, "seed": seed, "epochs": 2}
+    return [{**key, "metric": "elbo", "at": at, "value": value, **more} for at, value in enumerate(curve)]
+
+
+def test_shortfalls_and_best_rates_of_rows_made_by_hand():
+    rows = [
+        *made("a", 0.1, 0, (0, 1, 10)), *made("a", 0.2, 0, (0, 2, 6)),
+        *made("a", 0.1, 1, (0, 1, 12)), *made("a", 0.2, 1, (0, 2, 8)),
+        *made("b", 0.1, 0, (0, 1, 4)), *made("b", 0.2, 0, (0, 3)),  # the second one diverged
+    ]  # fmt: skip
+    assert experiments.best_rates(rows) == {("d", "gaussian", "a"): 0.1, ("d", "gaussian", "b"): 0.1}
+    lost = experiments.shortfalls(rows)
+    assert lost["d", "gaussian", "a"] == results.summarise([(2 + 6) / 2, (0 + 4) / 2])
+    assert lost["d", "gaussian", "b"].mean == (8 + 12) / 2
+    assert len(experiments.at_best_rate(rows)) == 9
+    assert experiments.best_rates(rows, at=1)["d", "gaussian", "a"] == 0.2
+    quiet = [
+        {**row, "estimator": "elbo-silent", "value": row["value"] + 1 + row["seed"]}
+        for row in rows
+        if row["estimator"] == "a"
+    ]
+    assert experiments.leads(rows + quiet, "elbo")["d", "gaussian", "a"] == results.summarise([1, 2])
+    assert experiments.leads(rows + quiet, "elbo", at=1)["d", "gaussian", "b"].mean == 3 + 0 - 3
+
+
+def test_gains_are_paired_by_seed():
+    rows = []
+    for seed, (plain, mine) in enumerate([(0.0, 1.0), (100.0, 101.5)]):
+        for method, value in (("plain", plain), ("linear", mine)):
+            key = {"data": "d", "estimator": "e", "method": method, "seed": seed, "epochs": 7}
+            rows += [{**key, "metric": "m", "at": at, "value": value * factor} for at, factor in ((1, 2), (7, 1))]
+    gains = experiments.over_plain(rows, "m")
+    assert gains["d", "e", "linear"] == results.summarise([1.0, 1.5]) and gains["d", "e", "plain"].mean == 0
+    assert experiments.over_plain(rows, "m", at=1)["d", "e", "linear"].mean == 2.5
+
+
+def test_the_cost_holds_the_looks_at_the_scale(monkeypatch):
+    model, images = experiments.start({"data": "digits", "images": 100}, 0, "guided", "cpu", hidden=8, latent=2)
+    now = [0.0]
+    monkeypatch.setattr(experiments.time, "process_time", lambda: now[0])
+    looks, backward = silent.covariances, experiments.objectives.backward
+
+    def took(seconds, what):
+        def timed(*arguments):
+            now[0] += seconds(*arguments)
+            return what(*arguments)
+
+        return timed
+
+    monkeypatch.setattr(silent, "covariances", took(lambda *_: 8, looks))
+    monkeypatch.setattr(
+        experiments.objectives, "backward", took(lambda _, joint, *__: 3 if hasattr(joint, "guide") else 2, backward)
+    )
+    tracked = silent.TrackedScale(experiments.every()["elbo-total"], model, images.train.grey[:10], every=4)
+    assert experiments.cost_ratio(tracked, model, images.train.grey[:10]) == (3 + 8 / 4) / 2

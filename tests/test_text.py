@@ -1,0 +1,344 @@
+"""Text: vocabulary, the files, the synthetic sentences, and the LSTM variational autoencoder."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vaelib import data, evaluation, objectives
+from vaelib.data.files import File
+from vaelib.data.text import BEGIN, END, PAD, Vocabulary
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS
+from vaelib.models.text import lstm_vae
+
+WORDS = [["to", "be", "or", "not", "to", "be"], ["be"], ["not", "to", "be"]]
+
+
+@pytest.fixture
+def sentences():
+    vocabulary = Vocabulary.of(WORDS)
+    return data.Sentences(vocabulary.encode(WORDS), vocabulary)
+
+
+@pytest.fixture
+def model():
+    return perturbed(
+        lstm_vae(7, torch.Generator().manual_seed(0), latent=2, embedding=5, hidden=6, dropout=0.0).double()
+    )
+
+
+def perturbed(model):
+    """Weights large enough for every part to matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+# -------------------------------------------------------------------------------- the data
+
+
+def test_words_and_tokens_are_each_others_inverse(sentences):
+    vocabulary = sentences.vocabulary
+    assert vocabulary.words == (
+        "<pad>",
+        "<s>",
+        "</s>",
+        "be",
+        "to",
+        "not",
+        "or",
+    )  # frequent ones first, then as they come
+    assert vocabulary.decode(sentences.tokens) == [" ".join(words) for words in WORDS]
+    assert sentences.tokens[1].tolist() == [BEGIN, 3, END, PAD, PAD, PAD, PAD, PAD]
+    assert sentences.lengths.tolist() == [8, 3, 5] and sentences.units(sentences.tokens) == 7 + 2 + 4
+    assert torch.equal(sentences.batch(torch.tensor([2, 1])), sentences.tokens[[2, 1], :5])
+    assert torch.equal(sentences.batch(slice(1, 3)), sentences.tokens[1:3, :5])
+
+
+def test_unknown_and_missing_words_get_a_sentence():
+    vocabulary = Vocabulary.of(WORDS)
+    with pytest.raises(InputError, match="sentence 2 has the unknown token 'question', which is not among the 7 words"):
+        vocabulary.encode([["be"], ["to", "question"]])
+    with pytest.raises(InputError, match="sentence 3 has no words"):
+        vocabulary.encode([["be"], ["to"], []])
+    for mark in ("<unk>", "_UNK"):
+        known = Vocabulary.of([*WORDS, [mark]])
+        assert known.encode([["question"]])[0, 1] == known.index[mark]
+    small = Vocabulary.of(WORDS, size=2)
+    assert small.words[3:] == ("be", "to", "<unk>") and small.decode(small.encode(WORDS)) == [
+        "to be <unk> <unk> to be", "be", "<unk> to be",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A data set in the paper's format, where VAELIB_DATA is."""
+
+    def write(**parts: str):
+        for split, text in parts.items():
+            (tmp_path / f"{split}.txt").write_bytes(text.encode("utf-8"))
+        row = replace(data.TEXTS["ptb"], name="toy", files={split: (File(f"{split}.txt"),) for split in parts})
+        monkeypatch.setitem(data.TEXTS, "toy", row)
+
+    monkeypatch.setenv("VAELIB_DATA", str(tmp_path))
+    return write
+
+
+def test_documents_with_and_without_labels(files):
+    for train in ("to be or not\nbe\nnot\n", "1\tto be or not\n2\tbe\n1\tnot\n"):
+        files(train=train, valid="be to\n", test="not be\n")
+        text = data.load("toy")
+        assert text.vocabulary.decode(text.train.tokens) == ["to be or not", "be", "not"]
+        assert text.valid.vocabulary is text.vocabulary and text.vocabulary.decode(text.test.tokens) == ["not be"]
+
+
+def test_sizes_of_real_text(files):
+    files(train="to be or not\nbe <unk>\nnot be\n", valid="be\n", test="not\nto be or not\n")
+    text = data.load("toy", longest=3)
+    assert text.vocabulary.decode(text.train.tokens) == ["be <unk>", "not be"] and len(text.test) == 1
+    assert len(data.load("toy", sentences=2).train) == 2
+    text = data.load("toy", vocabulary=2)
+    assert len(text.vocabulary) == 3 + 3 and text.vocabulary.decode(text.valid.tokens) == ["be"]
+    for sizes, message in (
+        ({"longest": 0}, "longest of data set 'toy' must be at least 1, but is 0"),
+        ({"longst": 3}, "no size of data set 'toy' is called 'longst', did you mean 'longest'"),
+        ({"valid": 3}, "validation sentences of its own"),
+        ({"binarisation": "fixed"}, "toy is text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            data.load("toy", **sizes)
+    files(train="be\n", valid="to be\n", test="be\n")
+    with pytest.raises(InputError, match="unknown token 'to'"):
+        data.load("toy")
+    with pytest.raises(InputError, match="no document of .*valid.txt' has at most longest=1 words"):
+        data.load("toy", longest=1)
+
+
+def test_damaged_text_gets_a_sentence(files, tmp_path):
+    files(train="to be\n\nnot\n", valid="be\n", test="be\n")
+    with pytest.raises(InputError, match="line 2 of .*train.txt' is an empty sentence"):
+        data.load("toy")
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not text in UTF-8"):
+        data.load("toy")
+
+
+def test_registry_of_texts():
+    for row in data.TEXTS.values():
+        assert all((row.description, row.splits, row.licence, row.citation))
+        for parts in row.files.values():
+            assert all(
+                file.digest.partition(":")[0] in ("sha256", "git") and len(file.addresses) != 1 for file in parts
+            )
+    where = {line.name: line.where for line in data.describe()}
+    assert where["synthetic-text"] == "built in" and data.fetch("synthetic-text") is None
+    with pytest.raises(InputError, match="'digits' has images, whose sizes are fixed: leave vocabulary out"):
+        data.load("digits", vocabulary=3)
+
+
+def test_what_cannot_be_downloaded_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAELIB_DATA", str(tmp_path))
+    monkeypatch.setattr("vaelib.data.files.cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("vaelib.data.files.PAUSE", 0)
+    where = {line.name: line.where for line in data.describe()}
+    assert where["yahoo"] == "to be put in place by hand: yahoo/train.txt"  # the others have addresses
+    assert where["ptb"] == "to be downloaded, 6.0 MB"
+    with pytest.raises(InputError, match=r"no whole copy of 'yahoo/train.txt' .*it has no address"):
+        data.load("yahoo")
+
+
+PTB = Path(os.environ.get("VAELIB_DATA") or "/nowhere") / "ptb"
+
+
+@pytest.mark.skipif(not PTB.is_dir(), reason="VAELIB_DATA names no folder with ptb")
+def test_penn_treebank():
+    text = data.load("ptb")
+    assert [len(text.train), len(text.valid), len(text.test)] == [42_068, 3_370, 3_761]
+    assert len(text.vocabulary) == 3 + 9_999 and text.train.tokens.shape[1] == 2 + 82
+    assert text.train.units(text.train.tokens) == 929_589  # with one end mark a sentence
+
+
+def test_synthetic_text_follows_its_recipe():
+    text = data.load("synthetic-text", sentences=2000, vocabulary=20, seed=3)
+    assert [len(part) for part in (text.train, text.valid, text.test)] == [1600, 200, 200]
+    assert text.train.tokens.shape == (1600, 12) and len(text.vocabulary) == 23
+    again = data.load("synthetic-text", sentences=2000, vocabulary=20, seed=3)
+    assert torch.equal(text.test.tokens, again.test.tokens)
+    other = data.load("synthetic-text", sentences=2000, vocabulary=20, seed=4)
+    assert not torch.equal(text.test.tokens, other.test.tokens)
+    first = torch.bincount(text.train.tokens[:, 1] - 3, minlength=20) / 1600
+    later = torch.bincount((text.train.tokens[:, 2:-1] - 3).flatten(), minlength=20) / 14_400
+    error = math.sqrt(0.05 * 0.95 / 1600)
+    assert (first - 0.05).abs().max() < 4.5 * error  # uniform; 20 words, so wrong once in 7,000 seeds
+    assert (later - 0.05).abs().max() > 4.5 * error  # and the others are not
+    with pytest.raises(InputError, match="10 sentences at least"):
+        data.load("synthetic-text", sentences=9)
+
+
+# -------------------------------------------------------------------------------- the model
+
+
+def test_a_batch_says_what_its_sentences_say_alone(model, sentences):
+    """Padding changes nothing, in encoder and decoder, whatever the company of a sentence and however wide the rows."""
+    x, generator = sentences.tokens, torch.Generator().manual_seed(2)
+    z = torch.randn(3, len(x), 2, generator=generator, dtype=torch.float64)
+    posterior, log_p = model.encoder(x), model.joint(x, z)
+    for i, length in enumerate(sentences.lengths):
+        alone = x[i : i + 1, :length]
+        torch.testing.assert_close(model.encoder(alone).mean[0], posterior.mean[i])
+        torch.testing.assert_close(model.encoder(alone).log_std[0], posterior.log_std[i])
+        torch.testing.assert_close(model.joint(alone, z[:, i : i + 1])[:, 0], log_p[:, i])
+    wider = nn.functional.pad(x, (0, 4), value=PAD)
+    torch.testing.assert_close(model.joint(wider, z), log_p)
+    torch.testing.assert_close(model.encoder(wider).mean, posterior.mean)
+
+
+def test_the_last_word_counts(model, sentences):
+    """The negative control of the one above: a change of a real token, the last one too, changes everything."""
+    x, z = sentences.tokens, torch.ones(1, 3, 2, dtype=torch.float64)
+    other = x.clone()
+    other[torch.arange(3), sentences.lengths - 2] = 6
+    assert ((model.encoder(other).mean - model.encoder(x).mean).abs().max(1).values > 1e-3).all()
+    assert ((model.joint(other, z) - model.joint(x, z)).abs() > 1e-3).all()
+
+
+def test_log_prob_is_the_loop_over_words(model, sentences):
+    """The equations of the decoder, word by word with an LSTMCell: h0 = tanh(Wz), c0 = Wz, input [embedding; z]."""
+    x, z = sentences.tokens, torch.tensor([[0.5, -1.0], [1.0, 2.0], [0.0, 0.3]], dtype=torch.float64)
+    decode = model.joint.decode
+    cell = nn.LSTMCell(7, 6).double()
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in decode.lstm.state_dict().items()})
+    for i, length in enumerate(sentences.lengths):
+        c = z[i] @ decode.lift.weight.T
+        h, total = c.tanh(), 0.0
+        for word, following in zip(x[i, : length - 1], x[i, 1:length]):
+            h, c = cell(torch.cat([decode.embed.weight[word], z[i]]), (h, c))
+            total += (h @ decode.readout.weight.T).log_softmax(0)[following]
+        torch.testing.assert_close(decode.log_prob(x, z.unsqueeze(0))[0, i], total)
+
+
+def test_a_sentence_has_the_product_of_its_softmaxes():
+    """The probability of a sentence is the product of the softmaxes, each over all the words and marks."""
+    model = perturbed(lstm_vae(5, latent=1, embedding=3, hidden=4, dropout=0.0).double())
+    z = torch.ones(1, 1, 1, dtype=torch.float64)
+    first = model.joint.decode.readout(model.joint.decode.states(torch.tensor([[BEGIN]]), z))[0, 0, 0].softmax(0)
+    words = torch.tensor([[BEGIN, w, END] for w in range(1, 5)])
+    second = model.joint.decode.readout(model.joint.decode.states(words[:, :2], z.expand(1, 4, 1)))[0, :, 1].softmax(1)
+    found = model.joint.decode.log_prob(words, z.expand(1, 4, 1))[0].exp()
+    torch.testing.assert_close(found, first[1:] * second[:, END])
+
+
+def test_every_word_learns():
+    """No word is frozen: with nn.Embedding(padding_idx=-1), as in the authors' code, the last one is."""
+    model = lstm_vae(9, latent=2, embedding=5, hidden=6, dropout=0.0)
+    x = torch.tensor([[BEGIN, *range(3, 9), 8, END]])
+    objectives.backward(ESTIMATORS["elbo-total"], model.joint, model.encoder, x, model.encoder.noise(1, x))
+    for part in (model.encoder, model.joint.decode):
+        assert (part.embed.weight.grad[3:].abs().sum(1) > 0).all()
+    frozen = nn.Embedding(9, 5, padding_idx=-1)
+    frozen(x).sum().backward()
+    assert frozen.weight.grad[8].abs().sum() == 0
+
+
+def test_it_starts_as_published_and_from_its_generator():
+    before = torch.get_rng_state()
+    model, again = (lstm_vae(50, torch.Generator().manual_seed(5), latent=3, embedding=8, hidden=9) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        bound = 0.1 if "embed" in name else 0.01
+        assert torch.equal(p, q) and 0.8 * bound < p.abs().max() <= bound
+    assert not any("bias" in name for name, _ in model.named_parameters() if "lstm" not in name)
+
+
+def test_the_language_model_is_the_autoencoder_without_z(sentences):
+    model = perturbed(lstm_vae(7, latent=0, embedding=5, hidden=6, dropout=0.0).double())
+    x = sentences.tokens
+    value, error = evaluation.log_likelihood(model, x, 3, 2, return_standard_error=True)
+    exact = model.joint.decode.log_prob(x, torch.empty(1, 3, 0, dtype=torch.float64))[0]
+    torch.testing.assert_close(value, exact.detach())
+    assert error.max() == 0 and model.encoder(x).kl().abs().max() == 0
+    assert evaluation.active_units(model.encoder, x) == [0]
+    assert evaluation.mutual_information(model.encoder, x) == 0
+
+
+def test_importance_sampling_agrees_with_the_grid():
+    """By 4,000 draws against quadrature over a scalar z: within 4 standard errors (wrong once in 16,000);
+    with half of the prior it is not."""
+    model = perturbed(lstm_vae(7, latent=1, embedding=3, hidden=4, dropout=0.0).double())
+    with torch.no_grad():
+        model.encoder.head.weight.mul_(0.1)
+    x = torch.tensor([[BEGIN, 3, 4, 5, END]])
+    grid = torch.linspace(-12, 12, 4801, dtype=torch.float64).view(-1, 1, 1)
+    exact = model.joint(x, grid).logsumexp(0) + math.log(24 / 4800)
+    value, error = evaluation.log_likelihood(
+        model, x, 4000, 500, torch.Generator().manual_seed(0), return_standard_error=True
+    )
+    assert (value - exact).abs() < 4 * error
+    other = model.joint(x, grid.clamp_min(0)).logsumexp(0) + math.log(24 / 4800)
+    assert (value - other).abs() > 4 * error
+
+
+def test_dropout_is_for_training_alone(sentences):
+    model = perturbed(lstm_vae(7, latent=2, embedding=5, hidden=6, dropout=0.5))
+    z = torch.zeros(1, 3, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert not torch.equal(model.joint(sentences.tokens, z), model.joint(sentences.tokens, z))
+    model.eval()
+    assert torch.equal(model.joint(sentences.tokens, z), model.joint(sentences.tokens, z))
+
+
+def test_samples_have_the_model_s_probabilities():
+    """Of 20,000 first words, each share is within 4.5 standard errors of its probability (wrong once in 30,000)."""
+    model = perturbed(lstm_vae(6, latent=1, embedding=3, hidden=4, dropout=0.0))
+    z = torch.full((20_000, 1), 0.7)
+    x = model.joint.decode.sample(z, torch.Generator().manual_seed(0), longest=3)
+    assert x.shape == (20_000, 4) and (x[:, 0] == BEGIN).all()
+    ended = (x == END).cumsum(1).cumsum(1) > 1
+    assert ((x == PAD) == ended).all()
+    logits = model.joint.decode.readout(model.joint.decode.states(torch.tensor([[BEGIN]]), z[None, :1]))[0, 0, 0]
+    logits[[PAD, BEGIN]] = -torch.inf
+    p = logits.softmax(0).detach()
+    share = torch.bincount(x[:, 1], minlength=6) / 20_000
+    assert ((share - p).abs() <= 4.5 * (p * (1 - p) / 20_000).sqrt()).all()
+    assert ((share - p.flip(0)).abs() > 4.5 * (p * (1 - p) / 20_000).sqrt()).any()
+
+
+def test_bad_tokens_and_sizes_get_a_sentence(model, sentences):
+    x, z = sentences.tokens, torch.zeros(1, 3, 2, dtype=torch.float64)
+    for wrong, message in (
+        (x + 10, "unknown token 17|unknown token 16"),
+        (torch.zeros_like(x), "a sentence is empty"),
+        (x[:, :0], "a sentence is empty"),
+    ):
+        for use in (lambda: model.encoder(wrong), lambda: model.joint(wrong, z)):
+            with pytest.raises(InputError, match=message):
+                use()
+    for sizes, message in (
+        ({"hidden": 0}, "hidden of the LSTM must be at least 1"),
+        ({"latent": -1}, "latent of the LSTM must be at least 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lstm_vae(7, **sizes)
+
+
+@pytest.mark.parametrize("name", ["elbo-path", "elbo-total", "iwae-dreg"])
+def test_the_engine_agrees_with_its_reference(name, model, sentences):
+    x = sentences.tokens
+    eps = model.encoder.noise(3, x, torch.Generator().manual_seed(0))
+    estimator = ESTIMATORS[name]
+    objectives.backward(estimator, model.joint, model.encoder, x, eps)
+    loss = objectives.surrogate(estimator, model.joint, model.encoder, x, eps).mean()
+    reference = torch.autograd.grad(loss, list(model.parameters()))
+    for parameter, expected in zip(model.parameters(), reference):
+        torch.testing.assert_close(parameter.grad, expected)

@@ -1,0 +1,499 @@
+"""The experiments of "Lagging Inference Networks" (He et al. 2019): its toy, its text, and its images.
+
+An experiment is a grid of methods on one data set; another data set or model is another row (:data:`FAMILIES`). Columns
+are those of the paper's Tables 1 and 2: NLL by importance sampling, KL, mutual information, active units, and time.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+from vaelib import collapse, data, evaluation, models, plots, runs
+from vaelib.collapse import METHODS, Training
+from vaelib.data import Images, Sentences, Split, Text
+from vaelib.errors import InputError, choose
+from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
+from vaelib.experiments.results import Summary, over_seeds
+from vaelib.models.text import lstm_vae
+from vaelib.training import stream
+
+SAVE_EVERY = 30.0  # seconds
+
+# --- what can be trained, and how ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of data with the models for it.
+
+    Attributes
+    ----------
+    load
+        ``load(config)`` returns the data: ``train``, ``valid`` and ``test``.
+    build
+        ``build(config, data, generator)`` returns the model before its first step; without z where the method is
+        "no-z".
+    recipe
+        what :class:`vaelib.collapse.Recipe` it is trained by, where the configuration does not say otherwise.
+    """
+
+    load: Callable[[Cell], Text | Images]
+    build: Callable[[Cell, Any, torch.Generator], nn.Module]
+    recipe: collapse.Recipe
+
+
+def load_text(config: Cell) -> Text:
+    """Return the sentences of a configuration; the data set's own sizes where it says None."""
+    length = "length" if config["data"] == "synthetic-text" else "longest"
+    sizes = {"sentences": config["sentences"], "vocabulary": config["vocabulary"], length: config["length"]}
+    return data.load(config["data"], **{name: size for name, size in sizes.items() if size is not None})
+
+
+def build_lstm(config: Cell, text: Text, generator: torch.Generator) -> nn.Module:
+    """Return the LSTM variational autoencoder of a configuration, or the language model without z."""
+    sizes = {name: config[name] for name in ("latent", "embedding", "hidden", "dropout")}
+    if config["method"] == "no-z":
+        sizes["latent"] = 0
+    return lstm_vae(len(text.vocabulary), generator, **sizes)
+
+
+def load_images(config: Cell) -> Images:
+    """Return the images of a configuration: some of each split, by lot, averaged to a smaller side where it has one."""
+    found = data.load(config["data"], "dynamic", valid=config["valid"])
+    most = {"train": config["images"], "valid": config["evaluated"], "test": config["evaluated"]}
+    return replace(found, **{name: reduced(getattr(found, name), most[name], config["side"]) for name in most})
+
+
+def reduced(split: Split, most: int | None, side: int | None) -> Split:
+    """Return at most ``most`` images of a split, by lot, ``side`` pixels high and wide; all, or as they are, for None."""
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most]
+    side = side or split.shape[0]
+    grey = F.adaptive_avg_pool2d(split.grey[chosen].unflatten(1, split.shape), side).flatten(1)
+    labels = None if split.labels is None else split.labels[chosen]
+    return replace(split, grey=grey, labels=labels, shape=(side, side))
+
+
+def build_pixelcnn(config: Cell, images: Images, generator: torch.Generator) -> nn.Module:
+    """Return the PixelCNN variational autoencoder of a configuration, or the PixelCNN without z."""
+    pixels, sizes = images.train.grey.shape[1], {name: config[name] for name in ("maps", "layers")}
+    if config["method"] == "no-z":
+        return models.pixelcnn_alone(pixels, generator, **sizes)
+    sizes |= {name: config[name] for name in ("latent", "encoder_maps", "hidden")}
+    return models.build("pixelcnn", pixels, generator=generator, **sizes)
+
+
+FAMILIES: dict[str, Family] = {
+    "lstm": Family(load_text, build_lstm, collapse.TEXT),
+    "pixelcnn": Family(load_images, build_pixelcnn, collapse.IMAGES),
+}
+"""By the name of the model."""
+
+CHANGES: dict[str, Mapping[str, Any]] = {
+    **METHODS,
+    "no-z": {},
+    **{f"beta-{beta:g}": {"beta": beta} for beta in (0.2, 0.4, 0.6, 0.8)},
+}
+"""What each method of a grid changes in the recipe."""
+
+IN_RECIPE = ("epochs", "batch_size", "first_decay", "decays", "warm_up")
+
+LABELS = {
+    "no-z": "no z (autoregressive)",
+    "plain": "VAE",
+    "anneal": "VAE + annealing",
+    "cyclical": "cyclical annealing",
+    "free-bits": "free bits, 0.5 a dimension",
+    "sa-vae": "SA-VAE",
+    "sa-vae-anneal": "SA-VAE + annealing",
+    "aggressive": "aggressive",
+    "aggressive-anneal": "aggressive + annealing",
+    **{f"beta-{beta:g}": f"β = {beta:g}" for beta in (0.2, 0.4, 0.6, 0.8)},
+}
+"""The methods in words."""
+
+
+def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
+    """Train one method and measure what it made, with the validation's curves; ``at`` is the epoch."""
+    family = choose("model", config["model"], FAMILIES)
+    found = family.load(config).to(device)
+    model = family.build(config, found, stream("init", seed)).to(device)
+    changes = {name: config[name] for name in IN_RECIPE if config[name] is not None}
+    recipe = replace(family.recipe, seed=seed, **changes, **choose("method", config["method"], CHANGES))
+    valid = some(found.valid, config["evaluated"], seed=0)
+    clock = time.process_time if device == "cpu" else time.monotonic  # other runs may be at work on the same core
+    training = Training(model, found.train, valid, recipe, clock)
+    looked_at = config["points"] and seed == 0 and config["method"] in ("plain", "aggressive")
+    space = Space(found.train, config, folder / "space.csv") if looked_at else None
+    train(training, folder, lambda: report(0.8 * training.step / max(training.total_steps, 1)), space)
+    if space:
+        space.add_trajectories(family, found, seed)
+
+    x = found.test.batch(slice(0, config["evaluated"]), stream("test", 0, device))
+    noise = stream("noise", seed, x.device, step=1)
+    with collapse.own_randomness(noise):
+        final = collapse.measure(model, x, recipe.batch_size, noise)
+        values = evaluation.log_likelihood(model, x, config["samples"], 10, noise, batch_size=recipe.batch_size)
+    nll, error = evaluation.mean_and_standard_error(-values)
+    curves = [
+        Measured(name, record[name], at=record["epoch"])
+        for record in training.history
+        for name in ("nll_bound", "kl", "mi", "mi_all", "au", "encoder_steps")
+    ]
+    cost = training.cost
+    return [
+        Measured("nll", nll, error),
+        *(Measured(name, value) for name, value in final.items()),
+        Measured("collapsed", float(final["au"] == 0)),
+        Measured("training_seconds", cost["seconds"]),
+        Measured("aggressive_seconds", cost["aggressive_seconds"]),
+        Measured("encoder_steps", cost["encoder_steps"]),
+        Measured("decoder_steps", training.step),
+        *curves,
+    ]
+
+
+def some(split: Any, most: int, seed: int) -> Any:
+    """Return at most ``most`` sentences of a split, by lot; images, which are quick, as they are."""
+    if not isinstance(split, Sentences) or len(split) <= most:
+        return split
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:most]
+    return Sentences(split.tokens[chosen.to(split.tokens.device)], split.vocabulary)
+
+
+def train(training: Training, folder: Path, tell: Callable[[], None], space: Space | None) -> None:
+    """Train to the end, from the folder's checkpoint if it has one, saving now and then and when asked to stop."""
+    path, due = folder / "checkpoint.pt", time.monotonic() + SAVE_EVERY
+    if path.exists():
+        runs.restore(training, path)
+    with runs.noticed(signal.SIGINT, signal.SIGTERM) as stop:
+
+        def after_step() -> None:
+            nonlocal due
+            tell()
+            if space:
+                space.look(training)
+            if stop or time.monotonic() >= due or training.step == training.total_steps:
+                runs.save(training, path)
+                due = time.monotonic() + SAVE_EVERY
+            if stop:
+                raise KeyboardInterrupt(f"stopped after step {training.step}, with a checkpoint")
+
+        training.run(after_step)
+
+
+# --- the posterior-mean space ----------------------------------------------------------------------------------------------
+
+STAGES = (0.25, 1, 5)  # epochs, and the last one
+TRAJECTORIES, BATCH = 9, 50
+SPACE_COLUMNS = ("method", "kind", "step", "point", "model_mean", "encoder_mean")
+
+
+class Space:
+    """Where sentences are: the mean of the model's posterior and of the encoder's, at some stages (their Figures 2, 3).
+
+    The table is written at each stage, so that a run that was killed finds its earlier stages there.
+    """
+
+    def __init__(self, split: Sentences, config: Cell, path: Path) -> None:
+        self.split, self.config, self.path = split, config, path
+        self.x = some(split, config["points"], seed=1).batch(slice(None))
+        self.rows: dict[tuple[str, int, int], str] = {}
+        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+            _, kind, step, point, _, _ = line.split(",")
+            self.rows[kind, int(step), int(point)] = line
+
+    def look(self, training: Training) -> None:
+        """Note where the points are, if this step ends a stage."""
+        stages = {int(epoch * training.steps_per_epoch) for epoch in (*STAGES, self.config["epochs"])}
+        if training.step in stages:
+            mode = training.model.training
+            self.note("stage", training.step, training.model.eval(), self.x)
+            training.model.train(mode)
+            self.save()
+
+    @torch.no_grad()
+    def note(self, kind: str, step: int, model: nn.Module, x: torch.Tensor) -> None:
+        """Add a row for each point."""
+        there, here = collapse.posterior_mean(model.joint, x)[:, 0], model.encoder(x).mean[:, 0]
+        for i, means in enumerate(zip(there.tolist(), here.tolist())):
+            values = ",".join(f"{mean:.4f}" for mean in means)
+            self.rows[kind, step, i] = f"{self.config['method']},{kind},{step},{i},{values}"
+
+    def add_trajectories(self, family: Family, found: Text, seed: int) -> None:
+        """Train anew on one fixed batch of 50, as for their Figure 3, and note some points after every step."""
+        config = self.config
+        model = family.build(config, found, stream("init", seed)).to(self.x.device)
+        x, noise = self.split.batch(slice(0, BATCH)), stream("noise", seed, self.x.device, step=2)
+        optimizer, objective = torch.optim.SGD(model.parameters(), family.recipe.lr), collapse.elbo_kl()
+
+        def eps(x: torch.Tensor) -> torch.Tensor:
+            return model.encoder.noise(1, x, noise)
+
+        self.note("trajectory", 0, model, x[:TRAJECTORIES])
+        for step in range(1, config["path"] + 1):
+            with collapse.own_randomness(noise):
+                if CHANGES[config["method"]].get("aggressive"):
+                    collapse.aggressive_step(model, objective, optimizer, x, lambda: x, eps, units=self.split.units)
+                else:
+                    collapse.gradient(model, objective, x, eps(x))
+                    optimizer.step()
+            self.note("trajectory", step, model, x[:TRAJECTORIES])
+        self.save()
+
+    def save(self) -> None:
+        """Write the table."""
+        runs.write(self.path, "\n".join([",".join(SPACE_COLUMNS), *self.rows.values(), ""]).encode())
+
+
+def collect_space(
+    preset: str = "short", runs_folder: str | Path = "runs", results_folder: str | Path = "results"
+) -> Path:
+    """Put the points that the runs of ``lag-toy`` noted into one table, ``lag-toy-space.csv``; return its path."""
+    tables = sorted((Path(runs_folder) / "lag-toy" / preset).glob("*/space.csv"))
+    if not tables:
+        raise InputError(
+            f"no run of lag-toy has left a space.csv in '{runs_folder}': run `vaelib experiment run lag-toy` first"
+        )
+    bodies = [table.read_text().splitlines()[1:] for table in tables]
+    path = Path(results_folder) / "lag-toy-space.csv"
+    runs.write(path, "\n".join([",".join(SPACE_COLUMNS), *sum(bodies, []), ""]).encode())
+    return path
+
+
+# --- tables and figures -----------------------------------------------------------------------------------------------------
+
+PUBLISHED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "yahoo": {
+        "plain": ("328.8", "0.0", "0.0", "1.00"),
+        "anneal": ("328.6", "0.0", "0.0", ""),
+        "beta-0.2": ("333.1", "18.7", "3.4", ""),
+        "beta-0.4": ("328.5", "3.8", "2.2", ""),
+        "beta-0.6": ("328.6", "0.1", "0.1", ""),
+        "beta-0.8": ("328.8", "0.0", "0.0", ""),
+        "sa-vae": ("329.1", "0.1", "0.0", "9.91"),
+        "sa-vae-anneal": ("327.4", "3.5", "1.9", ""),
+        "aggressive": ("328.0", "5.4", "3.0", "2.20"),
+        "aggressive-anneal": ("326.6", "6.7", "3.2", ""),
+        "no-z": ("328.1", "", "", ""),
+    },
+    "omniglot": {
+        "plain": ("89.41", "1.5", "1.4", "1.00"),
+        "anneal": ("89.20", "2.1", "1.9", ""),
+        "beta-0.2": ("105.19", "69.1", "3.9", ""),
+        "beta-0.4": ("95.89", "28.0", "3.9", ""),
+        "beta-0.6": ("92.16", "20.4", "3.9", ""),
+        "beta-0.8": ("89.27", "9.6", "3.9", ""),
+        "sa-vae": ("89.30", "2.6", "2.2", "15.15"),
+        "sa-vae-anneal": ("89.01", "3.4", "2.6", ""),
+        "aggressive": ("89.03", "2.5", "2.2", "2.19"),
+        "aggressive-anneal": ("89.12", "2.5", "2.2", ""),
+        "no-z": ("89.76", "", "", ""),
+    },
+}
+"""NLL, KL, MI (Table 1) and relative time (Table 2) in the paper as submitted to ICLR 2019, one run each, by data set."""
+
+
+def table_beside(published: str | None) -> Callable[[Sequence[Row]], list[tuple[str, ...]]]:
+    """Return the function that makes a table, with the published numbers for the data set ``published`` beside ours."""
+
+    def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+        names = ("nll", "kl", "mi", "mi_all", "au", "training_seconds", "encoder_steps")
+        found = {name: over_seeds(rows, name, by=("method",)) for name in names}
+        plain = found["training_seconds"].get(("plain",))
+        header = ("method", "NLL", "KL", "MI", "MI, whole set", "AU", "time", "encoder steps", "runs")
+        theirs = PUBLISHED.get(published or "", {})
+        if theirs:
+            header += tuple(f"{name} ({published}, He et al.)" for name in ("NLL", "KL", "MI", "time"))
+        lines = [header]
+        for (method,), nll in found["nll"].items():
+            mean = {name: found[name][(method,)].mean for name in names}
+            relative = f"{mean['training_seconds'] / plain.mean:.2f}" if plain else ""
+            lines.append(
+                (
+                    LABELS.get(method, method),
+                    with_error(nll),
+                    *(f"{mean[name]:.2f}" for name in ("kl", "mi", "mi_all")),
+                    f"{mean['au']:.1f}",
+                    relative,
+                    f"{mean['encoder_steps']:,.0f}",
+                    str(nll.n),
+                    *(theirs.get(method, ("",) * 4) if theirs else ()),
+                )
+            )
+        return lines
+
+    return table
+
+
+def with_error(summary: Summary) -> str:
+    """Return a mean over seeds with its standard error, where there is more than one."""
+    return f"{summary.mean:.2f}" + (f" ± {summary.standard_error:.2f}" if summary.n > 1 else "")
+
+
+def figure(rows: Sequence[Row], fig: Figure) -> None:
+    """Draw KL and mutual information on the validation set, epoch by epoch."""
+    for axes, metric, label in zip(
+        fig.subplots(1, 2), ("kl", "mi"), ("KL(q(z|x) || p(z)), nats", "mutual information, nats")
+    ):
+        curves = [row for row in rows if row["metric"] == metric and row["at"] is not None]
+        for method in dict.fromkeys(row["method"] for row in curves):
+            own = [row for row in curves if row["method"] == method]
+            epochs = sorted({row["at"] for row in own})
+            means = [over_seeds(own, metric, by=("method",), at=epoch)[(method,)].mean for epoch in epochs]
+            look = plots.LOOKS.get(method) or plots.LOOKS["beta"]
+            axes.plot(epochs, means, **look.line(label=LABELS.get(method, method)))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+    fig.set_layout_engine("constrained")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+
+
+# --- the experiments ----------------------------------------------------------------------------------------------------------
+
+
+def grid(methods: Sequence[str], **common: Any) -> list[Cell]:
+    """Return a cell for each method; what is not given is None, or as published."""
+    keys = {
+        "data": None, "model": "lstm", "method": None, "sentences": None, "vocabulary": None, "length": None,
+        "latent": 32, "embedding": 512, "hidden": 1024, "dropout": 0.5, "epochs": None, "batch_size": None,
+        "first_decay": None, "decays": None, "warm_up": None, "samples": 500, "evaluated": 10_000, "points": 0, "path": 0,
+    }  # fmt: skip
+    return [{**keys, **common, "method": method} for method in methods]
+
+
+ALL = (
+    "no-z", "plain", "anneal", "beta-0.4", "beta-0.8", "cyclical", "free-bits", "sa-vae", "aggressive", "aggressive-anneal",
+)  # fmt: skip
+
+TOY = {"data": "synthetic-text", "latent": 1, "dropout": 0.0}
+
+LAG_TOY = Experiment(
+    "lag-toy",
+    "He et al. 2019, Figures 1 to 3 and, on their synthetic sentences, the columns of Tables 1 and 2",
+    {
+        "smoke": Preset(
+            grid(
+                ("no-z", "plain", "sa-vae", "aggressive"), **TOY, sentences=200, vocabulary=20, length=5, embedding=8,
+                hidden=8, epochs=2, samples=10, evaluated=20, points=5, path=10,
+            ),
+            seeds=1,
+            minutes=0.5,
+        ),
+        "short": Preset(
+            grid(
+                ALL, **TOY, sentences=2500, vocabulary=100, embedding=32, hidden=32, epochs=12, first_decay=4, decays=3,
+                warm_up=4, samples=100, evaluated=250, points=200, path=100,
+            ),
+            seeds=3,
+            minutes=15,
+        ),
+        "long": Preset(  # until the likelihoods stand still
+            grid(
+                ("no-z", "plain", "aggressive"), **TOY, sentences=4000, vocabulary=200, embedding=40, hidden=40,
+                epochs=20, first_decay=5, decays=3, warm_up=5, samples=100, evaluated=400,
+            ),
+            seeds=3,
+            minutes=8,
+        ),
+        "paper": Preset(
+            grid(
+                (*ALL, "beta-0.2", "beta-0.6", "sa-vae-anneal"), **TOY, embedding=50, hidden=50, epochs=50,
+                batch_size=16, first_decay=0, points=500, path=201,
+            ),
+            seeds=5,
+            minutes=3000,
+        ),
+    },
+    run,
+    table_beside(None),
+    figure,
+)  # fmt: skip
+
+LAG_TEXT = Experiment(
+    "lag-text",
+    "He et al. 2019, Tables 1 and 2: Yahoo (preset paper), and the Penn Treebank at reduced size",
+    {
+        "smoke": Preset(
+            grid(
+                ("plain", "aggressive"), **{**TOY, "latent": 2, "dropout": 0.2}, sentences=200, vocabulary=20, length=5,
+                embedding=8, hidden=8, epochs=2, samples=10, evaluated=20,
+            ),
+            seeds=1,
+            minutes=0.3,
+        ),
+        "short": Preset(
+            grid(
+                ALL, data="ptb", sentences=2000, vocabulary=500, length=12, latent=4, embedding=48, hidden=48,
+                dropout=0.0, epochs=12, first_decay=4, decays=3, warm_up=4, samples=100, evaluated=500,
+            ),
+            seeds=3,
+            minutes=13,
+        ),
+        "paper": Preset(
+            grid((*ALL, "beta-0.2", "beta-0.6", "sa-vae-anneal"), data="yahoo"),
+            seeds=5,
+            minutes=2_000_000,
+        ),
+    },
+    run,
+    table_beside("yahoo"),
+    figure,
+)  # fmt: skip
+
+
+def image_grid(methods: Sequence[str], **common: Any) -> list[Cell]:
+    """Return a cell for each method, of images; what is not given is None, or as published."""
+    keys = {
+        "data": "omniglot", "model": "pixelcnn", "method": None, "images": None, "valid": 1623, "side": None,
+        "latent": 32, "maps": 64, "layers": 13, "encoder_maps": 64, "hidden": 512, "epochs": None, "batch_size": None,
+        "first_decay": None, "decays": None, "warm_up": None, "samples": 500, "evaluated": 10_000, "points": 0, "path": 0,
+    }  # fmt: skip
+    return [{**keys, **common, "method": method} for method in methods]
+
+
+LAG_OMNIGLOT = Experiment(
+    "lag-omniglot",
+    "He et al. 2019, Tables 1 and 2, images: Omniglot with a PixelCNN (paper), 8 x 8 digits with a small one (short)",
+    {
+        "smoke": Preset(
+            image_grid(
+                ("no-z", "plain", "sa-vae", "aggressive"), data="digits", valid=200, images=100, latent=2, maps=4,
+                layers=3, encoder_maps=4, hidden=8, epochs=1, samples=10, evaluated=50,
+            ),
+            seeds=1,
+            minutes=0.3,
+        ),
+        "short": Preset(
+            image_grid(
+                (
+                    "no-z", "plain", "aggressive", "aggressive-anneal", "anneal", "beta-0.4", "beta-0.8", "cyclical",
+                    "free-bits", "sa-vae",
+                ),
+                data="digits", valid=200, images=600, latent=8, maps=16, layers=4, encoder_maps=16, hidden=32,
+                epochs=25, samples=200, evaluated=300,
+            ),
+            seeds=2,
+            minutes=18,
+        ),
+        "paper": Preset(
+            image_grid((*ALL, "beta-0.2", "beta-0.6", "sa-vae-anneal"), data="omniglot-burda", valid=2000),
+            seeds=5,
+            minutes=2_000_000,
+        ),
+    },
+    run,
+    table_beside("omniglot"),
+    figure,
+)  # fmt: skip
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (LAG_TOY, LAG_TEXT, LAG_OMNIGLOT)}
