@@ -301,12 +301,11 @@ def open_locks() -> list[str]:
 # --- a cluster ----------------------------------------------------------------------------------------------------------
 
 
-def test_ray_resumes_elsewhere_what_a_lost_node_was_at(tmp_path, undisturbed):
+def test_ray_resumes_elsewhere_what_a_lost_node_was_at(tmp_path, undisturbed, monkeypatch):
     ray = pytest.importorskip("ray", reason="the extra vaelib[ray] is not installed")
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_health_check_period_ms"] = "500"
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # notice a lost node sooner
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
