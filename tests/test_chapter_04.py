@@ -8,6 +8,7 @@ from torch import nn
 
 from vaelib import checks, collapse, evaluation, models, objectives, silent
 from vaelib.data import Sentences, Vocabulary
+from vaelib.experiments.results import summarise
 from vaelib.models.text import lstm_vae
 from vaelib.posteriors import DiagonalGaussian
 
@@ -198,3 +199,16 @@ def test_points_beside_the_diagonal_are_not_called_close_and_a_collapsed_model_n
     found = collapse.measure(model, text.tokens, 32, seeded())
     with pytest.raises(AssertionError, match="does not hold"):
         checks.holds(found["kl"] > 0.3 and found["au"] == 1, "no collapse")
+
+
+# --- results
+
+
+def test_a_difference_within_its_errors_is_no_finding():
+    for values, found in (([1.1, 1.2, 1.3], True), ([1.1, -0.9, 0.6], False), ([-1.1, -1.2, -1.3], False)):
+        more = summarise(values)
+        if found:
+            checks.holds(more.mean > 4 * more.standard_error, "more KL")
+        else:
+            with pytest.raises(AssertionError, match="does not hold"):
+                checks.holds(more.mean > 4 * more.standard_error, "more KL")
