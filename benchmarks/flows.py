@@ -11,7 +11,6 @@ peak of what autograd keeps for a backward pass, without the parameters, counted
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -21,12 +20,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from steps import ROOT, provenance
+from steps import ROOT, provenance, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vaelib import objectives
-from vaelib.data.files import whole
 from vaelib.estimators import ESTIMATORS
 from vaelib.flows import AffineCoupling, FlowEncoder, StandardNormal
 from vaelib.posteriors import standard_normal_log_prob
@@ -157,10 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     records = [record for depth in arguments.depth for record in measure(depth, arguments)]
-    with whole(arguments.output) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
+    write(arguments.output, records, COLUMNS)
     print(f"{'method':22}{'depth':>6}{'ms':>10}{'x total':>10}{'graph MB':>12}{'x total':>10}")
     for r in records:
         cells = (float(r[key]) for key in ("ms_median", "ratio_to_total", "graph_mb", "graph_ratio"))

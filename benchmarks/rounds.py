@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
@@ -11,10 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from steps import provenance
+from steps import provenance, write
 from tqdm import tqdm
-
-from vaelib.data.files import whole
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -53,11 +50,7 @@ def finish(path: Path, records: list[dict[str, Any]]) -> None:
     """Write the CSV, whole or not at all, with where and when, and with the load of the machine (other programs')."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     records = [record | {"load": load} | provenance() for record in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, records[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
+    write(path, records, list(records[0]))
     width = {key: max(len(key), *(len(str(record[key])) for record in records)) for key in records[0]}
     shown = list(width)[: list(width).index("load")]
     for row in ({key: key for key in shown}, *records):

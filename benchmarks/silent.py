@@ -10,7 +10,6 @@ is taken within each round.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import sys
@@ -21,12 +20,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from steps import ROOT, provenance
+from steps import ROOT, provenance, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vaelib import discrete, models, objectives, silent
-from vaelib.data.files import whole
 from vaelib.estimators import ESTIMATORS
 from vaelib.posteriors import DiagonalGaussian
 
@@ -152,11 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     records = [record for name in KINDS for record in measure(name, arguments)]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with whole(arguments.output) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
+    write(arguments.output, records, COLUMNS)
     print(f"{'posterior':12}{'estimator':24}{'k':>4}{'ms':>10}{'x one draw':>12}")
     for r in records:
         cells = (float(r[key]) for key in ("ms_median", "ratio_to_one_draw"))

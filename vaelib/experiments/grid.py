@@ -110,10 +110,7 @@ class Job:
     @property
     def fraction(self) -> float:
         """How much of it is done."""
-        try:
-            return float((self.folder / "progress").read_text())
-        except (OSError, ValueError):
-            return 0.0
+        return noted(self.folder / "progress")
 
 
 class Pool(Protocol):
@@ -224,7 +221,7 @@ def execute(task: Task, folder: Path, device: str) -> None:
             if outcome.exists():
                 return
             start = time.monotonic()
-            before = seconds_so_far(folder)
+            before = noted(folder / "seconds")  # of earlier starts
 
             def report(fraction: float) -> None:
                 nonlocal reported
@@ -248,10 +245,10 @@ def execute(task: Task, folder: Path, device: str) -> None:
         write(error, traceback.format_exc().encode())
 
 
-def seconds_so_far(folder: Path) -> float:
-    """Return the seconds that earlier starts of this run took, as far as they were written down."""
+def noted(path: Path) -> float:
+    """Return the number that a run keeps in this file; 0 as long as there is none."""
     try:
-        return float((folder / "seconds").read_text())
+        return float(path.read_text())
     except (OSError, ValueError):
         return 0.0
 
