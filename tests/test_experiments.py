@@ -351,7 +351,38 @@ def test_the_gain_on_the_total_derivative_is_paired_by_seed(tmp_path):
     rows = experiments.load("stl-table-2", folder=tmp_path)
     (gain,) = stl.gains(rows).values()
     assert (gain.mean, gain.standard_error, gain.n) == (1.5, 0.5, 2)  # unpaired, the error would be 7
-    assert stl.table_2(rows)[1][-3:] == ("95.00 ± 5.00", "2", "-")
+    words = stl.table_2(rows)
+    assert words[0] == ("recipe", "data", "model", "estimator", "k = 1", "published", "seeds")
+    assert words[1] == ("paper", "digits", "mlp-1", "elbo-total", "95.00 ± 5.00", "-", "2")
+    assert words[3] == ("paper", "digits", "mlp-1", "elbo-total - elbo-path", "1.50 ± 0.50", "-", "2")
+
+
+def test_table_2_sets_ours_beside_the_published_figures(tmp_path):
+    experiment, figure = stl.EXPERIMENTS["stl-table-2"], Figure()
+    figures = {
+        ("omniglot", "mlp-2", "iwae-total"): 114.79,
+        ("mnist", "mlp-2-detached", "iwae-path"): 94.0,
+        ("mnist", "mlp-2", "iwae-path"): 93.5,
+        ("mnist", "mlp-2", "iwae-total"): 93.89,
+    }
+    for (data, model, estimator), nll in figures.items():
+        task = Task("stl-table-2", "short", stl.cell(data, model, estimator, 5, 40, 1000), 0)
+        results.add(experiment, task, results.as_rows([Measured("nll", nll)], 1.0, "cpu"), tmp_path)
+    rows = experiments.load("stl-table-2", "short", tmp_path)
+    assert [line[1:] for line in experiment.table(rows)] == [
+        ("data", "model", "estimator", "k = 5", "published", "seeds"),
+        ("mnist", "mlp-2", "iwae-total", "93.89", "83.89", "1"),
+        ("mnist", "mlp-2", "iwae-path", "93.50", "83.57", "1"),
+        ("mnist", "mlp-2-detached", "iwae-path", "94.00", "83.57", "1"),
+        ("omniglot", "mlp-2", "iwae-total", "114.79", "104.79", "1"),
+        ("mnist", "mlp-2", "iwae-total - iwae-path", "0.39", "0.32", "1"),
+        ("mnist", "mlp-2-detached", "iwae-total - iwae-path", "-0.11", "0.32", "1"),
+    ]
+    experiment.figure(rows, figure)
+    drawn = {ax.get_title(): [*line.get_ydata()] for ax in figure.axes for line in ax.containers[1].lines[:1]}
+    assert drawn == {"mnist, mlp-2": [pytest.approx(0.39)], "mnist, mlp-2-detached": [pytest.approx(-0.11)]}
+    crosses = [y for ax in figure.axes for line in ax.lines if line.get_label() == "published" for y in line.get_ydata()]
+    assert crosses == [pytest.approx(0.32)] * 2
 
 
 def test_the_figures_are_drawn(tmp_path):

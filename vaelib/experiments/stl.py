@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -125,57 +127,99 @@ def layers_of(model: str) -> int:
     return 2 if model.startswith("mlp-2") else 1
 
 
-def table_2(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return Table 2: -log p(x) in nats, ours (mean and standard error over seeds) beside the published figure."""
-    ours = over_seeds(rows, "nll", ("data", "model", "recipe", "epochs", "k", "estimator"))
-    lines = [("data", "model", "recipe", "epochs", "k", "estimator", "ours", "seeds", "published (3280 epochs)")]
-    for (data, model, recipe, epochs, k, estimator), found in ours.items():
-        figures = PUBLISHED.get((data, layers_of(model), estimator))
-        published = f"{figures[KS.index(k)]:.2f}" if figures and k in KS else "-"
-        lines.append((data, model, recipe, str(epochs), str(k), estimator, str(found), str(found.n), published))
-    return lines
-
-
 PAIRS = {"elbo-path": "elbo-total", "iwae-path": "iwae-total", "iwae-dreg": "iwae-total"}
 """What an estimator is compared with."""
 
+KEY = ("recipe", "data", "model", "estimator", "k")
+"""What tells the cells of one preset apart."""
 
-def gains(rows: Sequence[Row]) -> dict[tuple[str, str, str, int, str], Summary]:
-    """Return the nats that each estimator gains on its total derivative, over seeds, each seed paired with its own.
 
-    The keys are data set, model, recipe, k and estimator. With the same seed both arms have the same initial weights,
-    data, noise and test draws.
+def published(data: str, model: str, estimator: str | None, k: int) -> float:
+    """Return the paper's figure for a cell; not a number where it has none."""
+    figures = PUBLISHED.get((data, layers_of(model), estimator), ())
+    return dict(zip(KS, figures, strict=False)).get(k, math.nan)
+
+
+def published_gain(data: str, model: str, estimator: str, k: int) -> float:
+    """Return what an estimator gains on its total derivative in the paper; not a number where it does not say."""
+    return published(data, model, PAIRS[estimator], k) - published(data, model, estimator, k)
+
+
+def gains(rows: Sequence[Row]) -> dict[tuple, Summary]:
+    """Return the nats that each estimator gains on its total derivative, over seeds, by :data:`KEY`.
+
+    Each seed is paired with its own: both arms have the same initial weights, data, noise and test draws.
     """
-    nll = {
-        (row["data"], row["model"], row["recipe"], row["k"], row["estimator"], row["seed"]): row["value"]
-        for row in rows
-        if row["metric"] == "nll"
-    }
+    nll = {(*(row[name] for name in KEY), row["seed"]): row["value"] for row in rows if row["metric"] == "nll"}
     pairs: dict[tuple, list[float]] = {}
-    for (data, model, recipe, k, estimator, seed), value in nll.items():
-        total = (data, model.removesuffix("-detached"), recipe, k, PAIRS.get(estimator), seed)
+    for (recipe, data, model, estimator, k, seed), value in nll.items():
+        total = (recipe, data, model.removesuffix("-detached"), PAIRS.get(estimator), k, seed)
         if total in nll:
-            pairs.setdefault((data, model, recipe, k, estimator), []).append(nll[total] - value)
+            pairs.setdefault((recipe, data, model, estimator, k), []).append(nll[total] - value)
     return {key: summarise(values) for key, values in pairs.items()}
 
 
+def table_2(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return Table 2, and below it what each estimator gains on its total derivative; all in nats, beside the paper's."""
+    return [*table_of_nll(rows), *table_of_gains(rows)[1:]]
+
+
+def table_of_nll(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return -log p(x) in nats, ours (mean and standard error over seeds) beside the published figure."""
+    return beside_published(over_seeds(rows, "nll", KEY), published, str)
+
+
+def table_of_gains(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the nats gained on the total derivative, ours beside the difference of the published figures."""
+    return beside_published(gains(rows), published_gain, lambda estimator: f"{PAIRS[estimator]} - {estimator}")
+
+
+def beside_published(
+    found: Mapping[tuple, Summary], figure: Callable[..., float], label: Callable[[str], str]
+) -> list[tuple[str, ...]]:
+    """Return a line for each recipe, data set, model and estimator: ours and the paper's for each k, and the seeds."""
+    ks = sorted({k for *_, k in found})
+    lines = [(*KEY[:-1], *(word for k in ks for word in (f"k = {k}", "published")), "seeds")]
+    for recipe, data, model, estimator in sorted({cell[:-1] for cell in found}, key=in_order):
+        ours = [found.get((recipe, data, model, estimator, k)) for k in ks]
+        theirs = [figure(data, model, estimator, k) for k in ks]
+        words = [(str(mean or "-"), "-" if math.isnan(paper) else f"{paper:.2f}") for mean, paper in zip(ours, theirs)]
+        seeds = ", ".join(str(mean.n) for mean in ours if mean)
+        lines.append((recipe, data, model, label(estimator), *(word for pair in words for word in pair), seeds))
+    return lines
+
+
+def in_order(cell: tuple[str, str, str, str]) -> tuple:
+    """Sort by recipe, data set and model, and estimators as their table has them."""
+    recipe, data, model, estimator = cell
+    return list(RECIPES).index(recipe), data, model, list(ESTIMATORS).index(estimator)
+
+
 def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
-    """Draw what each estimator gains on the total derivative, beside what was published."""
-    found = {key: gain for key, gain in gains(rows).items() if key[2] == "paper"}
-    ax = figure.add_subplot()
-    for place, ((data, model, _, k, estimator), gain) in enumerate(found.items()):
-        error = gain.standard_error if gain.n > 1 else 0
-        ax.errorbar(gain.mean, place, xerr=2 * error, fmt="o", color="C0", label="ours" if place == 0 else None)
-        path, total = (PUBLISHED.get((data, layers_of(model), name)) for name in (estimator, PAIRS[estimator]))
-        if path and k in KS:
-            published = total[KS.index(k)] - path[KS.index(k)]
-            ax.plot(published, place, "x", color="k", label="published" if place == 0 else None)
-    names = [f"{data} {model} {estimator} k={k}" for data, model, _, k, estimator in found]
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.axvline(0, color="k", lw=0.8)
-    ax.set(xlabel="nats gained on the total derivative")
-    ax.legend()
+    """Draw what each estimator gains on the total derivative (±2 s.e.), a panel for each data set and model."""
+    found = {key[1:]: gain for key, gain in gains(rows).items() if key[0] == "paper"}
+    sets, models, ks = (sorted({key[i] for key in found}) for i in (0, 1, 3))
+    axes = figure.subplots(len(sets), len(models), sharex=True, sharey="row", squeeze=False)
+    for (data, model), ax in zip(itertools.product(sets, models), axes.flat, strict=True):
+        for shift, estimator in zip((-0.15, 0, 0.15), PAIRS, strict=True):
+            have = [k for k in ks if (data, model, estimator, k) in found]
+            ours = [found[data, model, estimator, k] for k in have]
+            places = [ks.index(k) + shift for k in have]
+            errors = [2 * gain.standard_error if gain.n > 1 else 0 for gain in ours]
+            theirs = [published_gain(data, model, estimator, k) for k in have]
+            look = plots.LOOKS[estimator]
+            face = "white" if estimator == "iwae-path" else look.color
+            style = look.points(linestyle="", markerfacecolor=face)
+            ax.errorbar(places, [gain.mean for gain in ours], yerr=errors, **style)
+            ax.plot(places, theirs, "kx", label="published")
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_title(f"{data}, {model}", fontsize="medium")
+        ax.set(xticks=range(len(ks)), xticklabels=ks, xlim=(-0.5, len(ks) - 0.5))
+    for ax in axes[-1]:
+        ax.set_xlabel("k")
+    figure.supylabel("nats gained on total", fontsize="medium")
+    legend = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
 
 
 # --- Figure 1: a 100-dimensional Gaussian fitted to another ---------------------------------------------------------------
