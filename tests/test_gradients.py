@@ -97,6 +97,17 @@ def test_the_size_of_the_batches_does_not_matter():
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("block", [1, 30, 90])
+def test_the_size_of_the_blocks_does_not_matter(monkeypatch, block):
+    """Blocks of one, three and all nine coordinates of ten draws."""
+    draws = torch.randn(10, 9, generator=seeded(), dtype=DTYPE)
+    whole = Moments().add(draws)
+    monkeypatch.setattr(gradients, "BLOCK", block)
+    parts = Moments().add(draws)
+    torch.testing.assert_close(parts.powers, whole.powers, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.norms, whole.norms, rtol=1e-12, atol=0)
+
+
 def test_single_precision_draws_far_from_zero_keep_their_variance():
     draws = 1000 + torch.randn(4096, 1, generator=seeded())
     moments = Moments()

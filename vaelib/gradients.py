@@ -46,6 +46,8 @@ ROWS = 8192
 """Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
 GRADIENTS = 2**22
 """Numbers in the gradients (draws x P) that are kept at once; bounds the memory, whatever the number of weights."""
+BLOCK = 2**18
+"""Numbers of a batch that go into the moments at once, so that the powers of them stay in the cache."""
 LOOP_FROM = 2**16
 """Weights from which one backward pass a draw is faster than ``vmap`` over draws (measured on two cores)."""
 
@@ -71,18 +73,21 @@ class Moments:
 
     def add(self, draws: Tensor) -> Moments:
         """Take in ``draws`` ``[S, P]`` and return the moments themselves."""
-        draws = draws.detach().double()
+        draws = draws.detach()
         if self.count == 0:
-            self.anchor = draws.mean(0)
-            self.powers, self.norms = draws.new_zeros(4, draws.shape[1]), draws.new_zeros(2)
-        shifted = draws - self.anchor
-        power = shifted.clone()
-        for order in range(4):
-            self.powers[order] += power.sum(0)
-            if order == 1:
-                norms = power.sum(1)
-                self.norms += torch.stack([norms.sum(), norms.square().sum()])
-            power *= shifted
+            self.anchor = draws.double().mean(0)
+            self.powers, self.norms = (self.anchor.new_zeros(shape) for shape in ((4, draws.shape[1]), (2,)))
+        norms = self.norms.new_zeros(len(draws))
+        width = max(1, BLOCK // len(draws))
+        for block, anchor, powers in zip(*(t.split(width, -1) for t in (draws, self.anchor, self.powers)), strict=True):
+            shifted = block.double() - anchor
+            power = shifted.clone()
+            for order in range(4):
+                powers[order] += power.sum(0)
+                if order == 1:
+                    norms += power.sum(1)
+                power *= shifted
+        self.norms += torch.stack([norms.sum(), norms.square().sum()])
         self.count += len(draws)
         return self
 
@@ -396,8 +401,8 @@ def _of_weights(*parts: str) -> Callable[..., PerDraw]:
                 networks.zero_grad()
                 draw = map_latent(lambda e, s=s: e[s], eps)
                 objectives.backward(estimator, networks["joint"], networks["encoder"], x, draw)
-                rows.append(-torch.cat([_grad(p).flatten() for p in wanted]))
-            return torch.stack(rows)
+                rows.append(torch.cat([_grad(p).flatten() for p in wanted]))
+            return torch.stack(rows).neg_()
 
         recurrent = any(isinstance(part, nn.RNNBase) for part in networks.modules())  # no rule in vmap
         return PerDraw(one_by_one if recurrent or size >= LOOP_FROM else side_by_side, size)
