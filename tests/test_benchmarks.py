@@ -130,6 +130,11 @@ def test_bad_options(argv, capsys):
     assert "error:" in capsys.readouterr().err
 
 
+def rows_of(name):
+    with open(ROOT / "results" / f"benchmark-{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 README_ROWS = {
     "floor": ("floor", None),
     "NumPyro": ("NumPyro", "iwae"),
@@ -150,14 +155,12 @@ PAGE_ROWS = {
 @pytest.mark.parametrize("name", PAGE_ROWS)
 def test_the_page_on_speed_quotes_what_was_measured(name):
     page = (ROOT / "book/speed.md").read_text("utf-8")
-    with open(ROOT / "results" / f"benchmark-{name}.csv", newline="") as file:
-        expected = [PAGE_ROWS[name](row) for row in csv.DictReader(file)]
+    expected = [PAGE_ROWS[name](row) for row in rows_of(name)]
     assert any(expected) and all(cells in page for cells in expected if cells)
 
 
 def test_the_readme_quotes_the_measured_ratios():
-    with open(ROOT / "results/benchmark-steps.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("steps")
     quoted = re.findall(r"^\| (floor|NumPyro|vaelib|pythae|Pyro)\b[^|]*\|(.*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert [name for name, _ in quoted] == list(README_ROWS)
     for name, cells in quoted:
@@ -170,6 +173,22 @@ def test_the_readme_quotes_the_measured_ratios():
             ]
             low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
             assert cell.strip() == (low if len(ratios) == 1 else f"{low} to {high}"), (name, k)
+
+
+def test_the_readme_quotes_what_was_measured_elsewhere():
+    compiled = [float(row["ratio_to_plain"]) for row in rows_of("compiled") if row["way"] == "compiled"]
+    digits, burda = (float(row["ratio_to_alone"]) for row in rows_of("stacked") if row["seeds"] == "8" and row["threads"] == "1")
+    few, many = (float(row["times_the_loop"]) for row in rows_of("gradient-lab") if row["way"] == "laboratory")
+    at_once, streamed, _ = rows_of("log-likelihood")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for quoted in (
+        f"takes {min(compiled):.2f} to {max(compiled):.2f} of the plain loop",
+        f"digits {digits:.1f} times the time of one seed, 784-200-200-50 {burda:.1f} times",
+        f"{few:.0f} times as many a second as a loop for 100 parameters, {many:.1f} times for 217,300",
+        f"{float(streamed['peak_mb']):.0f} MB instead of {float(at_once['peak_mb']):.0f} MB",
+        f"{float(streamed['ratio_to_at_once']):.2f} of the time |",
+    ):
+        assert quoted in readme
 
 
 # --- lagging: the LSTM and the PixelCNN beside the same models as published
