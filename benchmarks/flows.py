@@ -11,28 +11,20 @@ peak of what autograd keeps for a backward pass, without the parameters, counted
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from steps import ROOT, provenance, write
+from rounds import clock, finish, ratios, spread, take_turns
+from steps import ROOT
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vaelib import objectives
 from vaelib.estimators import ESTIMATORS
 from vaelib.flows import AffineCoupling, FlowEncoder, StandardNormal
 from vaelib.posteriors import standard_normal_log_prob
 
-COLUMNS = (
-    "method,depth,dim,hidden,draws,threads,rounds,ms_median,ms_min,ms_max,ratio_to_total,ratio_min,ratio_max,"
-    "graph_mb,graph_ratio,machine,python,torch,date,code"
-).split(",")
 DIM, DRAWS, LAYERS = 32, 256, 2
 TOLERANCE = 1e-5
 
@@ -124,23 +116,15 @@ def measure(depth: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ours, theirs = (gradient(encoders[name]) for name in list(METHODS)[1:])
     if not (error := (ours - theirs).norm() / ours.norm()) <= TOLERANCE:
         raise SystemExit(f"the two path gradients differ by {error:.1e} at depth {depth}")
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
-    for number in tqdm(range(-2, arguments.rounds), desc=f"depth {depth}", unit="round", file=sys.stderr):
-        for name, take in takes.items():
-            encoders[name].zero_grad()
-            start = time.process_time()
-            take()
-            if number >= 0:  # the first rounds warm up
-                times[name].append(1e3 * (time.process_time() - start))
+    times = take_turns(takes, arguments.rounds, clock(1), f"depth {depth}", lambda name: encoders[name].zero_grad())
     records = []
     for name, mine in times.items():
-        ratios = [a / b for a, b in zip(mine, times["total"], strict=True)]
-        found = {"ms_median": median(mine), "ms_min": min(mine), "ms_max": max(mine)}
-        found |= {"ratio_to_total": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-        found |= {"graph_mb": memory[name], "graph_ratio": memory[name] / memory["total"]}
         settings = {"method": name, "depth": depth, "dim": DIM, "hidden": "x".join([str(arguments.hidden)] * LAYERS)}
         settings |= {"draws": DRAWS, "threads": 1, "rounds": arguments.rounds}
-        records.append(settings | {key: f"{value:.4f}" for key, value in found.items()} | provenance())
+        settings |= spread("ms", [1e3 * seconds for seconds in mine])
+        settings |= spread("ratio_to_total", ratios(mine, times["total"]))
+        settings |= {"graph_mb": f"{memory[name]:.4f}", "graph_ratio": f"{memory[name] / memory['total']:.4f}"}
+        records.append(settings)
     return records
 
 
@@ -154,13 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    records = [record for depth in arguments.depth for record in measure(depth, arguments)]
-    write(arguments.output, records, COLUMNS)
-    print(f"{'method':22}{'depth':>6}{'ms':>10}{'x total':>10}{'graph MB':>12}{'x total':>10}")
-    for r in records:
-        cells = (float(r[key]) for key in ("ms_median", "ratio_to_total", "graph_mb", "graph_ratio"))
-        print(f"{r['method']:22}{r['depth']:6}" + "{:10.2f}{:10.2f}{:12.2f}{:10.2f}".format(*cells))
-    print(f"\nWritten: {os.path.relpath(arguments.output)}")
+    finish(arguments.output, [record for depth in arguments.depth for record in measure(depth, arguments)])
 
 
 if __name__ == "__main__":

@@ -22,12 +22,17 @@ def clock(threads: int) -> Callable[[], float]:
 
 
 def take_turns(
-    contestants: Mapping[Key, Callable[[], Any]], rounds: int, now: Callable[[], float], what: str
+    contestants: Mapping[Key, Callable[[], Any]],
+    rounds: int,
+    now: Callable[[], float],
+    what: str,
+    before: Callable[[Key], Any] = lambda key: None,
 ) -> dict[Key, list[float]]:
-    """Return the seconds that each took in each round; a first round warms up."""
+    """Return the seconds that each took in each round, without what is done ``before``; a first round warms up."""
     times: dict[Key, list[float]] = {key: [] for key in contestants}
     for number in tqdm(range(-1, rounds), desc=what, unit="round", file=sys.stderr):
         for key, work in contestants.items():
+            before(key)
             start = now()
             work()
             if number >= 0:

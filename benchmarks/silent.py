@@ -11,27 +11,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from steps import ROOT, provenance, write
+from rounds import clock, finish, ratios, spread, take_turns
+from steps import ROOT
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vaelib import discrete, models, objectives, silent
 from vaelib.estimators import ESTIMATORS
 from vaelib.posteriors import DiagonalGaussian
 
-COLUMNS = (
-    "posterior,estimator,k,latent,pixels,batch,threads,steps,rounds,ms_median,ms_min,ms_max,ratio_to_one_draw,"
-    "ratio_min,ratio_max,machine,python,torch,date,code"
-).split(",")
 PIXELS = 784
 CHECKS, SIGMAS = 200, 5.0
 
@@ -105,34 +98,30 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     joint, encoder, x = build(kind, arguments.latent, arguments.batch_size)
     if not (error := disagreement(joint, encoder, x)) <= SIGMAS:
         raise SystemExit(f"the silent ELBO of {name} is {error:.1f} standard errors from the mean of draws")
-    takes: dict[tuple[str, int], Callable[[], Any]] = {
-        ("elbo-silent", 0): lambda: objectives.backward(silent.ELBO, joint, encoder, x, None)
+    generator, steps = torch.Generator().manual_seed(2), range(arguments.steps)
+
+    def exact() -> None:
+        for _ in steps:
+            objectives.backward(silent.ELBO, joint, encoder, x, None)
+
+    def drawn(estimator: str, k: int) -> None:
+        for _ in steps:
+            objectives.backward(NAMES[estimator], joint, encoder, x, encoder.noise(k, x, generator))
+
+    def zero(key: tuple[str, int]) -> None:
+        joint.zero_grad(), encoder.zero_grad()
+
+    contestants = {("elbo-silent", 0): exact} | {
+        (estimator, k): partial(drawn, estimator, k) for estimator in kind.estimators for k in arguments.k
     }
-    generator = torch.Generator().manual_seed(2)
-    for estimator in kind.estimators:
-        for k in arguments.k:
-
-            def take(row=NAMES[estimator], k=k) -> None:
-                objectives.backward(row, joint, encoder, x, encoder.noise(k, x, generator))
-
-            takes[estimator, k] = take
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in takes}
-    for number in tqdm(range(-2, arguments.rounds), desc=name, unit="round", file=sys.stderr):
-        for key, take in takes.items():
-            joint.zero_grad(), encoder.zero_grad()
-            start = time.process_time()
-            for _ in range(arguments.steps):
-                take()
-            if number >= 0:  # the first rounds warm up
-                times[key].append(1e3 * (time.process_time() - start) / arguments.steps)
+    times = take_turns(contestants, arguments.rounds, clock(1), name, zero)
     records = []
     for (estimator, k), mine in times.items():
-        ratios = [a / b for a, b in zip(mine, times[kind.estimators[0], arguments.k[0]], strict=True)]
-        found = {"ms_median": median(mine), "ms_min": min(mine), "ms_max": max(mine)}
-        found |= {"ratio_to_one_draw": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
         settings = {"posterior": name, "estimator": estimator, "k": k, "latent": arguments.latent, "pixels": PIXELS}
         settings |= {"batch": arguments.batch_size, "threads": 1, "steps": arguments.steps, "rounds": arguments.rounds}
-        records.append(settings | {key: f"{value:.4f}" for key, value in found.items()} | provenance())
+        settings |= spread("ms", [1e3 * seconds / arguments.steps for seconds in mine])
+        settings |= spread("ratio_to_one_draw", ratios(mine, times[kind.estimators[0], arguments.k[0]]))
+        records.append(settings)
     return records
 
 
@@ -149,13 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    records = [record for name in KINDS for record in measure(name, arguments)]
-    write(arguments.output, records, COLUMNS)
-    print(f"{'posterior':12}{'estimator':24}{'k':>4}{'ms':>10}{'x one draw':>12}")
-    for r in records:
-        cells = (float(r[key]) for key in ("ms_median", "ratio_to_one_draw"))
-        print(f"{r['posterior']:12}{r['estimator']:24}{r['k']:4}" + "{:10.3f}{:12.2f}".format(*cells))
-    print(f"\nWritten: {os.path.relpath(arguments.output)}")
+    finish(arguments.output, [record for name in KINDS for record in measure(name, arguments)])
 
 
 if __name__ == "__main__":
