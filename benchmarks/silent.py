@@ -98,23 +98,23 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     joint, encoder, x = build(kind, arguments.latent, arguments.batch_size)
     if not (error := disagreement(joint, encoder, x)) <= SIGMAS:
         raise SystemExit(f"the silent ELBO of {name} is {error:.1f} standard errors from the mean of draws")
-    generator, steps = torch.Generator().manual_seed(2), range(arguments.steps)
-
-    def exact() -> None:
-        for _ in steps:
-            objectives.backward(silent.ELBO, joint, encoder, x, None)
+    generator = torch.Generator().manual_seed(2)
 
     def drawn(estimator: str, k: int) -> None:
-        for _ in steps:
-            objectives.backward(NAMES[estimator], joint, encoder, x, encoder.noise(k, x, generator))
+        objectives.backward(NAMES[estimator], joint, encoder, x, encoder.noise(k, x, generator))
 
-    def zero(key: tuple[str, int]) -> None:
+    takes: dict[tuple[str, int], Callable[[], Any]] = {
+        ("elbo-silent", 0): lambda: objectives.backward(silent.ELBO, joint, encoder, x, None)
+    }
+    takes |= {(estimator, k): partial(drawn, estimator, k) for estimator in kind.estimators for k in arguments.k}
+    contestants = {key: (lambda take=take: [take() for _ in range(arguments.steps)]) for key, take in takes.items()}
+
+    def before(key: tuple[str, int]) -> None:
+        """Take one gradient, for the memory that the contestant before it gave back; then forget it."""
+        takes[key]()
         joint.zero_grad(), encoder.zero_grad()
 
-    contestants = {("elbo-silent", 0): exact} | {
-        (estimator, k): partial(drawn, estimator, k) for estimator in kind.estimators for k in arguments.k
-    }
-    times = take_turns(contestants, arguments.rounds, clock(1), name, zero)
+    times = take_turns(contestants, arguments.rounds, clock(1), name, before)
     records = []
     for (estimator, k), mine in times.items():
         settings = {"posterior": name, "estimator": estimator, "k": k, "latent": arguments.latent, "pixels": PIXELS}
