@@ -415,3 +415,26 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
         cli.main(["experiment", "show", "stl-figure-1", "--results", str(tmp_path), "--figure", str(tmp_path / "a.png")])
     out = capsys.readouterr().out
     assert "preset smoke, cpu" in out and "elbo-path" in out and "1.25" in out and (tmp_path / "a.png").exists()
+
+
+def test_the_list_says_what_is_done_and_how_long_it_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grid, "default_jobs", lambda device: 4)
+    first, _ = FIGURE_1.tasks("smoke")
+    results.add(FIGURE_1, first, results.as_rows([Measured("kl", 1.25, at=0)], 1.0, "cpu"), tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["experiment", "list", "--results", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert [line for line in lines if not line.startswith(" ")] == list(experiments.EXPERIMENTS)
+    at = lines.index("stl-figure-1")
+    assert lines[at + 2 : at + 4] == [
+        "    smoke: 2 runs, 1 done; 6 seconds of one core, 2 seconds here",
+        "    short: 20 runs, 0 done; 60 seconds of one core, 15 seconds here",
+    ]
+
+
+@pytest.mark.parametrize(
+    "minutes, words", [(0.5, "30 seconds"), (2, "2 minutes"), (119, "119 minutes"), (120, "2 hours"), (2880, "2 days")]
+)
+def test_durations(minutes, words):
+    assert cli.duration(minutes) == words

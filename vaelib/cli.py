@@ -278,15 +278,26 @@ ResultsFolder = Annotated[Path, typer.Option("--results", help="The folder of th
 
 
 @experiment_app.command("list")
-def list_experiments() -> None:
-    """List the experiments: what each reproduces, and its presets with their runs and hours of one core."""
-    from vaelib.experiments import EXPERIMENTS, find
+def list_experiments(results: ResultsFolder = Path("results")) -> None:
+    """List the experiments: what each reproduces, and its presets with their runs and the time they take.
 
+    \b
+    done    runs whose results are in the folder already
+    here    all runs together, on all cores of this machine
+    """
+    from vaelib.experiments import EXPERIMENTS, find
+    from vaelib.experiments.grid import default_jobs
+    from vaelib.experiments.results import finished
+
+    jobs = default_jobs("cpu")
     for name in EXPERIMENTS:
         experiment = find(name)
         typer.echo(f"{name}\n    {experiment.reproduces}")
+        have = finished(experiment, results)
         for preset, size in experiment.presets.items():
-            typer.echo(f"    {preset}: {size.runs} runs, {duration(size.minutes)} of one core")
+            done = sum(task.key in have for task in experiment.tasks(preset))
+            time = f"{duration(size.minutes)} of one core, {duration(size.minutes / jobs)} here"
+            typer.echo(f"    {preset}: {size.runs} runs, {done} done; {time}")
 
 
 @experiment_app.command("run")
@@ -382,8 +393,10 @@ def show_experiment(
 
 
 def duration(minutes: float) -> str:
-    """Return "20 minutes" or "3 hours"."""
-    return f"{minutes:g} minutes" if minutes < 90 else f"{minutes / 60:,.0f} hours"
+    """Return a time in the largest unit of which there are two, such as "30 seconds", "90 minutes" or "3 hours"."""
+    units = {"days": 24 * 60, "hours": 60, "minutes": 1, "seconds": 1 / 60}
+    unit = next((name for name, size in units.items() if minutes >= 2 * size), "seconds")
+    return f"{minutes / units[unit]:.0f} {unit}"
 
 
 def parse_size(text: str) -> tuple[str, int]:
