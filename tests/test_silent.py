@@ -606,7 +606,7 @@ def test_the_benchmark_writes_what_it_says(benchmark, tmp_path, capsys):
         torch.set_num_threads(threads), torch.set_flush_denormal(False)
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == benchmark.COLUMNS
+    assert {"ms", "ratio_to_one_draw", "load", "code"} <= set(rows[0])
     assert [row["k"] for row in rows if row["estimator"] == "elbo-silent"] == ["0"] * len(benchmark.KINDS)
     assert len(rows) == sum(1 + 2 * len(kind.estimators) for kind in benchmark.KINDS.values())
 
