@@ -385,6 +385,25 @@ def test_table_2_sets_ours_beside_the_published_figures(tmp_path):
     assert crosses == [pytest.approx(0.32)] * 2
 
 
+def test_a_table_2_that_is_not_complete_is_shown(tmp_path):
+    """With five draws there is the total derivative alone: its column stays, and the gains have none there."""
+    experiment = stl.EXPERIMENTS["stl-table-2"]
+
+    def add(estimator, k, nll):
+        task = Task("stl-table-2", "short", stl.cell("mnist", "mlp-1", estimator, k, 40, 1000), 0)
+        results.add(experiment, task, results.as_rows([Measured("nll", nll)], 1.0, "cpu"), tmp_path)
+        return experiments.load("stl-table-2", "short", tmp_path)
+
+    rows = add("elbo-total", 1, 92.0)
+    assert len(experiment.table(rows)) == 2
+    with pytest.raises(InputError, match="nothing to draw yet"):
+        experiment.figure(rows, Figure())
+    add("elbo-path", 1, 91.5)
+    lines = experiment.table(add("elbo-total", 5, 91.0))
+    assert lines[-1][3:] == ("elbo-total - elbo-path", "0.50", "0.36", "-", "0.14", "1")
+    assert {len(line) for line in lines} == {9} and str(experiments.Table(lines))
+
+
 def test_the_figures_are_drawn(tmp_path):
     where = {"results_folder": tmp_path, "runs_folder": tmp_path / "runs"}
     for name in ("stl-figure-1", "stl-figure-3"):

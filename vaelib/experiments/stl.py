@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vaelib import gradients, objectives, plots, runs
 from vaelib.config import Config
+from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
 from vaelib.experiments.results import Summary, over_seeds, summarise
@@ -166,27 +167,37 @@ def table_2(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def table_of_nll(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Return -log p(x) in nats, ours (mean and standard error over seeds) beside the published figure."""
-    return beside_published(over_seeds(rows, "nll", KEY), published, str)
+    return beside_published(over_seeds(rows, "nll", KEY), draws(rows), published, str)
 
 
 def table_of_gains(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Return the nats gained on the total derivative, ours beside the difference of the published figures."""
-    return beside_published(gains(rows), published_gain, lambda estimator: f"{PAIRS[estimator]} - {estimator}")
+    return beside_published(
+        gains(rows), draws(rows), published_gain, lambda estimator: f"{PAIRS[estimator]} - {estimator}"
+    )
+
+
+def draws(rows: Sequence[Row]) -> list[int]:
+    """Return the numbers of draws k that there are rows of."""
+    return sorted({row["k"] for row in rows})
 
 
 def beside_published(
-    found: Mapping[tuple, Summary], figure: Callable[..., float], label: Callable[[str], str]
+    found: Mapping[tuple, Summary], ks: Sequence[int], figure: Callable[..., float], label: Callable[[str], str]
 ) -> list[tuple[str, ...]]:
     """Return a line for each recipe, data set, model and estimator: ours and the paper's for each k, and the seeds."""
-    ks = sorted({k for *_, k in found})
     lines = [(*KEY[:-1], *(word for k in ks for word in (f"k = {k}", "published")), "seeds")]
     for recipe, data, model, estimator in sorted({cell[:-1] for cell in found}, key=in_order):
         ours = [found.get((recipe, data, model, estimator, k)) for k in ks]
         theirs = [figure(data, model, estimator, k) for k in ks]
-        words = [(str(mean or "-"), "-" if math.isnan(paper) else f"{paper:.2f}") for mean, paper in zip(ours, theirs)]
+        pairs = zip(map(str, (mean or "-" for mean in ours)), map(in_nats, theirs), strict=True)
         seeds = ", ".join(str(mean.n) for mean in ours if mean)
-        lines.append((recipe, data, model, label(estimator), *(word for pair in words for word in pair), seeds))
+        lines.append((recipe, data, model, label(estimator), *itertools.chain(*pairs), seeds))
     return lines
+
+
+def in_nats(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def in_order(cell: tuple[str, str, str, str]) -> tuple:
@@ -198,6 +209,8 @@ def in_order(cell: tuple[str, str, str, str]) -> tuple:
 def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
     """Draw what each estimator gains on the total derivative (±2 s.e.), a panel for each data set and model."""
     found = {key[1:]: gain for key, gain in gains(rows).items() if key[0] == "paper"}
+    if not found:
+        raise InputError("nothing to draw yet: no estimator has run with the seed and cell of its total derivative")
     sets, models, ks = (sorted({key[i] for key in found}) for i in (0, 1, 3))
     axes = figure.subplots(len(sets), len(models), sharex=True, sharey="row", squeeze=False)
     for (data, model), ax in zip(itertools.product(sets, models), axes.flat, strict=True):
