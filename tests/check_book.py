@@ -219,18 +219,12 @@ def repeated_figures(notebooks: dict[str, object]) -> list[str]:
 
 
 def dangling_links(package: Path, book: Path) -> list[str]:
-    """Docstrings of ``package`` that say "Introduced in book/NN-name.ipynb" of a chapter that does not mention them.
-
-    A chapter that the map in ``index.md`` calls "in preparation" cannot mention anything yet.
-    """
+    """Docstrings of ``package`` that say "Introduced in book/NN-name.ipynb" of a chapter that does not mention them."""
     found = []
-    coming = re.findall(r"^\| (\d+) \|.*in preparation", (book / "index.md").read_text("utf-8"), re.MULTILINE)
     for module in sorted(package.rglob("*.py")):
         for names, docstring in docstrings(ast.parse(module.read_text("utf-8")), (module.stem,)):
             for chapter in LINK.findall(docstring or ""):
                 who = f"{module.relative_to(package)}: {'.'.join(names[1:]) or 'the module'}"
-                if not (book / chapter).exists() and str(int(chapter[:2])) in coming:
-                    continue
                 if not (book / chapter).exists():
                     found.append(f"{who} points at {chapter}, which does not exist")
                 elif not any(mentions(book / chapter, name) for name in names[1:] or names):

@@ -307,7 +307,9 @@ def bias_test(
 
     With :math:`d_s = g_s - g'_s` for each draw, :math:`t_p = \bar d_p / (\hat\sigma[d_p] / \sqrt S)` in each of the
     P coordinates; a t beyond the normal quantile of ``error_rate / P`` means bias. What the two share cancels, so
-    this sees much smaller biases than two separate means. The quantile is for many draws (1,000 and more).
+    this sees much smaller biases than two separate means. The quantile is for many draws (1,000 and more), and
+    for events that are drawn many times: a coordinate that moves once in a million draws has no standard error to
+    go by, and an unbiased row may be accused there ("Where it breaks" in book/07-choosing.ipynb).
     Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
 
     Parameters

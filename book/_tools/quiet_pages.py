@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,9 @@ def without_thebe(scripts: list[Any]) -> list[Any]:
     return [script for script in scripts if "thebe" not in f"{script.filename} {script.attributes}".lower()]
 
 
-def linked_chapters(line: str, documents: Collection[str]) -> str:
-    """A line of a docstring with "book/01-name.ipynb" made a link to that chapter, if it is written."""
-
-    def link(found: re.Match) -> str:
-        document = f"book/{found[1]}"
-        return f":doc:`/{document}`" if document in documents else f"chapter {int(found[1][:2])} (in preparation)"
-
-    return _CHAPTER.sub(link, line)
+def linked_chapters(line: str) -> str:
+    """A line of a docstring with "book/01-name.ipynb" made a link to that chapter."""
+    return _CHAPTER.sub(r":doc:`/book/\1`", line)
 
 
 def examples_as_code(lines: list[str]) -> list[str]:
@@ -73,7 +67,7 @@ def _write_api(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def _prepare_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [linked_chapters(line, app.env.found_docs) for line in examples_as_code(lines)]
+    lines[:] = [linked_chapters(line) for line in examples_as_code(lines)]
 
 
 def _copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
