@@ -48,6 +48,8 @@ def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
 def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     r"""Return the exact :math:`\log p(x) = \log \sum_z p(x, z)`, ``[B]``; q (or ``joint.prior``) says what z can be.
 
+    Introduced in book/07-choosing.ipynb.
+
     Raises
     ------
     InputError

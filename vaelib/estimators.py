@@ -248,6 +248,7 @@ def every() -> dict[str, Estimator | LossEstimator]:
 
     The tableau is :data:`ESTIMATORS`; beside it are the silent gradient and what :mod:`vaelib.discrete` adds for
     discrete latents. Training, the laboratory and the command line look a name up here.
+    Introduced in book/03-silent-gradients.ipynb.
     """
     from vaelib import discrete  # here, since it stands on this file
 

@@ -355,7 +355,7 @@ class FactorisedBernoulli:
 
     The probabilities are :math:`\pi = \operatorname{sigmoid}(l)`. A sample is :math:`z_d = 1[\varepsilon_d > 1 - \pi_d]` for
     uniform :math:`\varepsilon`: a step, without a derivative. The antithetic sample of the same noise is that of
-    :math:`1 - \varepsilon`. Without a batch axis it serves as a prior.
+    :math:`1 - \varepsilon`. Without a batch axis it serves as a prior. Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -423,7 +423,7 @@ class OneHotCategorical:
 
     With :math:`\pi_g = \operatorname{softmax}(l_g)`, a sample picks the class of the largest :math:`l_{gc} + G_{gc}` for
     Gumbel variables :math:`G = -\log(-\log\varepsilon)` made of uniform noise. Without a batch axis it serves as a
-    prior.
+    prior. Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
