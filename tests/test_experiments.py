@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,7 +260,8 @@ def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
 def command(tmp_path, *arguments) -> subprocess.Popen:
     folders = ("--results", tmp_path / "results", "--runs", tmp_path / "runs", "--device", "cpu")
     words = [sys.executable, "-m", "vaelib", "experiment", "run", *map(str, (*arguments, *folders))]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def test_two_grids_at_once_share_the_work(tmp_path):
