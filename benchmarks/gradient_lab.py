@@ -44,7 +44,9 @@ def loop(wrt: str, model: nn.Module, x: torch.Tensor, draws: int, generator: tor
     return torch.stack(found).var(0).sum().item()
 
 
-def laboratory(wrt: str, model: nn.Module, x: torch.Tensor, draws: int, generator: torch.Generator) -> gradients.Moments:
+def laboratory(
+    wrt: str, model: nn.Module, x: torch.Tensor, draws: int, generator: torch.Generator
+) -> gradients.Moments:
     """Return what the laboratory finds."""
     return gradients.measure([ROW], model.joint, model.encoder, x, draws=draws, wrt=wrt, generator=generator)[ROW]
 

@@ -1,8 +1,9 @@
 """Measure whose gradients stick the landing: the variance of each library's gradient at the exact posterior.
 
-The model is p(z) = N(0, 1), p(x given z) = N(z, 1) with x = 2, and q is the posterior N(1, 1/2), so the mean gradient in
-(m, log sigma) is zero. Exact variances, both parameters together: 4 for the total derivative, 1.5 with the divergence
-from the prior in closed form, 0 for the path gradient. Nothing is timed. Runs in the environment of ``make bench``.
+The model is p(z) = N(0, 1), p(x given z) = N(z, 1) with x = 2, and q is the posterior N(1, 1/2), so the mean gradient
+in (m, log sigma) is zero. Exact variances, both parameters together: 4 for the total derivative, 1.5 with the
+divergence from the prior in closed form, 0 for the path gradient. Nothing is timed. Runs in the environment of
+``make bench``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Measure time and peak memory of log p(x) by importance sampling, streamed and with all weights at once.
 
-vaelib.evaluation.log_likelihood, in chunks of 20 and of 100 draws, against the plain way that sends all draws through the
-decoder in one call and takes one log-sum-exp; the 784-200-200-50 model of Burda et al., float32. The values must first
-agree within their own Monte Carlo error. Times are taken in turns, on one thread, by the process's own time. Memory is
-the rise of the largest resident set of a fresh process while it does the work once.
+vaelib.evaluation.log_likelihood, in chunks of 20 and of 100 draws, against the plain way that sends all draws through
+the decoder in one call and takes one log-sum-exp; the 784-200-200-50 model of Burda et al., float32. The values must
+first agree within their own Monte Carlo error. Times are taken in turns, on one thread, by the process's own time.
+Memory is the rise of the largest resident set of a fresh process while it does the work once.
 """
 
 from __future__ import annotations

@@ -147,6 +147,7 @@ def plain(row: str, k: int, problem: Problem) -> Contestant:
 @library("vaelib", "vaelib", our_rows)
 def ours(row: str, k: int, problem: Problem) -> Contestant:
     import torch
+
     from vaelib import models, objectives
     from vaelib.estimators import ESTIMATORS
     from vaelib.training import train_step
@@ -296,7 +297,7 @@ def numpyro_svi(row: str, k: int, problem: Problem) -> Contestant:
 
 @library("pythae", "pythae", lambda k: {"elbo-kl": "elbo", "iwae": "iwae"} if k == 1 else {"iwae": "iwae"})
 def pythae_model(row: str, k: int, problem: Problem) -> Contestant:
-    """pythae's ``VAE`` (one draw, the KL in closed form) or ``IWAE``, in a bare loop without its trainer's callbacks."""
+    """pythae's ``VAE`` (one draw, KL in closed form) or ``IWAE``, in a bare loop without its trainer's callbacks."""
     import torch
     from plain import PlainVAE
     from pythae.models import IWAE, VAE, IWAEConfig, VAEConfig

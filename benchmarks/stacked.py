@@ -1,9 +1,10 @@
 """Measure what a training step of S seeds costs as one stacked model, against one seed alone.
 
 A step is all of it: data order, dynamic binarisation, noise, forward, backward, fused Adam; elbo-path, float32, batches
-of 20. Two models: the running example's (64-50-50-8, digits) and that of Burda et al. (784-200-200-50, images of MNIST's
-size). Stacks and the single training are timed in turns, round after round; a ratio is taken within each round. On one
-thread the time is the process's own. "throughput" is S over the ratio: how many times the steps a second of one seed.
+of 20. Two models: the running example's (64-50-50-8, digits) and that of Burda et al. (784-200-200-50, images of
+MNIST's size). Stacks and the single training are timed in turns, round after round; a ratio is taken within each round.
+On one thread the time is the process's own. "throughput" is S over the ratio: how many times the steps a second of one
+seed.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def problem(batch_size: int, threads: int) -> Problem:
     import torch
     import torch.nn.functional as F
     from sklearn.datasets import load_digits
+
     from vaelib import models
 
     digits = torch.as_tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)
@@ -62,6 +63,7 @@ def reference(objective: str, x: np.ndarray, eps: np.ndarray, parameters: list[n
     """Return our loss and gradient: of a bound, of the KL form, or of pythae's IWAE, which reports sum w log w."""
     import torch
     from peers import load, take_gradient
+
     from vaelib import bounds, models, objectives
     from vaelib.estimators import ESTIMATORS
 

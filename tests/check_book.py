@@ -254,7 +254,8 @@ def macros_apart(config: str, notation: str) -> list[str]:
         found[1]: found[2].count("{") for found in re.finditer(r"^\| `\\(\w+)((?:\{\w+\})*)`", section, re.MULTILINE)
     }
     return [
-        f"\\{name}: {arity.get(name, 'not defined')} arguments in _config.yml, {listed.get(name, 'not listed')} in the notation"
+        f"\\{name}: {arity.get(name, 'not defined')} arguments in _config.yml, "
+        f"{listed.get(name, 'not listed')} in the notation"
         for name in sorted(arity.keys() | listed.keys())
         if arity.get(name) != listed.get(name)
     ]

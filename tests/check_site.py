@@ -20,10 +20,13 @@ REMOTE = re.compile(r"^\s*(?:https?:|wss?:)?//", re.IGNORECASE)
 REMOTE_IN_CSS = re.compile(r"""(?:@import\s+|url\(\s*)(?:url\(\s*)?["']?\s*(?:https?:)?//""", re.IGNORECASE)
 REMOTE_IN_SCRIPT = re.compile(r"""["'`](?:(?:https?|wss?):)?//[\w.-]+\.\w""", re.IGNORECASE)
 FETCHED = {
-    "script": ["src"], "img": ["src", "srcset"], "iframe": ["src"], "source": ["src", "srcset"], "video": ["src", "poster"],
-    "audio": ["src"], "embed": ["src"], "object": ["data"], "track": ["src"], "input": ["src"], "link": ["href"],
-    "image": ["href", "xlink:href"], "use": ["href", "xlink:href"],
-}  # fmt: skip
+    **{tag: ["src"] for tag in ("script", "iframe", "audio", "embed", "track", "input")},
+    **{tag: ["src", "srcset"] for tag in ("img", "source")},
+    **{tag: ["href", "xlink:href"] for tag in ("image", "use")},
+    "video": ["src", "poster"],
+    "object": ["data"],
+    "link": ["href"],
+}
 NAMED_ONLY = {"canonical", "license", "author", "next", "prev", "index", "search"}  # link relations that fetch nothing
 SOURCE_LEFT = re.compile(r":::|\{(?:term|cite|cite:[pt]|eq|ref|numref|doc|prf:\w+)\}`|\$\$")
 

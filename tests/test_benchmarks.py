@@ -14,9 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import lagging  # noqa: E402
 import gpu  # noqa: E402
 import gradient_lab  # noqa: E402
+import lagging  # noqa: E402
 import log_likelihood  # noqa: E402
 import peers  # noqa: E402
 import rounds  # noqa: E402
@@ -116,7 +116,9 @@ def test_the_gpu_benchmark_says_what_it_needs(capsys):
 def test_turns_are_taken_round_by_round():
     calls = []
     ticks = iter(range(100))
-    times = rounds.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, lambda: next(ticks), "")
+    times = rounds.take_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, lambda: next(ticks), ""
+    )
     assert calls == ["a", "b"] * 3 and times == {"a": [1, 1], "b": [1, 1]}
     assert rounds.ratios([2.0, 9.0], [1.0, 3.0]) == [2, 3]
     assert rounds.spread("x", [1.0, 2.0, 9.0]) == {"x": "2.0000", "x_min": "1.0000", "x_max": "9.0000"}
@@ -145,8 +147,12 @@ README_ROWS = {
 
 
 PAGE_ROWS = {
-    "stacked": lambda r: r["threads"] == "1" and f"{float(r['ratio_to_alone']):.2f} ({float(r['ratio_to_alone_min']):.2f} to",
-    "compiled": lambda r: r["way"] != "plain loop" and f"{float(r['ratio_to_plain']):.2f} ({float(r['ratio_to_plain_min']):.2f} to",
+    "stacked": lambda r: (
+        r["threads"] == "1" and f"{float(r['ratio_to_alone']):.2f} ({float(r['ratio_to_alone_min']):.2f} to"
+    ),
+    "compiled": lambda r: (
+        r["way"] != "plain loop" and f"{float(r['ratio_to_plain']):.2f} ({float(r['ratio_to_plain_min']):.2f} to"
+    ),
     "gradient-lab": lambda r: f"| {r['way']} | {float(r['draws_a_second']):,.0f} | {float(r['times_the_loop']):.2f} (",
     "log-likelihood": lambda r: f"| {r['way']} | {float(r['seconds']):.2f} | {float(r['ratio_to_at_once']):.2f} (",
 }
@@ -161,7 +167,9 @@ def test_the_page_on_speed_quotes_what_was_measured(name):
 
 def test_the_readme_quotes_the_measured_ratios():
     rows = rows_of("steps")
-    quoted = re.findall(r"^\| (floor|NumPyro|vaelib|pythae|Pyro)\b[^|]*\|(.*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    quoted = re.findall(
+        r"^\| (floor|NumPyro|vaelib|pythae|Pyro)\b[^|]*\|(.*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M
+    )
     assert [name for name, _ in quoted] == list(README_ROWS)
     for name, cells in quoted:
         library, estimator = README_ROWS[name]
@@ -177,7 +185,9 @@ def test_the_readme_quotes_the_measured_ratios():
 
 def test_the_readme_quotes_what_was_measured_elsewhere():
     compiled = [float(row["ratio_to_plain"]) for row in rows_of("compiled") if row["way"] == "compiled"]
-    digits, burda = (float(row["ratio_to_alone"]) for row in rows_of("stacked") if row["seeds"] == "8" and row["threads"] == "1")
+    digits, burda = (
+        float(row["ratio_to_alone"]) for row in rows_of("stacked") if row["seeds"] == "8" and row["threads"] == "1"
+    )
     few, many = (float(row["times_the_loop"]) for row in rows_of("gradient-lab") if row["way"] == "laboratory")
     at_once, streamed, _ = rows_of("log-likelihood")
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -229,4 +239,6 @@ def test_lagging_stored_table():
         table = csv.DictReader(file)
         rows = list(table)
     assert table.fieldnames == lagging.COLUMNS
-    assert {(row["model"], row["data"]) for row in rows} == {(case[0], case[1]) for case in lagging.cases(lagging.parse([]))}
+    assert {(row["model"], row["data"]) for row in rows} == {
+        (case[0], case[1]) for case in lagging.cases(lagging.parse([]))
+    }

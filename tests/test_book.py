@@ -1,4 +1,4 @@
-"""Every notebook of the book keeps the rules of check_book, and every rule finds fault with a notebook that breaks it."""
+"""Every notebook of the book keeps the rules of check_book, and every rule finds fault with one that breaks it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 
 def chapter():
     """A small notebook that keeps every rule."""
-    check = new_code_cell("torch.manual_seed(0)\nchecks.holds(1 < 2, 'one is less')", execution_count=1, metadata={"tags": ["check"]})
+    check = new_code_cell(
+        "torch.manual_seed(0)\nchecks.holds(1 < 2, 'one is less')", execution_count=1, metadata={"tags": ["check"]}
+    )
     check.outputs = [new_output("stream", name="stdout", text="ok: one is less\n")]
     figure = new_code_cell("plt.show()", execution_count=2)
     figure.metadata["mystnb"] = {"figure": {"name": "fig-a", "caption": "A."}, "image": {"alt": "A line."}}
@@ -67,7 +69,9 @@ def chapter():
             new_markdown_cell("# A chapter"),
             check,
             figure,
-            new_markdown_cell(":::{exercise} A\n:label: ex-a\n\nAdd.\n:::\n\n:::{solution-start} ex-a\n:class: dropdown\n:::"),
+            new_markdown_cell(
+                ":::{exercise} A\n:label: ex-a\n\nAdd.\n:::\n\n:::{solution-start} ex-a\n:class: dropdown\n:::"
+            ),
             solution,
             new_markdown_cell(":::{solution-end}\n:::"),
         ]
@@ -81,6 +85,7 @@ def prints(cell, text, name="stdout"):
 
 
 CHECK, FIGURE, TASK, SOLUTION = 1, 2, 3, 4
+BIG = base64.b64encode(bytes(200_000)).decode()
 BROKEN = [
     ("valid", lambda cells: cells[CHECK].outputs[0].pop("text")),
     ("order", lambda cells: cells[FIGURE].update(execution_count=7)),
@@ -94,7 +99,7 @@ BROKEN = [
     ("figures", lambda cells: cells[FIGURE].metadata.mystnb.image.update(alt=" ")),
     ("figures", lambda cells: cells[FIGURE].metadata.mystnb.image.update(alt="a" * 251)),
     ("figures", lambda cells: cells[FIGURE].outputs[0].data.update({"image/svg+xml": "<svg/>"})),
-    ("figures", lambda cells: cells[FIGURE].outputs[0].data.update({"image/png": base64.b64encode(bytes(200_000)).decode()})),
+    ("figures", lambda cells: cells[FIGURE].outputs[0].data.update({"image/png": BIG})),
     ("figures", lambda cells: cells[FIGURE].outputs.append(cells[FIGURE].outputs[0])),
     ("figures", lambda cells: cells[FIGURE].outputs.clear()),
     ("outputs", lambda cells: prints(cells[SOLUTION], "a warning", "stderr")),

@@ -49,5 +49,7 @@ def test_three_forms_one_expectation():
         assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20_000**0.5).all()
     wrong = bounds.elbo_entropy(joint, x, q, z) - 2 * q.entropy()
     assert ((wrong.mean(0) - exact).abs() > 4 * wrong.std(0) / 20_000**0.5).all()
-    exact_draws = bounds.elbo_monte_carlo(joint, x, exact_posterior, exact_posterior.sample(exact_posterior.noise(50, generator)))
+    exact_draws = bounds.elbo_monte_carlo(
+        joint, x, exact_posterior, exact_posterior.sample(exact_posterior.noise(50, generator))
+    )
     torch.testing.assert_close(exact_draws, joint.log_marginal(x).expand(50, 6))

@@ -81,11 +81,7 @@ def test_two_forms_one_gradient_is_refused_for_another_pair(digit):
 
 def test_the_figure_of_the_readme_is_the_chapters():
     notebook = nbformat.read(ROOT / "book/01-elbo-forms.ipynb", 4)
-    (cell,) = (
-        cell
-        for cell in notebook.cells
-        if cell.metadata.get("picture") == "_static/figures/elbo-forms.png"
-    )
+    (cell,) = (cell for cell in notebook.cells if cell.metadata.get("picture") == "_static/figures/elbo-forms.png")
     (picture,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
     assert base64.b64decode(picture) == (ROOT / "book/_static/figures/elbo-forms.png").read_bytes(), (
         "the README's figure is not the one stored in the chapter: run `make notebooks`"

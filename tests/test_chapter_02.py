@@ -170,7 +170,7 @@ def test_a_slip_of_sign_in_the_score_is_unbiased_but_seen_in_the_variance():
     assert ESTIMATORS["elbo-total"].rule(torch.zeros(1, 1)).score < 0
 
 
-# --- figures ------------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_laboratory_can_be_drawn():
@@ -206,7 +206,8 @@ def notebook(tmp_path, **metadata):
 
 def test_a_figure_to_turn_gets_a_button_in_its_own_place(tmp_path):
     figures = interactive.turning_figures(notebook(tmp_path, mystnb={"figure": {"name": "fig-b"}}))
-    page = '<figure id="fig-a"><img alt="a"><figcaption>A</figcaption></figure><figure class="c" id="fig-b"><img><figcaption>'
+    page = '<figure id="fig-a"><img alt="a"><figcaption>A</figcaption></figure>'
+    page += '<figure class="c" id="fig-b"><img><figcaption>'
     body = interactive.add_buttons(page, figures, "../_static/plotly.min.js")
     assert body.count("turn-button") == 1 and body.index("turn-button") > body.index("fig-b")
     assert 'data-script="../_static/plotly.min.js"' in body and "<b>" not in body and "http" not in body

@@ -1,7 +1,8 @@
 """Negative controls of chapter 3, "Silent gradients": each claim's check must fail where the claim is false.
 
-The closed forms, their gradients and their refusals are tested in test_silent.py and test_discrete.py. Statistical checks
-are at 4 standard errors of 20,000 draws, in at most 8 coordinates: a false alarm once in 2,000 seeds, and they are fixed.
+The closed forms, their gradients and their refusals are tested in test_silent.py and test_discrete.py. Statistical
+checks are at 4 standard errors of 20,000 draws, in at most 8 coordinates: a false alarm once in 2,000 seeds, and they
+are fixed.
 """
 
 import csv
@@ -91,7 +92,9 @@ def test_the_threshold_is_where_the_likelihood_says():
         lengths = (values.flip(0)[:2] - s2).clamp_min(0)
         for factor, maximum in ((1.0, True), (1.1, False)):
             weight = (vectors.flip(1)[:, :2] * (factor * lengths).sqrt()).requires_grad_()
-            joint = models.LinearGaussian(weight, torch.zeros(4, dtype=DTYPE), torch.tensor(0.5 * math.log(s2), dtype=DTYPE))
+            joint = models.LinearGaussian(
+                weight, torch.zeros(4, dtype=DTYPE), torch.tensor(0.5 * math.log(s2), dtype=DTYPE)
+            )
             (slope,) = torch.autograd.grad(joint.log_marginal(x).mean(), joint.weight)
             assert (slope.abs().max() < 1e-9) == maximum
 
@@ -160,7 +163,9 @@ class Bend(nn.Module):
 
 SEEN, LOG_S = torch.tensor([[0.9, 1.1]], dtype=DTYPE), torch.tensor(math.log(0.4), dtype=DTYPE)
 CURVED = models.Joint(models.GaussianDecoder(Bend(), LOG_S))
-STRAIGHT = models.LinearGaussian(torch.tensor([[0.49], [0.5]], dtype=DTYPE), torch.tensor([0.0, 0.25], dtype=DTYPE), LOG_S)
+STRAIGHT = models.LinearGaussian(
+    torch.tensor([[0.49], [0.5]], dtype=DTYPE), torch.tensor([0.0, 0.25], dtype=DTYPE), LOG_S
+)
 HERE = DiagonalGaussian(torch.tensor([[0.7]], dtype=DTYPE), torch.tensor([[-1.2]], dtype=DTYPE))
 
 

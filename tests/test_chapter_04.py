@@ -25,7 +25,9 @@ def normal(*shape, seed=0):
 
 def factor_model(use, size=5):
     """A sensor is ``use`` times z plus unit noise."""
-    return models.LinearGaussian(torch.full((size, 1), use, dtype=DTYPE), torch.zeros(size, dtype=DTYPE), torch.tensor(0.0, dtype=DTYPE))
+    return models.LinearGaussian(
+        torch.full((size, 1), use, dtype=DTYPE), torch.zeros(size, dtype=DTYPE), torch.tensor(0.0, dtype=DTYPE)
+    )
 
 
 X = normal(200, 5)
@@ -86,7 +88,9 @@ def linear_optimum(lam, variance, rotate=False):
     if rotate:
         c = math.cos(math.pi / 4)
         weight[:2, :2] = weight[:2, :2] @ torch.tensor([[c, -c], [c, c]], dtype=DTYPE)
-    return models.LinearGaussian(weight, torch.zeros(len(lam), dtype=DTYPE), torch.tensor(0.5 * math.log(variance), dtype=DTYPE))
+    return models.LinearGaussian(
+        weight, torch.zeros(len(lam), dtype=DTYPE), torch.tensor(0.5 * math.log(variance), dtype=DTYPE)
+    )
 
 
 LAM = torch.tensor([2.0, 1.0, 0.4, 0.1], dtype=DTYPE)
@@ -183,7 +187,8 @@ def test_my_step_is_not_the_packages_with_other_numbers(change):
         model, g = lstm_vae(len(text.vocabulary), seeded(), latent=1, embedding=4, hidden=4, dropout=0.0), seeded(1)
         collapse.aggressive_step(
             model, collapse.elbo_kl(), torch.optim.SGD(model.parameters(), 1.0), text.batch(slice(0, 32)),
-            lambda: text.batch(torch.randint(64, (32,), generator=g)), lambda x: model.encoder.noise(1, x, g), **options,
+            lambda: text.batch(torch.randint(64, (32,), generator=g)), lambda x: model.encoder.noise(1, x, g),
+            **options,
         )  # fmt: skip
         after.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     with pytest.raises(AssertionError):

@@ -40,7 +40,9 @@ def draws(name, k, count=10_000, m=0.3, seed=0):
     """The gradient in m of each draw, for the toy of the chapter."""
     eps = torch.randn(k, count, 1, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
     z = (m + eps).requires_grad_()
-    log_w = Toy()(torch.tensor(2.0, dtype=DTYPE), z) - DiagonalGaussian(z.new_full((1, 1), m), z.new_zeros(1, 1)).log_prob(z)
+    log_w = Toy()(torch.tensor(2.0, dtype=DTYPE), z) - DiagonalGaussian(
+        z.new_full((1, 1), m), z.new_zeros(1, 1)
+    ).log_prob(z)
     (slope,) = torch.autograd.grad(log_w.sum(), z)
     _, b, c = ESTIMATORS[name].weights(log_w.detach())
     return (b * slope[..., 0] + c * eps[..., 0]).sum(0)
@@ -91,7 +93,9 @@ def test_the_slope_of_the_signal_to_noise_ratio_tells_up_from_down():
 
 
 def test_nothing_but_the_path_is_quiet_at_the_posterior():
-    q = DiagonalGaussian(torch.ones(500, 1, dtype=DTYPE).requires_grad_(), torch.full((500, 1), -0.5 * math.log(2), dtype=DTYPE))
+    q = DiagonalGaussian(
+        torch.ones(500, 1, dtype=DTYPE).requires_grad_(), torch.full((500, 1), -0.5 * math.log(2), dtype=DTYPE)
+    )
     eps = torch.randn(8, 500, 1, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
     for name, quiet in (("iwae-dreg", True), ("iwae-path", True), ("iwae-total", False), ("iwae-vimco", False)):
         loss = objectives.surrogate(ESTIMATORS[name], Toy(), lambda x: q, X[:500], eps).sum()

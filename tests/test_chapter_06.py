@@ -1,6 +1,6 @@
 """The negative controls of chapter 6: what its checks must refuse, each on the chapter's own quantity.
 
-Those of layers, densities and refusals are in test_flows.py. The measured table is looked at here too; nothing is timed.
+Those of layers, densities and refusals are in test_flows.py. The measured table is looked at here; nothing is timed.
 """
 
 import csv

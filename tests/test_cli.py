@@ -56,7 +56,8 @@ def test_every_option_arrives(vaelib, tmp_path, monkeypatch):
     })  # fmt: skip
     given = Config(data="mnist", binarisation="fixed", model="mlp-2", sizes={"latent": 4, "latent2": 2},
                    estimator="iwae-dreg", k=5, batch_size=7, epochs=3, lr=0.01, schedule="burda", clip=2.0,
-                   optimizer="adam-released", shuffle=False, adam_eps=1e-8, seed=9, device="cpu", checkpoint_seconds=5.0, compile=True)  # fmt: skip
+                   optimizer="adam-released", shuffle=False, adam_eps=1e-8, seed=9, device="cpu",
+                   checkpoint_seconds=5.0, compile=True)  # fmt: skip
     options = []
     for name, value in vars(given).items():
         flag = f"--{name.replace('_', '-')}"
@@ -128,9 +129,7 @@ def test_other_sentences(vaelib, tmp_path, monkeypatch):
         (("data", "fetch", "emnist"), "did you mean 'mnist'"),
     ):
         code, out, err = vaelib(*arguments)
-        assert (
-            (code, out) == (2, "") and err.startswith("vaelib: ") and sentence in err and err.count("\n") == 1
-        )
+        assert (code, out) == (2, "") and err.startswith("vaelib: ") and sentence in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -260,9 +260,7 @@ def test_a_named_folder_that_is_none_is_refused(cache, tmp_path, monkeypatch):
 
 
 def test_digests_agree_with_known_ones(tmp_path):
-    assert digest(b"abc", tmp_path) == (
-        "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert digest(b"abc", tmp_path) == ("sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     assert digest(b"abc", tmp_path, "md5") == "md5:900150983cd24fb0d6963f7d28e17f72"
     # `printf 'what is up, doc?' | git hash-object --stdin`, from the book Pro Git
     assert digest(b"what is up, doc?", tmp_path, "git") == "git:bd9dbf5aae1a3862dd1526723246b20206e5fc37"
@@ -506,9 +504,7 @@ def test_a_whole_set_goes_from_mirror_to_tensor(mirrors, cache, tmp_path, monkey
         for kind, array in (("images", values), ("labels", np.arange(len(values), dtype=np.uint8))):
             body = gzip.compress(idx_bytes(array))
             address = mirrors.add(f"/{split}-{kind}.gz", (200, body))
-            parts[f"{split} {kind}"] = (
-                File(f"toy/{split}-{kind}.gz", digest(body, tmp_path), len(body), (address,)),
-            )
+            parts[f"{split} {kind}"] = (File(f"toy/{split}-{kind}.gz", digest(body, tmp_path), len(body), (address,)),)
     toy = replace(data.DATASETS["mnist"], name="toy", files=parts)
     monkeypatch.setitem(data.DATASETS, "toy", toy)
     assert data.fetch("toy") == cache / "toy"
@@ -565,9 +561,7 @@ def test_chardata_is_read_column_by_column(tmp_path):
 def test_chardata_is_known_by_its_git_blob_id(cache, offered):
     (offered / "omniglot").mkdir()
     (offered / "omniglot/chardata.mat").write_bytes(b"something else")
-    with pytest.raises(
-        InputError, match="chardata.mat' is cut or altered: it has git .*expected git 016a3536…"
-    ):
+    with pytest.raises(InputError, match="chardata.mat' is cut or altered: it has git .*expected git 016a3536…"):
         data.load("omniglot-burda")
 
 
@@ -609,9 +603,7 @@ def small_npz(tmp_path_factory):
 
 @quiet
 @given(place=st.floats(0, 1, exclude_max=True), near_the_ends=st.booleans(), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_the_made_file_is_found_or_harmless(
-    small_npz, tmp_path_factory, place, near_the_ends, bit
-):
+def test_a_flipped_bit_in_the_made_file_is_found_or_harmless(small_npz, tmp_path_factory, place, near_the_ends, bit):
     content, expected = bytearray(small_npz[0]), small_npz[1]
     at = int(place * 1600) - 1000 if near_the_ends else int(place * len(content))  # headers and directory
     content[at] ^= 1 << bit
@@ -640,9 +632,7 @@ def test_omniglot_is_made_from_the_zips(mirrors, cache, tmp_path, monkeypatch):
         "images_background": ("B/character02", "B/character01", "A/character01"),
         "images_evaluation": ("C/character01",),
     }
-    drawn = {
-        f"{top}/{name}": rng.random((20, 105, 105)) < 0.1 for top, names in zips.items() for name in names
-    }
+    drawn = {f"{top}/{name}": rng.random((20, 105, 105)) < 0.1 for top, names in zips.items() for name in names}
     sources = []
     for top, names in zips.items():
         omniglot_zip(tmp_path / f"{top}.zip", {f"{top}/{name}": drawn[f"{top}/{name}"] for name in names})
@@ -685,25 +675,20 @@ def test_the_conversion_agrees_pixel_for_pixel_with_the_file_that_was_made_elsew
         packed, background = fields["ink_packed"], fields["background"]
         alphabet, character = fields["alphabet"], fields["character"]
     with np.load(REAL / "omniglot/omniglot_28x28_area.npz") as fields:
-        area = {
-            (a, c): i
-            for a, c, i in zip(fields["alphabet"], fields["character"], fields["images"], strict=True)
-        }
+        area = {(a, c): i for a, c, i in zip(fields["alphabet"], fields["character"], fields["images"], strict=True)}
     chosen = range(0, len(packed), 150)
     for top, belongs in (("images_background", True), ("images_evaluation", False)):
         omniglot_zip(
             tmp_path / f"{top}.zip",
             {
-                f"{top}/{alphabet[row]}/{character[row]}": np.unpackbits(packed[row], axis=-1)[
-                    :, :11025
-                ].reshape(20, 105, 105)
+                f"{top}/{alphabet[row]}/{character[row]}": np.unpackbits(packed[row], axis=-1)[:, :11025].reshape(
+                    20, 105, 105
+                )
                 for row in chosen
                 if background[row] == belongs
             },
         )
-    images.shrink_omniglot(
-        [tmp_path / "images_background.zip", tmp_path / "images_evaluation.zip"], tmp_path / "made"
-    )
+    images.shrink_omniglot([tmp_path / "images_background.zip", tmp_path / "images_evaluation.zip"], tmp_path / "made")
     with np.load(tmp_path / "made") as made:
         assert sorted(made["background"].tolist()) == sorted(background[list(chosen)].tolist())
         for a, c, drawings in zip(made["alphabet"], made["character"], made["images"], strict=True):
@@ -748,10 +733,7 @@ MNIST_TRAIN_LABELS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949
 )
 def test_real_sets_have_their_published_shape(name, sizes, counts):
     loaded = data.load(name)
-    assert (
-        tuple(0 if split is None else len(split) for split in (loaded.train, loaded.valid, loaded.test))
-        == sizes
-    )
+    assert tuple(0 if split is None else len(split) for split in (loaded.train, loaded.valid, loaded.test)) == sizes
     assert loaded.shape == (28, 28) and loaded.train.grey.shape == (sizes[0], 784)
     assert loaded.train.grey.min() == 0 and loaded.train.grey.max() == 1
     if counts is not None:

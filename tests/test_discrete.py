@@ -11,7 +11,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Bernoulli, Independent, OneHotCategorical as Choice, kl_divergence
+from torch.distributions import Bernoulli, Independent, kl_divergence
+from torch.distributions import OneHotCategorical as Choice
 from toys import DTYPE
 
 from vaelib import checks, data, discrete, evaluation, gradients, models, objectives, plots, silent, training
@@ -141,9 +142,11 @@ def test_a_relaxed_sample_rounds_to_the_sample_of_the_same_noise(temperature):
     for q in (FactorisedBernoulli(randn(4, 3)), OneHotCategorical(randn(4, 2, 3))):
         eps = q.noise(200, torch.Generator().manual_seed(0))
         soft, hard = q.relaxed_sample(eps, temperature), q.sample(eps)
-        largest = soft.round() if isinstance(q, FactorisedBernoulli) else (
-            soft.unflatten(-1, (2, 3)) == soft.unflatten(-1, (2, 3)).amax(-1, keepdim=True)
-        ).flatten(-2).to(DTYPE)
+        largest = (
+            soft.round()
+            if isinstance(q, FactorisedBernoulli)
+            else (soft.unflatten(-1, (2, 3)) == soft.unflatten(-1, (2, 3)).amax(-1, keepdim=True)).flatten(-2).to(DTYPE)
+        )
         assert torch.equal(largest, hard) and (soft > 0).any() and (soft - hard).abs().max() > 1e-3
 
 
@@ -501,7 +504,9 @@ def test_a_control_variate_leaves_their_mean_alone_and_takes_all_noise_of_a_line
         assert variance > 1e-6
     same = models.Guided(joint.guide, joint.guide)
     assert exact_moments(silent.controlled(ESTIMATORS[name], 1.0), same, x, LOGITS)[1] < 1e-20
-    forgetful = silent.controlled(ESTIMATORS[name], 0.5, lambda base, joint, *rest: silent.one_pass(base, joint.guide, *rest))
+    forgetful = silent.controlled(
+        ESTIMATORS[name], 0.5, lambda base, joint, *rest: silent.one_pass(base, joint.guide, *rest)
+    )
     assert (exact_moments(forgetful, joint, x, LOGITS)[0] - exact).abs().max() > 1e-3
 
 

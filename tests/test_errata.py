@@ -105,7 +105,10 @@ def test_only_the_path_gradient_lands(page):
     with refused:
         checks.same(p.found["closed KL, stopped"][2], torch.zeros(2))
     total, closed = p.found["total"][1], p.found["closed KL"][1]
-    assert f"{total:g} for the total derivative, {closed:.2g} with the divergence in closed form, 0 for the path" in STOP_PAGE
+    assert (
+        f"{total:g} for the total derivative, {closed:.2g} with the divergence in closed form, 0 for the path"
+        in STOP_PAGE
+    )
 
 
 def test_a_difference_in_the_table_is_seen(page):

@@ -16,8 +16,8 @@ ROWS = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda e: e
 
 def test_the_kept_names_are_all_there():
     assert list(ESTIMATORS) == [
-        "elbo-score", "elbo-score-loo", "elbo-total", "elbo-path", "iwae-score", "iwae-vimco", "iwae-total", "iwae-path",
-        "iwae-dreg", "rws", "rws-dreg",
+        "elbo-score", "elbo-score-loo", "elbo-total", "elbo-path", "iwae-score", "iwae-vimco", "iwae-total",
+        "iwae-path", "iwae-dreg", "rws", "rws-dreg",
     ]  # fmt: skip
 
 

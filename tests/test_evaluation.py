@@ -109,9 +109,7 @@ def test_mutual_information_is_the_closed_form(log_stds, normal):
     encoder, exact = gaussian_encoder(log_stds, normal)
     generator = torch.Generator().manual_seed(0)
     for batch_size, slack in ((None, 0.03), (500, 0.03)):
-        draws = torch.tensor(
-            [evaluation.mutual_information(encoder, normal, batch_size, generator) for _ in range(8)]
-        )
+        draws = torch.tensor([evaluation.mutual_information(encoder, normal, batch_size, generator) for _ in range(8)])
         error = draws.std() / 8**0.5
         assert (draws.mean() - exact).abs() < 5 * error + slack
         _, other = gaussian_encoder([s - 0.7 for s in log_stds], normal)
@@ -137,9 +135,7 @@ def test_the_minibatch_estimate_is_capped_and_the_whole_set_s_is_not(normal):
     whole = evaluation.mutual_information(encoder, normal, None, generator)
     assert 5.2 < exact < 5.4 and abs(whole - exact) < 0.3
     for batch_size in (32, 50):
-        draws = torch.tensor(
-            [evaluation.mutual_information(encoder, normal, batch_size, generator) for _ in range(8)]
-        )
+        draws = torch.tensor([evaluation.mutual_information(encoder, normal, batch_size, generator) for _ in range(8)])
         cap = torch.tensor(float(batch_size)).log()
         assert draws.mean() < cap + 5 * draws.std() / 8**0.5 and draws.mean() > cap - 0.3 and draws.mean() < exact - 1
 

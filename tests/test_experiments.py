@@ -1,4 +1,4 @@
-"""Experiments: grids are data, runs survive being killed, tables are never spoilt; here, on two processes, and on Ray."""
+"""Experiments: grids are data, runs survive being killed, tables are never spoilt; here, on processes and on Ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vaelib.experiments.experiment import Experiment, Measured, Preset, Task, as
 FIGURE_1 = experiments.find("stl-figure-1")
 
 
-# --- grids as data ------------------------------------------------------------------------------------------------------
+# --- grids as data ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
@@ -34,7 +34,9 @@ def test_an_experiment_is_plain_data(name):
     for preset, size in experiment.presets.items():
         tasks = experiment.tasks(preset)
         assert len(tasks) == size.runs == len({task.key for task in tasks}) == len({task.name for task in tasks})
-        assert all(value is None or type(value) in (str, int, float) for task in tasks for value in task.config.values())
+        assert all(
+            value is None or type(value) in (str, int, float) for task in tasks for value in task.config.values()
+        )
         assert all(json.loads(json.dumps(dict(task.config))) == dict(task.config) for task in tasks)
 
 
@@ -66,7 +68,7 @@ def test_table_2_has_every_published_cell():
                     assert (data, layers, same, k) in have
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(*values: float) -> list[dict]:
@@ -151,7 +153,7 @@ def test_numbers_survive_the_table():
     assert [as_text(value) for value in (None, 1, 0.1, 1e-5, "a")] == ["", "1", "0.1", "1e-05", "a"]
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def training_task(seed: int = 0, epochs: int = 30, **changes) -> Task:
@@ -183,7 +185,9 @@ def undisturbed(tmp_path_factory) -> dict:
     for job in jobs_of([training_task(0), training_task(1)], folder):
         job.folder.mkdir()
         subprocess.run([sys.executable, "-c", ONE_RUN, str(job.task.seed), str(job.folder)], check=True)
-        results.add(stl.EXPERIMENTS["stl-table-2"], job.task, runs.read_json(job.folder / "measured.json")["rows"], folder)
+        results.add(
+            stl.EXPERIMENTS["stl-table-2"], job.task, runs.read_json(job.folder / "measured.json")["rows"], folder
+        )
     return values(folder)
 
 
@@ -260,7 +264,8 @@ def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
 def command(tmp_path, *arguments) -> subprocess.Popen:
     folders = ("--results", tmp_path / "results", "--runs", tmp_path / "runs", "--device", "cpu")
     words = [sys.executable, "-m", "vaelib", "experiment", "run", *map(str, (*arguments, *folders))]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    # a background job of a shell inherits that SIGINT is ignored
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
@@ -300,7 +305,7 @@ def open_locks() -> list[str]:
     return found
 
 
-# --- a cluster ----------------------------------------------------------------------------------------------------------
+# --- a cluster --------------------------------------------------------------------------------------------------------
 
 
 def test_ray_resumes_elsewhere_what_a_lost_node_was_at(tmp_path, undisturbed, monkeypatch):
@@ -341,7 +346,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence():
         grid.OnRay("nowhere", "cpu", 1.0)
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------------
+# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def test_the_gain_on_the_total_derivative_is_paired_by_seed(tmp_path):
@@ -383,7 +388,9 @@ def test_table_2_sets_ours_beside_the_published_figures(tmp_path):
     experiment.figure(rows, figure)
     drawn = {ax.get_title(): [*line.get_ydata()] for ax in figure.axes for line in ax.containers[1].lines[:1]}
     assert drawn == {"mnist, mlp-2": [pytest.approx(0.39)], "mnist, mlp-2-detached": [pytest.approx(-0.11)]}
-    crosses = [y for ax in figure.axes for line in ax.lines if line.get_label() == "published" for y in line.get_ydata()]
+    crosses = [
+        y for ax in figure.axes for line in ax.lines if line.get_label() == "published" for y in line.get_ydata()
+    ]
     assert crosses == [pytest.approx(0.32)] * 2
 
 
@@ -433,7 +440,9 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
         measured = results.as_rows([Measured("kl", 1.25, at=0), Measured("final kl", 1.25)], 1.0, "cpu")
         results.add(FIGURE_1, task, measured, tmp_path)
     with pytest.raises(SystemExit):
-        cli.main(["experiment", "show", "stl-figure-1", "--results", str(tmp_path), "--figure", str(tmp_path / "a.png")])
+        cli.main(
+            ["experiment", "show", "stl-figure-1", "--results", str(tmp_path), "--figure", str(tmp_path / "a.png")]
+        )
     out = capsys.readouterr().out
     assert "preset smoke, cpu" in out and "elbo-path" in out and "1.25" in out and (tmp_path / "a.png").exists()
 

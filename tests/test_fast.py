@@ -20,7 +20,9 @@ SMALL = {"hidden": 4, "latent": 2}
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler, and none is here"
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs an NVIDIA GPU, and none is here")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="a CUDA graph needs an NVIDIA GPU, and none is here"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +47,13 @@ def gradient(backward, row, model, x, eps):
 
 @pytest.mark.parametrize(
     ("row", "model"),
-    [("elbo-total", "linear"), ("rws", "mlp-1"), ("iwae-dreg", "mlp-2"), ("elbo-path", "mlp-2-detached"), ("iwae-vimco", "mlp-1")],
+    [
+        ("elbo-total", "linear"),
+        ("rws", "mlp-1"),
+        ("iwae-dreg", "mlp-2"),
+        ("elbo-path", "mlp-2-detached"),
+        ("iwae-vimco", "mlp-1"),
+    ],
 )
 def test_the_traced_engine_is_the_engine(row, model):
     """What the compiler is given, run as it is; for every kind of row and of posterior."""
@@ -60,7 +68,9 @@ def test_the_traced_engine_is_the_engine(row, model):
     assert traced.works and len(traced.known) == 1
     _, once = gradient(traced, row, model, x, eps)
     traced(ESTIMATORS[row], model.joint, model.encoder, x, eps)  # it adds to .grad
-    torch.testing.assert_close({name: model.get_parameter(name).grad for name in once}, {n: 2 * g for n, g in once.items()})
+    torch.testing.assert_close(
+        {name: model.get_parameter(name).grad for name in once}, {n: 2 * g for n, g in once.items()}
+    )
 
     _, other = gradient(objectives.backward, "rws-dreg" if row != "rws-dreg" else "rws", model, x, eps)
     assert not all(torch.allclose(once[name], other[name]) for name in other)  # the negative control
@@ -146,5 +156,7 @@ def test_captured_steps_are_the_steps(side_by_side, monkeypatch):
 
     for eager, captured in zip(group(False), group(True), strict=True):
         weights = nn.utils.parameters_to_vector(eager.model.parameters())
-        torch.testing.assert_close(nn.utils.parameters_to_vector(captured.model.parameters()), weights, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            nn.utils.parameters_to_vector(captured.model.parameters()), weights, rtol=1e-3, atol=1e-4
+        )
         assert [record["step"] for record in captured.history] == [14, 28, 42]

@@ -1,7 +1,8 @@
 """Flows: layers against dense Jacobians, densities against quadrature, and path gradients three ways; in float64.
 
 The truth about a force is the dense one: with :math:`z_L(z_0)` and :math:`\\log q` along the forward pass,
-:math:`F = (\\partial z_L / \\partial z_0)^{-\\top} \\partial_{z_0} \\log q`. It inverts no layer and knows no recursion.
+:math:`F = (\\partial z_L / \\partial z_0)^{-\\top} \\partial_{z_0} \\log q`. It inverts no layer and knows no
+recursion.
 """
 
 import math

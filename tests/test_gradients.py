@@ -64,7 +64,7 @@ def naive(estimator, joint, encoder, x, noise, wanted):
     return torch.stack(rows).detach()
 
 
-# --- moments -----------------------------------------------------------------------------------------------------------
+# --- moments ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_moments_are_those_of_all_draws_at_once():
@@ -143,7 +143,7 @@ def test_what_the_moments_do_not_have_is_said():
         _ = Moments().add(torch.ones(2, 2)).variance_time
 
 
-# --- the gradients -------------------------------------------------------------------------------------------------------
+# --- the gradients ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -339,7 +339,7 @@ def test_time_is_taken_when_asked_for():
     assert measured.variance_time == measured.total_variance * measured.seconds
 
 
-# --- the scaled score -----------------------------------------------------------------------------------------------------
+# --- the scaled score -------------------------------------------------------------------------------------------------
 
 
 def test_the_scaled_row_runs_from_path_to_total():

@@ -92,7 +92,7 @@ def expected(name, joint, encoder):
     return [-g for g in torch.autograd.grad(loss, list(encoder.parameters()))]
 
 
-# --- the posterior -----------------------------------------------------------------------------------------------------
+# --- the posterior ----------------------------------------------------------------------------------------------------
 
 
 def test_density_and_mean_agree_with_torch(mixture):
@@ -147,7 +147,7 @@ def test_a_component_of_weight_zero_is_not_there():
     assert q.mean.item() == 0
 
 
-# --- the objective -----------------------------------------------------------------------------------------------------
+# --- the objective ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["elbo-total", "elbo-path"])
@@ -313,7 +313,7 @@ def test_a_mixture_vae_trains_and_is_measured():
         training.fit(model, images.train, "elbo-path", k=3)
 
 
-# --- the generalised doubly reparameterised gradient -------------------------------------------------------------------
+# --- the generalised doubly reparameterised gradient ------------------------------------------------------------------
 
 
 class Decode(nn.Module):
@@ -376,11 +376,13 @@ def test_gdreg_says_what_it_is_for():
         gdreg.surrogate(ESTIMATORS["iwae-dreg"], OneLayerJoint(), OneLayerEncoder(), X, eps[0])
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_an_importance_weighted_bound_with_a_closed_form_is_refused():
-    joint = models.LinearGaussian(torch.ones(1, 1, dtype=DTYPE), torch.zeros(1, dtype=DTYPE), torch.zeros((), dtype=DTYPE))
+    joint = models.LinearGaussian(
+        torch.ones(1, 1, dtype=DTYPE), torch.zeros(1, dtype=DTYPE), torch.zeros((), dtype=DTYPE)
+    )
     q = DiagonalGaussian(torch.tensor([[0.4]], dtype=DTYPE, requires_grad=True), torch.zeros(1, 1, dtype=DTYPE))
     z = q.sample(randn(5, 1, 1))
     for form in ("entropy", "kl"):

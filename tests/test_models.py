@@ -13,7 +13,8 @@ from vaelib.estimators import ESTIMATORS
 @pytest.fixture
 def toy():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 6, generator=generator, dtype=torch.float64) @ torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(6, 6, generator=generator, dtype=torch.float64)
     joint = models.LinearGaussian(
         torch.randn(6, 3, generator=generator, dtype=torch.float64),
         torch.randn(6, generator=generator, dtype=torch.float64),

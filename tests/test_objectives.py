@@ -156,7 +156,9 @@ def test_the_mean_over_many_draws_finds_the_bias():
 def test_path_has_no_variance_at_the_exact_posterior(toy):
     make_joint, _, layers, x = toy
     joint = make_joint(1.0)
-    encoder = OneLayerEncoder(0.5, 0.0, -0.5 * torch.tensor(2.0).log().item()) if layers == 1 else TwoLayerEncoder.exact()
+    encoder = (
+        OneLayerEncoder(0.5, 0.0, -0.5 * torch.tensor(2.0).log().item()) if layers == 1 else TwoLayerEncoder.exact()
+    )
     encoder = encoder.double()
     phi = slice(1, None)  # the first parameter is theta, whose gradient does vary
     noise = draw_noise(layers, (500, 1, 1), torch.Generator().manual_seed(0))
@@ -264,7 +266,9 @@ def test_stop_gradient_follows_the_values_and_stops_the_parameters():
         with torch.no_grad():
             for p in module.parameters():
                 p.add_(0.5)
-        outputs = [(lambda out: out[0] if isinstance(out, tuple) else out)(m(x)) for m in (stop_gradient(module), module)]
+        outputs = [
+            (lambda out: out[0] if isinstance(out, tuple) else out)(m(x)) for m in (stop_gradient(module), module)
+        ]
         torch.testing.assert_close(*outputs)
 
 

@@ -217,7 +217,7 @@ def test_trains_on_made_images():
 
 
 def test_samples_follow_the_exact_probabilities():
-    """16 images of 2 x 2: chi-squared at 15 degrees of freedom, a false alarm in 1e-6 of seeds; and a wrong order fails."""
+    """16 images of 2 x 2: chi-squared at 15 degrees of freedom, a false alarm in 1e-6 of seeds; a wrong order fails."""
     decode = build(2).joint.decode
     z = torch.tensor([0.7, -1.2], dtype=torch.float64)
     x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64)
@@ -260,7 +260,9 @@ def gradients(function, model):
 def both_gradients(name: str, model: models.VAE, x: torch.Tensor, k: int):
     row, eps = ESTIMATORS[name], model.encoder.noise(k, x, generator())
     engine = gradients(lambda: objectives.backward(row, model.joint, model.encoder, x, eps), model)
-    reference = gradients(lambda: objectives.surrogate(row, model.joint, model.encoder, x, eps).mean().backward(), model)
+    reference = gradients(
+        lambda: objectives.surrogate(row, model.joint, model.encoder, x, eps).mean().backward(), model
+    )
     return engine, reference
 
 
@@ -392,7 +394,8 @@ def test_the_grid_of_lag_omniglot():
             model = lag.build_pixelcnn(task.config, images, generator())
             assert isinstance(model.encoder, models.NoLatent) == (task.config["method"] == "no-z")
     paper = experiment.tasks("paper", 1)[1].config
-    assert (paper["data"], paper["valid"], paper["latent"], paper["maps"], paper["layers"]) == ("omniglot-burda", 2000, 32, 64, 13)
+    published = {"data": "omniglot-burda", "valid": 2000, "latent": 32, "maps": 64, "layers": 13}
+    assert published.items() <= paper.items()
     recipe = collapse.IMAGES
     assert (recipe.batch_size, recipe.block, recipe.rule, recipe.lr) == (50, 10, "five-misses", 1e-3)
 

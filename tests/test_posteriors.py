@@ -27,7 +27,9 @@ def diagonal(generator):
 @pytest.fixture(params=["shared", "per observation"])
 def full(generator, request):
     shape = (3, 3) if request.param == "shared" else (4, 3, 3)
-    scale_tril = randn(*shape, generator=generator).tril(-1) + torch.diag_embed(0.3 + torch.rand(shape[:-1], generator=generator))
+    scale_tril = randn(*shape, generator=generator).tril(-1) + torch.diag_embed(
+        0.3 + torch.rand(shape[:-1], generator=generator)
+    )
     q = FullGaussian(randn(4, 3, generator=generator), scale_tril.double())
     return q, MultivariateNormal(q.mean, scale_tril=q.scale_tril)
 
@@ -37,9 +39,11 @@ def assert_agrees(q, reference, generator):
     assert z.shape == (5, 4, 3)
     torch.testing.assert_close(q.log_prob(z), reference.log_prob(z))
     torch.testing.assert_close(q.entropy(), reference.entropy())
-    prior = type(reference)(torch.zeros(4, 3).double(), scale_tril=torch.eye(3).double().expand(4, 3, 3)) if isinstance(
-        reference, MultivariateNormal
-    ) else Independent(Normal(torch.zeros(4, 3).double(), 1.0), 1)
+    prior = (
+        type(reference)(torch.zeros(4, 3).double(), scale_tril=torch.eye(3).double().expand(4, 3, 3))
+        if isinstance(reference, MultivariateNormal)
+        else Independent(Normal(torch.zeros(4, 3).double(), 1.0), 1)
+    )
     torch.testing.assert_close(q.kl(), kl_divergence(reference, prior))
 
 
@@ -71,16 +75,18 @@ def test_samples_have_the_moments_they_should(full, diagonal, generator):
         z = q.sample(q.noise(40_000, generator))
         centred = z - reference.mean
         for draws in (centred, centred.unsqueeze(-1) * centred.unsqueeze(-2)):
-            truth = 0.0 if draws is centred else (
-                reference.covariance_matrix if isinstance(reference, MultivariateNormal) else torch.diag_embed(reference.variance)
-            )
+            dense = isinstance(reference, MultivariateNormal)
+            covariance = reference.covariance_matrix if dense else torch.diag_embed(reference.variance)
+            truth = 0.0 if draws is centred else covariance
             assert ((draws.mean(0) - truth).abs() < 4 * draws.std(0) / 200).all()
 
 
 def test_the_hierarchical_density_is_the_product(generator):
     second = torch.nn.Module()
     second.forward = lambda z1: DiagonalGaussian(2 * z1[..., :2], torch.zeros_like(z1[..., :2]) - 0.3)
-    q = HierarchicalGaussian(DiagonalGaussian(randn(4, 3, generator=generator), randn(4, 3, generator=generator)), second)
+    q = HierarchicalGaussian(
+        DiagonalGaussian(randn(4, 3, generator=generator), randn(4, 3, generator=generator)), second
+    )
     z1, z2 = q.sample(q.noise(5, generator))
     assert z1.shape == (5, 4, 3) and z2.shape == (5, 4, 2)
     expected = Independent(Normal(q.first.mean, q.first.log_std.exp()), 1).log_prob(z1)

@@ -231,9 +231,7 @@ def test_more_epochs_go_on(finished, tmp_path):
 
 def test_another_configuration_is_refused_by_its_differences(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
-    with pytest.raises(
-        InputError, match=r"lr is 0.001 there and 0.01 here; seed is 0 there and 3 here\): leave these"
-    ):
+    with pytest.raises(InputError, match=r"lr is 0.001 there and 0.01 here; seed is 0 there and 3 here\): leave these"):
         runs.train(run_dir, replace(TINY, lr=0.01, seed=3, checkpoint_seconds=5.0))
     assert not differences(contents(finished), contents(run_dir))
 
@@ -390,9 +388,7 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         runs.train(run_dir, TINY)
     assert f"at step {STEPS + 4} with estimator 'iwae-dreg', k = 2" in str(caught.value)
-    assert str(caught.value).endswith(
-        f"the last good checkpoint is '{run_dir}/checkpoint.pt', after step {STEPS}"
-    )
+    assert str(caught.value).endswith(f"the last good checkpoint is '{run_dir}/checkpoint.pt', after step {STEPS}")
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["model"].values())
     with pytest.raises(InputError, match="the last good checkpoint is none"):
@@ -459,7 +455,10 @@ def test_evaluate_needs_a_run_and_sense(finished, tmp_path):
 def test_a_damaged_result_is_refused_and_kept(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
     (run_dir / "result.json").write_text('{"training": ')
-    for use in (lambda: runs.evaluate(run_dir, samples=2, limit=2), lambda: runs.train(run_dir, runs.read_config(run_dir / "config.json"))):
+    for use in (
+        lambda: runs.evaluate(run_dir, samples=2, limit=2),
+        lambda: runs.train(run_dir, runs.read_config(run_dir / "config.json")),
+    ):
         with pytest.raises(InputError, match="result.json' is not JSON .*: delete it"):
             use()
     assert (run_dir / "result.json").read_text() == '{"training": '

@@ -213,7 +213,10 @@ def cosines(dim: int, features: int = 5) -> silent.CosineDecoder:
 
 @pytest.mark.parametrize("family", ["diagonal", "full"])
 def test_a_decoder_linear_in_cosines_is_exact_too(family, x):
-    phi = [randn(*shape, seed=20 + i).requires_grad_() for i, shape in enumerate([(B, 2), (B, 2) if family == "diagonal" else (B, 2, 2)])]
+    phi = [
+        randn(*shape, seed=20 + i).requires_grad_()
+        for i, shape in enumerate([(B, 2), (B, 2) if family == "diagonal" else (B, 2, 2)])
+    ]
     q, decoder = FAMILIES[family][0](*phi), cosines(2)
     truth = expectation(q, lambda z: decoder(z).log_prob(x), nodes=60)
     mine = silent.elbo(models.Joint(decoder), x, q) + q.kl()
@@ -467,7 +470,8 @@ def test_annealing_mixes_the_encoder_s_gradients_and_no_decoder_s(family, weight
     base = ALL["elbo-total" if family == "diagonal" else "elbo-gumbel-softmax"]
     guide = silent.ELBO if exact else base
     joint, (phi, x) = two_decoders(family), one_observation(family)
-    q, eps = KINDS[family](*phi), 0.2 + 0.6 * torch.rand(2, 1, 2, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
+    q = KINDS[family](*phi)
+    eps = 0.2 + 0.6 * torch.rand(2, 1, 2, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
     loss = silent.annealed(base, weight, guide).loss(joint, q, x, eps)
     model, linear = silent.one_pass(base, joint.joint, q, x, eps), silent.one_pass(guide, joint.guide, q, x, eps)
     torch.testing.assert_close(loss, model)
@@ -477,7 +481,9 @@ def test_annealing_mixes_the_encoder_s_gradients_and_no_decoder_s(family, weight
 
     for mine, a, b in zip(gradients_of(loss, phi), gradients_of(model, phi), gradients_of(linear, phi)):
         torch.testing.assert_close(mine, (1 - weight) * a + weight * b)
-    torch.testing.assert_close(gradients_of(loss, joint.joint.parameters()), gradients_of(model, joint.joint.parameters()))
+    torch.testing.assert_close(
+        gradients_of(loss, joint.joint.parameters()), gradients_of(model, joint.joint.parameters())
+    )
     of_guide = gradients_of(loss, joint.guide.parameters())
     if weight == 0:
         assert of_guide == (None,) * len(of_guide)
@@ -519,7 +525,8 @@ def test_training_with_a_schedule_and_with_a_tracked_scale(model, base):
         history = training.fit(vae, split(), make(vae), epochs=3, batch_size=20, k=2, lr=1e-2)
         return [record["bound"] for record in history], vae
 
-    plain, constant = trained(lambda _: silent.annealed(ALL[base], 0.0)), trained(lambda _: lambda done: silent.annealed(ALL[base], 0.0))
+    plain = trained(lambda _: silent.annealed(ALL[base], 0.0))
+    constant = trained(lambda _: lambda done: silent.annealed(ALL[base], 0.0))
     assert plain[0] == constant[0]
     seen = []
 

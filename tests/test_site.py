@@ -13,8 +13,9 @@ GOOD = """<!DOCTYPE html><html><head>
 <meta name="description" content="A plain sentence."><link rel="stylesheet" href="../style.css">
 <link rel="canonical" href="https://example.org/book/page.html"><script src="../code.js"></script>
 <script>window.MathJax = {"tex": {}}; const space = 1 // 2;</script><style>p { color: red }</style></head>
-<body><article><h1 id="top"><span class="section-number">1. </span>A page</h1><p>Some text with a <a href="#top">link</a>
-and <a href="other.html#there">another</a> and <a href="https://example.org">one abroad</a>. <code>:::{note}</code></p>
+<body><article><h1 id="top"><span class="section-number">1. </span>A page</h1><p>Some text with a
+<a href="#top">link</a> and <a href="other.html#there">another</a> and <a href="https://example.org">one
+abroad</a>. <code>:::{note}</code></p>
 <div class="admonition dropdown"><p class="admonition-title">Solution</p></div>
 <img src="../picture.png" alt="A line"></article></body></html>"""
 OTHER = '<html><body><article><h1 id="there">Another page</h1>With some text.</article></body></html>'

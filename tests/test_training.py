@@ -35,16 +35,10 @@ def differences(a, b, path="") -> list[str]:
     """Name every place where two states differ by a single bit; seconds apart."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
-        return [
-            found for key in a if key != "seconds" for found in differences(a[key], b[key], f"{path}/{key}")
-        ]
+        return [found for key in a if key != "seconds" for found in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, list | tuple):
         assert len(a) == len(b), path
-        return [
-            found
-            for i, pair in enumerate(zip(a, b, strict=True))
-            for found in differences(*pair, f"{path}/{i}")
-        ]
+        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{path}/{i}")]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if same else [path]
 
@@ -249,9 +243,7 @@ def test_on_another_kind_of_device_the_noise_is_drawn_anew(split):
     moved = small_trainer(split)
     moved.load_state_dict({**state, "device": "elsewhere", "streams": {"order": state["streams"]["order"]}})
     assert torch.equal(moved.streams["order"].get_state(), state["streams"]["order"])
-    assert not torch.equal(
-        moved.streams["noise"].get_state(), small_trainer(split).streams["noise"].get_state()
-    )
+    assert not torch.equal(moved.streams["noise"].get_state(), small_trainer(split).streams["noise"].get_state())
     moved.run()
     assert moved.history[-1]["epoch"] == 2
 
@@ -340,9 +332,7 @@ def test_a_configuration_that_cannot_be_meant(values, sentence):
 
 def test_things_that_do_not_go_together(split):
     grey = data.load("digits", "grey").train
-    with pytest.raises(
-        InputError, match="images of 0 and 1, but these have grey levels: use binarisation=dynamic"
-    ):
+    with pytest.raises(InputError, match="images of 0 and 1, but these have grey levels: use binarisation=dynamic"):
         training.fit(small_model(), grey)
     fixed = data.load("digits", "fixed").train
     training.fit(small_model(), fixed, epochs=1, batch_size=500)
@@ -352,7 +342,5 @@ def test_things_that_do_not_go_together(split):
         training.fit(small_model(), split, "elbo-score-loo")
     with pytest.raises(InputError, match="did you mean 'iwae-dreg'"):
         training.fit(small_model(), split, "iwae-drek")
-    with pytest.raises(
-        InputError, match="cannot take these images of 64 pixels .*: build it with data_dim=64"
-    ):
+    with pytest.raises(InputError, match="cannot take these images of 64 pixels .*: build it with data_dim=64"):
         training.fit(models.build("mlp-1", 784, hidden=8, latent=3), split)

@@ -136,7 +136,7 @@ def expected_gradient(estimator, joint, encoder, x, eps, weight) -> list[Tensor]
 
 
 def gradient_draws(estimator, joint, encoder, x, eps) -> Tensor:
-    """Return the gradient of the bound for each draw of ``eps`` ``[S, K, B, 1]``, all parameters in a row: ``[S, P]``."""
+    """Return the gradient of the bound for each draw of ``eps`` ``[S, K, B, 1]``, parameters in a row: ``[S, P]``."""
     objective = Objective(estimator, joint, encoder)
 
     def loss(parameters, eps):

@@ -1,9 +1,9 @@
 r"""Checks of what the book claims, each of which can fail.
 
 A check takes draws, compares them with the truth or with each other, and either raises AssertionError with the figures
-or prints one line that is the same on every machine; "(4 s.e.)" in it means: to 4 standard errors. Statistical checks are in units of standard errors: a coordinate
-whose claim is true fails a two-sided check at 4 standard errors once in 16,000 times, and once and for all, since every
-seed is fixed. See the page "How this book checks itself".
+or prints one line that is the same on every machine; "(4 s.e.)" in it means: to 4 standard errors. Statistical checks
+are in units of standard errors: a coordinate whose claim is true fails a two-sided check at 4 standard errors once in
+16,000 times, and once and for all, since every seed is fixed. See the page "How this book checks itself".
 """
 
 from __future__ import annotations
@@ -85,4 +85,3 @@ def holds(condition: bool | Tensor, what: str) -> None:
     """Check a plain statement."""
     assert bool(condition), f"does not hold: {what}"
     print(f"ok: {what}")
-

@@ -88,9 +88,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    estimator: Annotated[
-        str | None, option("estimator", help="Gradient estimator; see `vaelib estimators`.")
-    ] = None,
+    estimator: Annotated[str | None, option("estimator", help="Gradient estimator; see `vaelib estimators`.")] = None,
     k: Annotated[int | None, option("k", "--k", help="Draws of the latent an image.")] = None,
     batch_size: Annotated[int | None, option("batch_size", help="Images a step.")] = None,
     epochs: Annotated[int | None, option("epochs", help="Passes through the training images.")] = None,
@@ -121,9 +119,7 @@ def train(
         float | None, option("clip", help="Largest global norm of a gradient.", show_default="no limit")
     ] = None,
     adam_eps: Annotated[float | None, option("adam_eps", help="The constant in Adam's denominator.")] = None,
-    seed: Annotated[
-        int | None, option("seed", help="Seed of weights, data order, binarisation and noise.")
-    ] = None,
+    seed: Annotated[int | None, option("seed", help="Seed of weights, data order, binarisation and noise.")] = None,
     device: Annotated[str | None, option("device", help="cpu, cuda or auto.")] = None,
     checkpoint_seconds: Annotated[
         float | None,
@@ -213,9 +209,7 @@ def estimators() -> None:
     """List the gradient estimators."""
     from vaelib.estimators import every
 
-    rows = [
-        (row.name, row.bound, row.target or "-", str(row.least_k), row.summary) for row in every().values()
-    ]
+    rows = [(row.name, row.bound, row.target or "-", str(row.least_k), row.summary) for row in every().values()]
     table(("name", "bound", "unbiased for", "least k", ""), *rows)
 
 
@@ -304,9 +298,7 @@ def list_experiments(results: ResultsFolder = Path("results")) -> None:
 def run_experiment(
     name: ExperimentName,
     preset: Annotated[str, typer.Option(help="smoke, short or paper.")] = "short",
-    seeds: Annotated[
-        int | None, typer.Option(help="Runs of each configuration.", show_default="of the preset")
-    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each configuration.", show_default="of the preset")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     jobs: Annotated[
         int | None, typer.Option(help="Runs at once on this machine.", show_default="one a core, or one on a GPU")

@@ -29,7 +29,7 @@ from vaelib.estimators import Estimator, LossEstimator, every
 from vaelib.posteriors import DiagonalGaussian
 from vaelib.training import Trainer, stream
 
-# --- the objective ------------------------------------------------------------------------------------------
+# --- the objective ----------------------------------------------------------------------------------------------------
 
 
 def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
@@ -77,7 +77,7 @@ WEIGHTS: dict[str, Callable[[float, Recipe], float]] = {"constant": constant, "l
 """The weight on the KL by name, as a function of the epochs so far, a fraction."""
 
 
-# --- the aggressive schedule --------------------------------------------------------------------------------
+# --- the aggressive schedule ------------------------------------------------------------------------------------------
 
 
 def aggressive_step(
@@ -168,7 +168,7 @@ RULES: dict[str, Callable[[Sequence[float]], bool]] = {"first-drop": first_drop,
 """When the aggressive phase ends, given the mutual information on the validation set after each epoch so far."""
 
 
-# --- semi-amortised inference -------------------------------------------------------------------------------
+# --- semi-amortised inference -----------------------------------------------------------------------------------------
 
 
 class SemiAmortised(nn.Module):
@@ -240,7 +240,7 @@ class SemiAmortised(nn.Module):
         return -elbo_kl(self.weight).loss(self._joint[0], posterior, x, eps).mean()
 
 
-# --- training -----------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -435,7 +435,8 @@ class Training(Trainer):
             if self.aggressive:
                 bound, steps = aggressive_step(
                     self.model, estimator, self.optimizer, x, self.random_batch, noise,
-                    block=recipe.block, most=recipe.most, clip=recipe.clip, joint_clip=recipe.joint_clip, units=self.units,
+                    block=recipe.block, most=recipe.most, clip=recipe.clip, joint_clip=recipe.joint_clip,
+                    units=self.units,
                 )  # fmt: skip
             else:
                 bound = gradient(self.model, estimator, x, noise(x), recipe.clip, recipe.joint_clip)

@@ -17,7 +17,7 @@ DEVICES = {"auto": "a GPU if there is one", "cpu": "the processor", "cuda": "an 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train, whatever the model and the data; the defaults are those of Burda et al. (2016) at their first stage.
+    """How to train, whatever the model and the data; the defaults are Burda et al.'s (2016) at their first stage.
 
     Attributes
     ----------
@@ -108,9 +108,7 @@ class Config(Recipe):
         choose("device", self.device, DEVICES)
         true_or_false("compile", self.compile)
         if not isinstance(self.sizes, Mapping):
-            raise InputError(
-                f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}"
-            )
+            raise InputError(f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}")
         for name, value in self.sizes.items():
             whole_number(f"size '{name}'", value, least=1)
         if self.checkpoint_seconds != 0:

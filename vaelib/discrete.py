@@ -188,7 +188,13 @@ TEMPERATURE = 0.5
 ESTIMATORS: dict[str, Estimator | LossEstimator] = {
     **{name: row for name, row in TABLEAU.items() if not row.reparameterised},
     "elbo-arm": LossEstimator(
-        "elbo-arm", "elbo", "elbo", 1, "yin2019", arm, "For bits: the difference between a sample and its antithetic twin."
+        "elbo-arm",
+        "elbo",
+        "elbo",
+        1,
+        "yin2019",
+        arm,
+        "For bits: the difference between a sample and its antithetic twin.",
     ),
     "elbo-disarm": LossEstimator(
         "elbo-disarm", "elbo", "elbo", 1, "dong2020", disarm, "For bits: ARM, averaged over all noise of the same pair."
@@ -197,7 +203,13 @@ ESTIMATORS: dict[str, Estimator | LossEstimator] = {
     "elbo-straight-through": replace(straight_through(TEMPERATURE), name="elbo-straight-through"),
     "elbo-silent": silent.ELBO,
     "elbo-exact": LossEstimator(
-        "elbo-exact", "elbo", "elbo", 1, "mohamed2020", exact, "For discrete latents of at most 12 bits: no draws, all values."
+        "elbo-exact",
+        "elbo",
+        "elbo",
+        1,
+        "mohamed2020",
+        exact,
+        "For discrete latents of at most 12 bits: no draws, all values.",
     ),
 }
 """Everything that can train a discrete posterior, by name."""

@@ -108,7 +108,7 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batch_size: int = 1000) -> list[int]:
-    r"""Count the latent units that carry information: those with :math:`\operatorname{Var}_x(E_q[z_d])` above the threshold.
+    r"""Count the latent units that carry information, :math:`\operatorname{Var}_x(E_q[z_d])` above the threshold.
 
     (Burda et al. 2016; 0.01 is their threshold.) One number for each stochastic layer. The mean of a second layer is
     taken at the mean of the first. The variance is over ``x`` ``[N, ...]``, gathered in batches.
@@ -134,15 +134,17 @@ def mutual_information(
     *,
     chunk: int = 100,
 ) -> float:
-    r"""Estimate how much z tells about x under the encoder, in nats: :math:`I_q = \mathbb E_x\,\mathrm{KL}(q(z \mid x) \,\|\, q(z))`.
+    r"""Estimate how much z tells about x under the encoder, in nats.
+
+    It is :math:`I_q = \mathbb E_x\,\mathrm{KL}(q(z \mid x) \,\|\, q(z))`, estimated by
 
     .. math:: \hat I = \frac1N \sum_i \Big[ -H(q(z \mid x_i)) - \log \frac1B \sum_j q(z_i \mid x_j) \Big],
         \qquad z_i \sim q(z \mid x_i)
 
     The inner sum stands for the aggregate :math:`q(z) = \mathbb E_x[q(z \mid x)]`. With ``batch_size`` it runs over the
-    minibatch of B that :math:`x_i` is in, as in He et al. (2019); since :math:`x_i` is one of them, the estimate is **at
-    most log B in expectation** (3.47 for 32, 3.91 for 50), however much z tells. Without, it runs over all N, and the
-    cap is log N. Averages over both; one draw for each x. Introduced in book/04-inference-lag.ipynb.
+    minibatch of B that :math:`x_i` is in, as in He et al. (2019); since :math:`x_i` is one of them, the estimate is
+    **at most log B in expectation** (3.47 for 32, 3.91 for 50), however much z tells. Without, it runs over all N, and
+    the cap is log N. Averages over both; one draw for each x. Introduced in book/04-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -178,7 +180,9 @@ def _information(encoder: nn.Module, x: Tensor, generator: torch.Generator | Non
     posteriors = [encoder(part) for part in parts]
     for part, posterior in zip(parts, posteriors):
         if not hasattr(posterior, "entropy"):
-            raise InputError(f"{type(posterior).__name__} has no entropy in closed form, which the estimate starts from")
+            raise InputError(
+                f"{type(posterior).__name__} has no entropy in closed form, which the estimate starts from"
+            )
         z.append(posterior.sample(encoder.noise(1, part, generator))[0])
         entropy += posterior.entropy().double().sum().item()
     z = torch.cat(z).unsqueeze(1)  # [N, 1, D], against each posterior's [b, D]

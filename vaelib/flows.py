@@ -5,8 +5,8 @@ the density follows from the Jacobians :math:`J_\ell = \partial z_\ell / \partia
 
 .. math:: \log q_\ell(z_\ell) = \log q_{\ell-1}(z_{\ell-1}) - \log |\det J_\ell|
 
-A path gradient wants the *force* :math:`F_\ell = \partial_{z_\ell} \log q_\ell(z_\ell)` at the end of the chain, with the
-parameters held still. There are two ways to it, one posterior each:
+A path gradient wants the *force* :math:`F_\ell = \partial_{z_\ell} \log q_\ell(z_\ell)` at the end of the chain, with
+the parameters held still. There are two ways to it, one posterior each:
 
 * :class:`Flow` inverts a stopped copy of the layers, and lets automatic differentiation do the rest;
 * :class:`OnePassFlow` carries the force along with the sample (Vaitl et al. 2024),
@@ -132,7 +132,10 @@ class AffineCoupling(Layer):
         return torch.cat((fixed, (moved - shift) * (-log_scale).exp()), -1), log_scale.sum(-1)
 
     def push(self, z: Tensor, force: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Return :math:`F^b e^{-s} =: G` for the half that moved, :math:`F^a - \partial_{z^a}[\sum s + G \cdot T^b]` for the other."""
+        r"""Return the force on the other side of the layer: :math:`F^b e^{-s} =: G` for the half that moved.
+
+        For the other half it is :math:`F^a - \partial_{z^a}[\sum s + G \cdot T^b]`.
+        """
         fixed, moved = z.split(self.sizes, -1)
         log_scale, shift = self.condition(fixed, context)
         scaled = moved * log_scale.exp()
@@ -228,12 +231,13 @@ class Planar(Layer):
 
 @dataclass(frozen=True)
 class Flow:
-    r"""The density of :math:`z_L = T_L \circ \dots \circ T_1(z_0)`, :math:`z_0 \sim \mathcal N(\mu, \operatorname{diag} \sigma^2)`.
+    r"""The density of :math:`z_L = T_L \circ \dots \circ T_1(z_0)` with a Gaussian start.
 
-    A posterior like those of :mod:`vaelib.posteriors`: the stopped copy holds the parameters of the Gaussian and of all
-    layers constant, and evaluates a sample by inverting them, so that the gradient in z passes through every
-    intermediate :math:`z_\ell`. Its layers are modules: under ``torch.func.functional_call``, use it inside the call,
-    or it sees the parameters it had before. Introduced in book/06-flows.ipynb.
+    The start is :math:`z_0 \sim \mathcal N(\mu, \operatorname{diag} \sigma^2)`. A posterior like those of
+    :mod:`vaelib.posteriors`: the stopped copy holds the parameters of the Gaussian and of all layers constant, and
+    evaluates a sample by inverting them, so that the gradient in z passes through every intermediate :math:`z_\ell`.
+    Its layers are modules: under ``torch.func.functional_call``, use it inside the call, or it sees the parameters it
+    had before. Introduced in book/06-flows.ipynb.
 
     Parameters
     ----------
@@ -267,7 +271,7 @@ class Flow:
         return z, log_q
 
     def log_prob(self, z: Tensor) -> Tensor:
-        r"""Return :math:`\log q(z) = \log q_0(z_0) - \sum_\ell \log|\det J_\ell|` by inverting the layers, ``[K, B]``."""
+        r"""Return :math:`\log q(z) = \log q_0(z_0) - \sum_\ell \log|\det J_\ell|`, ``[K, B]``; inverts the layers."""
         log_det = 0.0
         for layer in reversed(self.layers):
             z, one = layer.inverse(z, self.context)
@@ -281,7 +285,7 @@ class Flow:
 
 
 class Drawn(NamedTuple):
-    """A sample ``[K, B, D]`` with its log-density ``[K, B]``, both differentiable in phi, and the force ``[K, B, D]``."""
+    """A sample ``[K, B, D]`` and its log-density ``[K, B]``, differentiable in phi, and the force ``[K, B, D]``."""
 
     z: Tensor
     log_q: Tensor

@@ -2,8 +2,8 @@ r"""Generalised doubly reparameterised gradients: a second path for the paramete
 
 DReG turns the score of q into a path. With two stochastic layers the model has a score of the same kind, that of the
 conditional prior :math:`p_\theta(z_1 \mid z_2)`, whose samples would be :math:`z_1 = T_\theta(e, z_2)`. The draws come
-from q and not from that prior, which costs a change of measure (Bauer and Mnih 2021): for :math:`e = T_\theta^{-1}(z_1)`
-held constant,
+from q and not from that prior, which costs a change of measure (Bauer and Mnih 2021): for
+:math:`e = T_\theta^{-1}(z_1)` held constant,
 
 .. math:: \mathbb E_q[g\, \partial_\theta \log p_\theta(z_1 \mid z_2)]
     = \mathbb E_q\big[(\partial_{z_1} g + g\, \partial_{z_1} \log \tfrac{q}{p_\theta(z_1 \mid z_2)})\,

@@ -7,19 +7,19 @@ estimator sees the same noise, and the noise depends on the generator alone, not
 
 Which parameters the gradient is taken in is a key of :data:`WRT`:
 
-=============  ==============================================================================  =========================
-``wrt``        gradient of                                                                     coordinates, in this order
-=============  ==============================================================================  =========================
-"posterior"    each observation's own bound, in the numbers its posterior is made of,          field by field: mean
-               such as ``mean`` and ``log_std``                                                ``[B, D]``, log_std ``[B, D]``
-"encoder"      the bound's mean over the batch, in the encoder's weights                       ``encoder.parameters()``
-"joint"        the same, in the weights of the model                                           ``joint.parameters()``
-"weights"      the same, in both                                                               joint, then encoder
-=============  ==============================================================================  =========================
+=============  ============================================================================  ==========================
+``wrt``        gradient of                                                                   coordinates, in this order
+=============  ============================================================================  ==========================
+"posterior"    each observation's own bound, in the numbers its posterior is made of,        field by field: mean
+               such as ``mean`` and ``log_std``                                              ``[B, D]``, then log_std
+"encoder"      the bound's mean over the batch, in the encoder's weights                     ``encoder.parameters()``
+"joint"        the same, in the weights of the model                                         ``joint.parameters()``
+"weights"      the same, in both                                                             joint, then encoder
+=============  ============================================================================  ==========================
 
-The question "which estimator?" is best asked with ``wrt="posterior"``: what lies below, the encoder, is the same for all
-of them, and the draws then run side by side as one large batch, many times faster. The modules of a posterior, such as
-the second layer of a hierarchical one, are held still there.
+The question "which estimator?" is best asked with ``wrt="posterior"``: what lies below, the encoder, is the same for
+all of them, and the draws then run side by side as one large batch, many times faster. The modules of a posterior, such
+as the second layer of a hierarchical one, are held still there.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ def two_sided(error_rate: float) -> float:
     return statistics.NormalDist().inv_cdf(1 - error_rate / 2)
 
 
-# --- one draw's gradient -----------------------------------------------------------------------------------------------
+# --- one draw's gradient ----------------------------------------------------------------------------------------------
 
 
 class PerDraw(NamedTuple):

@@ -17,9 +17,9 @@ from vaelib.posteriors import LOG_2PI
 
 @dataclass(frozen=True)
 class Bernoulli:
-    r"""Binary pixels, :math:`p(x \mid z) = \prod_d \pi_d^{x_d} (1-\pi_d)^{1-x_d}` with :math:`\pi = \operatorname{sigmoid}(l)`.
+    r"""Binary pixels, :math:`p(x \mid z) = \prod_d \pi_d^{x_d} (1-\pi_d)^{1-x_d}`.
 
-    Introduced in book/01-elbo-forms.ipynb.
+    The probabilities are :math:`\pi = \operatorname{sigmoid}(l)`. Introduced in book/01-elbo-forms.ipynb.
 
     Parameters
     ----------

@@ -16,7 +16,9 @@ from vaelib.estimators import Estimator, LossEstimator
 from vaelib.posteriors import Latent, Mixture, map_latent, stop_gradient
 
 
-def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+def backward(
+    estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent
+) -> Tensor:
     r"""Add the estimator's gradient of ``-bound.mean()`` to ``.grad`` and return the bound, ``[B]``.
 
     One pass through the model and one back. A row with a path evaluates :math:`\log w` with q stopped and goes back
@@ -82,7 +84,9 @@ def backward(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn
     return estimator.value(log_w)
 
 
-def surrogate(estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+def surrogate(
+    estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent
+) -> Tensor:
     r"""Return ``-bound``, ``[B]``, as a function whose gradient is the estimator.
 
     Each line is a channel of the tableau: theta alone, phi through the density alone, phi through the sample alone.

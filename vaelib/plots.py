@@ -129,7 +129,9 @@ def images(axes: Axes, pictures: Tensor, columns: int) -> None:
     axes.set_axis_off()
 
 
-def variance_along(axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]], level: float = 0.95) -> None:
+def variance_along(
+    axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]], level: float = 0.95
+) -> None:
     """Draw the total variance of each estimator at each ``x``, with its confidence interval, on a log axis."""
     for name, moments in measured.items():
         value = torch.tensor([m.total_variance for m in moments])

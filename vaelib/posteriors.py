@@ -1,8 +1,8 @@
 r"""Approximate posteriors q(z given x), and the one operation the whole book turns on: holding their parameters still.
 
-A posterior is what an encoder returns. It is built from a batch of ``B`` observations and knows four things: how to draw
-the noise its samples are made of, how to turn noise into a sample, the log-density of a sample, and a copy of itself
-whose parameters are constants:
+A posterior is what an encoder returns. It is built from a batch of ``B`` observations and knows four things: how to
+draw the noise its samples are made of, how to turn noise into a sample, the log-density of a sample, and a copy of
+itself whose parameters are constants:
 
 =====================  ==============================  ==========================================================
 ``noise(k, g)``        eps, ``[K, B, D]``              standard normal draws from the generator ``g``
@@ -85,11 +85,17 @@ class DiagonalGaussian:
         return self.log_std.sum(-1) + 0.5 * self.mean.shape[-1] * (1 + LOG_2PI)
 
     def kl(self) -> Tensor:
-        r"""Return :math:`\mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12 \sum_d [\mu_d^2 + \sigma_d^2 - 1 - 2\log\sigma_d]`, ``[B]``."""
+        r"""Return the divergence from the standard normal prior, ``[B]``.
+
+        .. math:: \mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12 \sum_d [\mu_d^2 + \sigma_d^2 - 1 - 2\log\sigma_d]
+        """
         return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
 
     def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the mean :math:`w^\top \mu` and variance :math:`\sum_d w_d^2 \sigma_d^2` of W z, row by row, ``[B, X]``."""
+        r"""Return the mean :math:`w^\top \mu` and variance of each row of W z, ``[B, X]``.
+
+        The variance is :math:`\sum_d w_d^2 \sigma_d^2`.
+        """
         return self.mean @ weight.mT, (2 * self.log_std).exp() @ weight.square().mT
 
     def stop_gradient(self) -> DiagonalGaussian:
@@ -134,7 +140,10 @@ class FullGaussian:
         return (self._log_det() + 0.5 * self.mean.shape[-1] * (1 + LOG_2PI)).expand(self.mean.shape[:-1])
 
     def kl(self) -> Tensor:
-        r"""Return :math:`\mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12[\|\mu\|^2 + \|L\|_F^2 - D] - \log\det L`, ``[B]``."""
+        r"""Return the divergence from the standard normal prior, ``[B]``.
+
+        .. math:: \mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12[\|\mu\|^2 + \|L\|_F^2 - D] - \log\det L
+        """
         second_moment = self.mean.square().sum(-1) + self.scale_tril.square().sum((-2, -1))
         return 0.5 * (second_moment - self.mean.shape[-1]) - self._log_det()
 
@@ -270,7 +279,11 @@ class Mixture:
         total = weights.sum(0)
         off = (total - 1).abs() > 1e3 * torch.finfo(weights.dtype).eps
         if (weights < 0).any() or off.any():
-            found = f"one is {weights.min():.6g}" if (weights < 0).any() else f"those of one observation sum to {total[off][0]:.6g}"
+            found = (
+                f"one is {weights.min():.6g}"
+                if (weights < 0).any()
+                else f"those of one observation sum to {total[off][0]:.6g}"
+            )
             raise InputError(
                 f"mixture weights must be at least 0 and sum to 1 over the components, but {found}; "
                 "divide them by their sum, or give logits: Mixture(components, logits)"
@@ -353,9 +366,10 @@ def gumbel(eps: Tensor) -> Tensor:
 class FactorisedBernoulli:
     r"""Independent bits, :math:`q(z \mid x) = \prod_d \pi_d^{z_d} (1-\pi_d)^{1-z_d}`.
 
-    The probabilities are :math:`\pi = \operatorname{sigmoid}(l)`. A sample is :math:`z_d = 1[\varepsilon_d > 1 - \pi_d]` for
-    uniform :math:`\varepsilon`: a step, without a derivative. The antithetic sample of the same noise is that of
-    :math:`1 - \varepsilon`. Without a batch axis it serves as a prior. Introduced in book/03-silent-gradients.ipynb.
+    The probabilities are :math:`\pi = \operatorname{sigmoid}(l)`. A sample is
+    :math:`z_d = 1[\varepsilon_d > 1 - \pi_d]` for uniform :math:`\varepsilon`: a step, without a derivative. The
+    antithetic sample of the same noise is that of :math:`1 - \varepsilon`. Without a batch axis it serves as a prior.
+    Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -421,8 +435,8 @@ class FactorisedBernoulli:
 class OneHotCategorical:
     r"""G independent choices among C classes each, written as one-hot vectors side by side: z is ``[K, B, G C]``.
 
-    With :math:`\pi_g = \operatorname{softmax}(l_g)`, a sample picks the class of the largest :math:`l_{gc} + G_{gc}` for
-    Gumbel variables :math:`G = -\log(-\log\varepsilon)` made of uniform noise. Without a batch axis it serves as a
+    With :math:`\pi_g = \operatorname{softmax}(l_g)`, a sample picks the class of the largest :math:`l_{gc} + G_{gc}`
+    for Gumbel variables :math:`G = -\log(-\log\varepsilon)` made of uniform noise. Without a batch axis it serves as a
     prior. Introduced in book/03-silent-gradients.ipynb.
 
     Parameters

@@ -132,11 +132,7 @@ def train(
         try:
             trainer.run(after_step, progress)
         except Diverged as error:
-            good = (
-                f"is '{folder.checkpoint}', after step {saved}"
-                if saved
-                else "is none: it did not get that far"
-            )
+            good = f"is '{folder.checkpoint}', after step {saved}" if saved else "is none: it did not get that far"
             raise Diverged(f"{error}; the last good checkpoint {good}") from None
         if not folder.result.exists():
             write_json(folder.result, {"training": {**trainer.history[-1], **provenance(trainer)}})
@@ -195,9 +191,7 @@ def evaluate(
             model, x, samples, chunk, noise, return_standard_error=True, progress=progress
         )
         if not values.isfinite().all():
-            raise InputError(
-                f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images"
-            )
+            raise InputError(f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images")
         nll, nll_error = evaluation.mean_and_standard_error(-values)
         found = {
             "nll": nll,

@@ -115,8 +115,8 @@ def expected_log_prob_log_linear(
     r"""Return :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]``, for a scale that depends on z.
 
     With :math:`s_d^2 = e^{a_d^\top z + c_d}` it is exact for a Gaussian q of mean m and covariance C. The logarithm
-    :math:`\log s_d^2` is linear and has the mean :math:`a_d^\top m + c_d`; the exponential tilts the Gaussian to the mean
-    m - C a:
+    :math:`\log s_d^2` is linear and has the mean :math:`a_d^\top m + c_d`; the exponential tilts the Gaussian to the
+    mean m - C a:
 
     .. math:: \mathbb E_q[e^{-a^\top z} (r - w^\top z)^2]
         = e^{-a^\top m + \frac12 a^\top C a} \big[ (r - w^\top m + w^\top C a)^2 + w^\top C w \big], \qquad r = x - b
@@ -176,8 +176,8 @@ class LinearDecoder(nn.Module):
 def expected_cosines(q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: Tensor) -> Tensor:
     r"""Return :math:`\EE_q[\cos(w_j^\top z + b_j)] = \cos(m_j)\, e^{-v_j / 2}`, ``[B, J]``.
 
-    It is the real part of a Gaussian's characteristic function, with m and v the mean and variance of what the cosine is
-    taken of.
+    It is the real part of a Gaussian's characteristic function, with m and v the mean and variance of what the cosine
+    is taken of.
 
     Raises
     ------
@@ -190,12 +190,12 @@ def expected_cosines(q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: 
 
 
 class CosineDecoder(nn.Module):
-    r"""The decoder :math:`\mathcal N(A \cos(W z + c) + b, \operatorname{diag} s^2)`: nonlinear in z, and silent all the same.
+    r"""The decoder :math:`\mathcal N(A \cos(W z + c) + b, \operatorname{diag} s^2)`: nonlinear in z, and silent.
 
     It is linear in features whose first two moments are known under a Gaussian:
-    :math:`\cos u_i \cos u_j = \tfrac12 [\cos(u_i + u_j) + \cos(u_i - u_j)]`, and the sum and difference are again linear
-    in z (:func:`expected_cosines`). So the closed form costs :math:`J^2` cosines an observation for J features, where a
-    draw costs J. Introduced in book/03-silent-gradients.ipynb.
+    :math:`\cos u_i \cos u_j = \tfrac12 [\cos(u_i + u_j) + \cos(u_i - u_j)]`, and the sum and difference are again
+    linear in z (:func:`expected_cosines`). So the closed form costs :math:`J^2` cosines an observation for J features,
+    where a draw costs J. Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -314,7 +314,7 @@ ELBO = LossEstimator(
 """The silent gradient as an estimator, ``objectives.backward(silent.ELBO, joint, encoder, x, None)``: without noise."""
 
 
-# --- beside a nonlinear decoder ----------------------------------------------------------------------------------------
+# --- beside a nonlinear decoder ---------------------------------------------------------------------------------------
 
 
 def linear(done: float) -> float:
@@ -394,10 +394,10 @@ def taylor_control(
     r"""Return a loss with the gradient of the model's own second-order expansion around the mean of q, ``[B]``.
 
     With :math:`f(z) = \log p(x \mid z)` and :math:`\delta = \sigma \varepsilon`, it has the gradient
-    :math:`H(\mu)\, \delta` in :math:`\mu` and :math:`\partial f(\mu)\, \delta` in :math:`\log \sigma`, up to a sign, whose
-    means are 0. (Miller et al. 2017; the part of second order in the scale would need the diagonal of H, and is left
-    out.) It asks nothing of the likelihood but two derivatives, and costs about two more passes through the decoder.
-    Introduced in book/03-silent-gradients.ipynb.
+    :math:`H(\mu)\, \delta` in :math:`\mu` and :math:`\partial f(\mu)\, \delta` in :math:`\log \sigma`, up to a sign,
+    whose means are 0. (Miller et al. 2017; the part of second order in the scale would need the diagonal of H, and is
+    left out.) It asks nothing of the likelihood but two derivatives, and costs about two more passes through the
+    decoder. Introduced in book/03-silent-gradients.ipynb.
     """
     if not isinstance(q, DiagonalGaussian):
         raise InputError(
@@ -418,8 +418,8 @@ def controlled(base: Estimator | LossEstimator, scale: float, control: Control =
     .. math:: g(\varepsilon) - c\, \big( g_{\text{linear}}(\varepsilon) - \EE[g_{\text{linear}}] \big)
 
     The two gradients of the linear decoder, one estimated from the same draws and the other exact, have the same mean,
-    so that the encoder's gradient is unbiased for every scale c that does not depend on these draws, whatever the linear
-    decoder is. The linear decoder learns its own bound meanwhile; the model's own gradient is that of ``base``.
+    so that the encoder's gradient is unbiased for every scale c that does not depend on these draws, whatever the
+    linear decoder is. The linear decoder learns its own bound meanwhile; the model's own gradient is that of ``base``.
     Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
@@ -454,8 +454,8 @@ def covariances(
 ) -> tuple[float, float]:
     r"""Return :math:`\sum_i g_i h_i` and :math:`\sum_i h_i^2`, of which the best scale of a control variate is made.
 
-    Here g is the gradient of ``base`` and h that of the control, in the numbers that q is made of, and :math:`\EE[h] = 0`,
-    so that the ratio of the two means is :math:`c^* = \operatorname{Cov}[g, h] / \Var[h]`.
+    Here g is the gradient of ``base`` and h that of the control, in the numbers that q is made of, and
+    :math:`\EE[h] = 0`, so that the ratio of the two means is :math:`c^* = \operatorname{Cov}[g, h] / \Var[h]`.
     """
     names = [field.name for field in fields(q)]
     leaves = [getattr(q, name).detach().requires_grad_() for name in names]
@@ -469,11 +469,11 @@ def covariances(
 class TrackedScale:
     r"""The estimator for each step of a training, :func:`controlled` with the scale that has been best of late.
 
-    A look at it is :math:`\sum g \cdot h / \sum h \cdot h` (:func:`covariances`) for images and noise of its own, and the
-    scale a running average of looks: of these ratios, since their two parts shrink by orders of magnitude while training
-    goes on. It does not depend on the draws that it scales, so that the gradient stays unbiased; the price is two more
-    gradients every few steps. Give it to :func:`vaelib.training.fit` in the place of an estimator.
-    Introduced in book/03-silent-gradients.ipynb.
+    A look at it is :math:`\sum g \cdot h / \sum h \cdot h` (:func:`covariances`) for images and noise of its own, and
+    the scale a running average of looks: of these ratios, since their two parts shrink by orders of magnitude while
+    training goes on. It does not depend on the draws that it scales, so that the gradient stays unbiased; the price is
+    two more gradients every few steps. Give it to :func:`vaelib.training.fit` in the place of an estimator. Introduced
+    in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -526,7 +526,7 @@ class TrackedScale:
 
 
 def scaled_gradient(q, factor: float):
-    r"""Return the same posterior, through which ``factor`` times the gradient goes back, :math:`\bar\phi + f (\phi - \bar\phi)`."""
+    r"""Return the same posterior, but f times the gradient goes back: :math:`\bar\phi + f(\phi-\bar\phi)`."""
     if isinstance(q, Mixture):
         raise InputError("a guide's share of the gradient is for one posterior, not a Mixture: use DiagonalGaussian")
     still = q.stop_gradient()
@@ -564,8 +564,8 @@ def _one_gaussian(q, what: str, instead: str) -> None:
 def _of_elbo(estimator: Estimator | LossEstimator) -> None:
     if estimator.bound != "elbo":
         raise InputError(
-            f"estimator '{estimator.name}' is of the bound '{estimator.bound}', but a linear decoder's closed form is that "
-            "of the ELBO: use elbo-path, elbo-total, elbo-score-loo or another one of the ELBO"
+            f"estimator '{estimator.name}' is of the bound '{estimator.bound}', but a linear decoder's closed form "
+            "is that of the ELBO: use elbo-path, elbo-total, elbo-score-loo or another one of the ELBO"
         )
 
 

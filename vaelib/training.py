@@ -187,9 +187,7 @@ class Loop:
             if a bound is not finite; it names the first such step.
         """
         start = time.monotonic() - self.seconds
-        bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5
-        )
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
         with bar:
             while self.step < self.total_steps:
                 before = self.step
@@ -283,9 +281,7 @@ class Trainer(Loop):
         self.estimator = self.estimator_at(0.0)
         check_fit(model, split, self.estimator, recipe)
         device = split.grey.device
-        self.steps_per_epoch = (
-            len(split) // recipe.batch_size
-        )  # an incomplete batch is left out; every epoch another
+        self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
         self.optimizer = OPTIMIZERS[recipe.optimizer](list(model.parameters()), recipe)
         self.captures = compile and self.optimizer.defaults.get("capturable", False)
         self.streams = {
@@ -423,9 +419,7 @@ def check_fit(model: nn.Module, split: Split, estimator: Estimator | LossEstimat
     """Raise InputError if these do not go together."""
     estimator.check(recipe.k)
     if recipe.batch_size > len(split):
-        raise InputError(
-            f"batch_size is {recipe.batch_size}, but there are only {len(split)} training images"
-        )
+        raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training images")
     if model.binary and split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
         raise InputError(
             "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
@@ -456,7 +450,8 @@ def fit(
     """Train ``model`` in place, in memory, and return its history, one record an epoch.
 
     ``fit(model, images.train, "elbo-path", epochs=5, lr=1e-3, seed=0)``; the keywords are the fields of
-    :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Trainer`. Introduced in book/01-elbo-forms.ipynb.
+    :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Trainer`. Introduced in
+    book/01-elbo-forms.ipynb.
     """
     if isinstance(estimator, str):
         estimator = choose("estimator", estimator, every())

@@ -19,10 +19,8 @@ def main(folder):
     if works(folder):
         return 0
     if sys.version_info < (3, 11):
-        return (
-            "Python 3.11 or newer is needed, but %s is %d.%d. Say which one to use: make PYTHON=/path/to/python3"
-            % (sys.executable, sys.version_info[0], sys.version_info[1])
-        )
+        found = "%s is %d.%d" % (sys.executable, sys.version_info[0], sys.version_info[1])
+        return "Python 3.11 or newer is needed, but %s. Say which one to use: make PYTHON=/path/to/python3" % found
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401

@@ -11,8 +11,8 @@ from typing import Any
 from docutils.nodes import reference
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as TocTreeCollector
 from sphinx.util.fileutil import copy_asset
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as TocTreeCollector
 
 # sphinx-proof and sphinx-exercise give these ids to every block; nothing points at them, and an id must be unique.
 _REPEATED_ID = re.compile(r' id="(?:proof|proof-content|exercise-content|solution-content)"')

@@ -167,9 +167,7 @@ class ImageSet:
         if "valid" in splits:
             raise InputError(f"{self.name} has validation images of its own: leave valid at 0")
         if not 0 < valid < len(train):
-            raise InputError(
-                f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train"
-            )
+            raise InputError(f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train")
 
         def part(rows: slice) -> Split:
             labels = None if train.labels is None else train.labels[rows]
@@ -198,9 +196,7 @@ def idx(path: Path) -> np.ndarray:
         zeros, kind, axes = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{axes}I", content, 4)
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise InputError(
-            f"'{path}' is no gzipped idx file ({error}): delete it and fetch it again"
-        ) from error
+        raise InputError(f"'{path}' is no gzipped idx file ({error}): delete it and fetch it again") from error
     if (zeros, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
         raise InputError(
             f"'{path}' is not an idx file of bytes: it begins with {list(content[:4])} and has "

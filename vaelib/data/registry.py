@@ -15,9 +15,7 @@ from vaelib.data.images import (
 from vaelib.data.text import REAL_TEXT_SIZES, TextSet, read_documents, synthetic
 
 
-def files(
-    folder: str, mirrors: tuple[str, ...], *rows: tuple[str, str, int, str]
-) -> dict[str, tuple[File, ...]]:
+def files(folder: str, mirrors: tuple[str, ...], *rows: tuple[str, str, int, str]) -> dict[str, tuple[File, ...]]:
     """One file a part, each at every mirror: rows of (part, name, size, SHA-256)."""
     return {
         part: (File(f"{folder}/{name}", f"sha256:{sha256}", size, tuple(at + name for at in mirrors)),)

@@ -2,8 +2,8 @@
 
 Every run has a folder, ``runs/<experiment>/<preset>/<run>``, in which it leaves its checkpoints, how far it is, and in
 the end ``measured.json``. All that the grid needs to know is in these files and in the table of results: a grid that
-was killed goes on by the same command, runs that were finished are not made again, and two grids at once share the work.
-The folder must be seen by all machines of a cluster.
+was killed goes on by the same command, runs that were finished are not made again, and two grids at once share the
+work. The folder must be seen by all machines of a cluster.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Grid:
             self.bar.update(now - self.bar.n)
 
 
-# --- one run ------------------------------------------------------------------------------------------------------------
+# --- one run ----------------------------------------------------------------------------------------------------------
 
 IN_USE = "another grid is at it"
 
@@ -253,7 +253,7 @@ def noted(path: Path) -> float:
         return 0.0
 
 
-# --- where runs run -----------------------------------------------------------------------------------------------------
+# --- where runs run ---------------------------------------------------------------------------------------------------
 
 
 def default_jobs(device: str) -> int:
@@ -280,9 +280,7 @@ class OnThisMachine:
 
     def start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        process = self.context.Process(
-            target=in_own_process, args=(job.task, job.folder, job.device), daemon=True
-        )
+        process = self.context.Process(target=in_own_process, args=(job.task, job.folder, job.device), daemon=True)
         process.start()
         self.processes[job] = process
 
@@ -360,4 +358,3 @@ def execute_on_ray(task: Task, folder: str, device: str) -> None:
     torch.set_num_threads(1)
     Path(folder).mkdir(parents=True, exist_ok=True)
     execute(task, Path(folder), device)
-

@@ -29,7 +29,7 @@ from vaelib.training import stream
 
 SAVE_EVERY = 30.0  # seconds
 
-# --- what can be trained, and how ----------------------------------------------------------------------------------------
+# --- what can be trained, and how -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_images(config: Cell) -> Images:
 
 
 def reduced(split: Split, most: int | None, side: int | None) -> Split:
-    """Return at most ``most`` images of a split, by lot, ``side`` pixels high and wide; all, or as they are, for None."""
+    """Return at most ``most`` images of a split, by lot, ``side`` pixels a side; for None all, or as they are."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most]
     side = side or split.shape[0]
     grey = F.adaptive_avg_pool2d(split.grey[chosen].unflatten(1, split.shape), side).flatten(1)
@@ -191,7 +191,7 @@ def train(training: Training, folder: Path, tell: Callable[[], None], space: Spa
         training.run(after_step)
 
 
-# --- the posterior-mean space ----------------------------------------------------------------------------------------------
+# --- the posterior-mean space -----------------------------------------------------------------------------------------
 
 STAGES = (0.25, 1, 5)  # epochs, and the last one
 TRAJECTORIES, BATCH = 9, 50
@@ -270,7 +270,7 @@ def collect_space(
     return path
 
 
-# --- tables and figures -----------------------------------------------------------------------------------------------------
+# --- tables and figures -----------------------------------------------------------------------------------------------
 
 PUBLISHED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "yahoo": {
@@ -300,7 +300,7 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "no-z": ("89.76", "", "", ""),
     },
 }
-"""NLL, KL, MI (Table 1) and relative time (Table 2) in the paper as submitted to ICLR 2019, one run each, by data set."""
+"""NLL, KL, MI (Table 1) and relative time (Table 2) as submitted to ICLR 2019, one run each, by data set."""
 
 
 def table_beside(published: str | None) -> Callable[[Sequence[Row]], list[tuple[str, ...]]]:
@@ -358,7 +358,7 @@ def figure(rows: Sequence[Row], fig: Figure) -> None:
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
-# --- the experiments ----------------------------------------------------------------------------------------------------------
+# --- the experiments --------------------------------------------------------------------------------------------------
 
 
 def grid(methods: Sequence[str], **common: Any) -> list[Cell]:
@@ -366,13 +366,15 @@ def grid(methods: Sequence[str], **common: Any) -> list[Cell]:
     keys = {
         "data": None, "model": "lstm", "method": None, "sentences": None, "vocabulary": None, "length": None,
         "latent": 32, "embedding": 512, "hidden": 1024, "dropout": 0.5, "epochs": None, "batch_size": None,
-        "first_decay": None, "decays": None, "warm_up": None, "samples": 500, "evaluated": 10_000, "points": 0, "path": 0,
+        "first_decay": None, "decays": None, "warm_up": None, "samples": 500, "evaluated": 10_000, "points": 0,
+        "path": 0,
     }  # fmt: skip
     return [{**keys, **common, "method": method} for method in methods]
 
 
 ALL = (
-    "no-z", "plain", "anneal", "beta-0.4", "beta-0.8", "cyclical", "free-bits", "sa-vae", "aggressive", "aggressive-anneal",
+    "no-z", "plain", "anneal", "beta-0.4", "beta-0.8", "cyclical", "free-bits", "sa-vae", "aggressive",
+    "aggressive-anneal",
 )  # fmt: skip
 
 TOY = {"data": "synthetic-text", "latent": 1, "dropout": 0.0}
@@ -456,7 +458,8 @@ def image_grid(methods: Sequence[str], **common: Any) -> list[Cell]:
     keys = {
         "data": "omniglot", "model": "pixelcnn", "method": None, "images": None, "valid": 1623, "side": None,
         "latent": 32, "maps": 64, "layers": 13, "encoder_maps": 64, "hidden": 512, "epochs": None, "batch_size": None,
-        "first_decay": None, "decays": None, "warm_up": None, "samples": 500, "evaluated": 10_000, "points": 0, "path": 0,
+        "first_decay": None, "decays": None, "warm_up": None, "samples": 500, "evaluated": 10_000, "points": 0,
+        "path": 0,
     }  # fmt: skip
     return [{**keys, **common, "method": method} for method in methods]
 

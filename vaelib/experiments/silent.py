@@ -46,7 +46,7 @@ def some(name: str, count: int) -> Images:
 
 
 def start(config: Cell, seed: int, model: str, device: str, **sizes: int) -> tuple[VAE, Images]:
-    """Return the model of a run before its first step, the same for each seed whatever the estimator, and its images."""
+    """Return the model of a run before its first step, the same for all estimators of a seed, and its images."""
     images = some(config["data"], config["images"])
     grey = images.train.grey
     return models.build(model, grey.shape[1], grey.mean(0), stream("init", seed), **sizes).to(device), images.to(device)
@@ -77,7 +77,7 @@ def train(trainer: Trainer, look: Callable[[int], list[Measured]], report: Repor
     return measured
 
 
-# --- linear decoders ------------------------------------------------------------------------------------------------------
+# --- linear decoders --------------------------------------------------------------------------------------------------
 
 LATENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "gaussian": ("linear", ("elbo-silent", "elbo-total", "elbo-path", "elbo-score-loo")),
@@ -99,7 +99,7 @@ LATENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "gaussian-cosine": ("cosine", ("elbo-silent", "elbo-total", "elbo-path")),
 }
-"""The model for each kind of latent, and the estimators that can train it; the last is linear in cosines of its latent."""
+"""The model for each kind of latent, and the estimators that can train it; the last is linear in cosines of z."""
 
 LINEAR = ("gaussian", "bernoulli", "categorical")
 
@@ -192,7 +192,7 @@ def at_best_rate(rows: Sequence[Row], at: int | None = None) -> list[Row]:
 
 
 def leads(rows: Sequence[Row], metric: str, at: int | None = None) -> dict[tuple[str, str, str], Summary]:
-    """Return by how many nats the silent gradient leads each arm, both at their best rates, each seed paired with its own."""
+    """Return by how many nats the silent gradient leads each arm, both at their best rates, paired by seed."""
     chosen = at_epoch(at_best_rate(rows, at), metric, at)
     values = {(row["data"], row["latent"], row["estimator"], row["seed"]): row["value"] for row in chosen}
     pairs: dict[tuple, list[float]] = {}
@@ -296,7 +296,7 @@ def trim(ax) -> None:
     ax.set_ylim(max(low, values.min()), None)
 
 
-# --- nonlinear decoders ----------------------------------------------------------------------------------------------------
+# --- nonlinear decoders -----------------------------------------------------------------------------------------------
 
 SIZES = {"hidden": 100, "latent": 16}
 
@@ -313,7 +313,7 @@ METHODS: Mapping[str, tuple[str | None, bool]] = {
     "cosine": ("cosine", True),
     "linear, sampled": ("linear", False),
 }
-"""How the linear decoder's weight goes from 1 to 0, and whether its gradient is exact or sampled, which is the control."""
+"""How the linear decoder's weight goes from 1 to 0, and whether its gradient is exact or, as the control, sampled."""
 
 
 def annealed_grid(sets: Mapping[str, int], methods: Iterable[str], epochs: int) -> list[Cell]:
@@ -380,7 +380,7 @@ def over_plain(rows: Sequence[Row], metric: str, at: int | None = None) -> dict[
 
 
 def table_annealed(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return for each method the test ELBO early and at the end and log p(x), and the gain on no guide in the last two."""
+    """Return each method's test ELBO, early and at the end, and log p(x), and its gain on no guide in the last two."""
     by = ("data", "estimator", "method")
     early, late = over_seeds(rows, "elbo", by, at=EARLY), final(rows, "elbo", by)
     likelihood, gain = over_seeds(rows, "log-likelihood", by), over_plain(rows, "log-likelihood")
@@ -423,7 +423,7 @@ def _panels(rows: Sequence[Row], figure: Figure, metric: str, label: str, trimme
     legend(figure)
 
 
-# --- the control variate ---------------------------------------------------------------------------------------------------
+# --- the control variate ----------------------------------------------------------------------------------------------
 
 CONTROLS: Mapping[str, silent.Control | None] = {
     "plain": None,
@@ -463,7 +463,7 @@ LOOK_AT, DRAWS, LOOKS = 50, 50, 3
 
 
 def run_controlled(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
-    """Train with a control variate, or without; along the way measure its variance beside that of the bare estimator."""
+    """Train with a control variate, or without; on the way measure its variance beside that of the bare estimator."""
     model, images = start(config, seed, CONTROLLED[config["estimator"]][0], device, **SIZES)
     x, base, control = images.train.grey, every()[config["estimator"]], CONTROLS[config["method"]]
     bare, path = silent.annealed(base, 0.0), silent.annealed(every()["elbo-path"], 0.0)
@@ -560,7 +560,8 @@ EXPERIMENTS = {
         ),
         Experiment(
             name="silent-annealed",
-            reproduces="Shao et al. 2025, nonlinear decoders (design ours): exact gradients first, annealed to sampled ones",
+            reproduces="Shao et al. 2025, nonlinear decoders (design ours): exact gradients first, annealed to "
+            "sampled ones",
             presets={
                 "smoke": Preset(annealed_grid({"digits": 300}, METHODS, 3), seeds=1, minutes=0.3),
                 "short": Preset(

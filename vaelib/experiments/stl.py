@@ -20,7 +20,7 @@ from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Re
 from vaelib.experiments.results import Summary, over_seeds, summarise
 from vaelib.posteriors import DiagonalGaussian, Mixture
 
-# --- Table 2: test log-likelihoods ----------------------------------------------------------------------------------------
+# --- Table 2: test log-likelihoods ------------------------------------------------------------------------------------
 
 RECIPES: Mapping[str, Mapping[str, object]] = {
     "paper": {"schedule": "burda", "batch_size": 20, "lr": 1e-3, "adam_eps": 1e-4},
@@ -53,7 +53,7 @@ PUBLISHED: Mapping[tuple[str, int, str], tuple[float, ...]] = {
     ("omniglot", 2, "iwae-total"): (107.56, 104.79, 103.38),
     ("omniglot", 2, "iwae-path"): (105.22, 103.59, 102.86),
 }
-"""Test negative log-likelihoods in nats for k = 1, 5, 50, by data set, stochastic layers and estimator (their Table 2)."""
+"""Test negative log-likelihoods in nats (their Table 2) for k = 1, 5, 50, by data set, stochastic layers, estimator."""
 
 KS = (1, 5, 50)
 
@@ -68,7 +68,9 @@ def cells(data: str, ks: Iterable[int], epochs: int, samples: int) -> list[Cell]
     """
     grid = []
     for k in ks:
-        totals_and_paths = ["elbo-total", "elbo-path"] if k == 1 else ["elbo-total", "elbo-path", "iwae-total", "iwae-path"]
+        totals_and_paths = (
+            ["elbo-total", "elbo-path"] if k == 1 else ["elbo-total", "elbo-path", "iwae-total", "iwae-path"]
+        )
         arms = [*itertools.product(("mlp-1", "mlp-2"), totals_and_paths)]
         if k > 1:
             arms += [("mlp-1", "iwae-dreg"), ("mlp-2", "iwae-dreg")]
@@ -83,9 +85,7 @@ def released(data: str, epochs: int, samples: int) -> list[Cell]:
     return [cell(data, model, estimator, 1, epochs, samples, "released") for model, estimator in arms]
 
 
-def cell(
-    data: str, model: str, estimator: str, k: int, epochs: int, samples: int, recipe: str = "paper"
-) -> Cell:
+def cell(data: str, model: str, estimator: str, k: int, epochs: int, samples: int, recipe: str = "paper") -> Cell:
     return {
         "data": data,
         "model": model,
@@ -160,7 +160,7 @@ def gains(rows: Sequence[Row]) -> dict[tuple, Summary]:
 
 
 def table_2(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return Table 2, and below it what each estimator gains on its total derivative; all in nats, beside the paper's."""
+    """Return Table 2, and below it what each estimator gains on its total derivative; in nats, beside the paper's."""
     return [*table_of_nll(rows), *table_of_gains(rows)[1:]]
 
 
@@ -234,7 +234,7 @@ def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
 
 
-# --- Figure 1: a 100-dimensional Gaussian fitted to another ---------------------------------------------------------------
+# --- Figure 1: a 100-dimensional Gaussian fitted to another -----------------------------------------------------------
 
 
 class Free(nn.Module):
@@ -299,7 +299,7 @@ def figure_1(rows: Sequence[Row], figure: Figure) -> None:
     ax.legend()
 
 
-# --- Figure 3: a mixture of five Gaussians, on the way to its target ---------------------------------------------------------
+# --- Figure 3: a mixture of five Gaussians, on the way to its target --------------------------------------------------
 
 
 def walk_to_mixture(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError
+from vaelib.models.mlp import Joint
 from vaelib.posteriors import Discrete, FactorisedBernoulli, OneHotCategorical, standard_uniform
 
 
-class DiscreteJoint(nn.Module):
+class DiscreteJoint(Joint):
     r"""The joint density :math:`\log p(z) + \log p(x \mid z)` with independent bits or one-hot choices as the prior.
 
     Introduced in book/03-silent-gradients.ipynb.
@@ -30,9 +31,8 @@ class DiscreteJoint(nn.Module):
     """
 
     def __init__(self, decode: nn.Module, prior_logits: Tensor) -> None:
-        super().__init__()
+        super().__init__(decode)
         _family(tuple(prior_logits.shape))
-        self.decode = decode
         if isinstance(prior_logits, nn.Parameter):
             self.prior_logits = prior_logits
         else:
@@ -46,14 +46,6 @@ class DiscreteJoint(nn.Module):
     def log_prior(self, z: Tensor) -> Tensor:
         """Return log p(z), ``[K, B]``."""
         return self.prior.log_prob(z)
-
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return log p(x given z), ``[K, B]``."""
-        return self.decode(z).log_prob(x)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return log p(x, z), ``[K, B]``."""
-        return self.log_prior(z) + self.log_likelihood(x, z)
 
 
 class DiscreteEncoder(nn.Module):

@@ -8,7 +8,7 @@ from vaelib.likelihoods import Gaussian
 
 
 class GaussianDecoder(nn.Module):
-    r"""The decoder :math:`p(x \mid z) = \mathcal N(m(z), s^2 I)` with any network as the mean, and one scale for all pixels.
+    r"""The decoder :math:`p(x \mid z) = \mathcal N(m(z), s^2 I)`: any network as the mean, one scale for all pixels.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ class LinearGaussian(nn.Module):
         return self.decode(z).log_prob(x)
 
     def expected_log_likelihood(self, x: Tensor, q) -> Tensor:
-        r"""Return the exact :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]`` (:func:`vaelib.silent.expected_log_prob`)."""
+        r"""Return :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]``, exactly (:func:`vaelib.silent.expected_log_prob`)."""
         return silent.expected_log_prob(x, q, self.weight, self.bias, self.log_std)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -121,7 +121,10 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
         if ``latent_dim`` is not between 1 and X - 1.
     """
     if not 1 <= latent_dim < x.shape[1]:
-        raise InputError(f"latent_dim must be between 1 and {x.shape[1] - 1} for data of {x.shape[1]} dimensions, but is {latent_dim}")
+        raise InputError(
+            f"latent_dim must be between 1 and {x.shape[1] - 1} for data of {x.shape[1]} dimensions, but is "
+            f"{latent_dim}"
+        )
     mean = x.mean(0)
     eigenvalues, eigenvectors = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
     eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
@@ -140,6 +143,8 @@ def exact_encoder(joint: LinearGaussian) -> LinearEncoder:
     with torch.no_grad():
         inverse_variance = (-2 * joint.log_std).exp()
         scaled = joint.weight * inverse_variance.unsqueeze(-1)  # S^(-1) W
-        precision = torch.eye(joint.weight.shape[1], dtype=scaled.dtype, device=scaled.device) + joint.weight.mT @ scaled
+        precision = (
+            torch.eye(joint.weight.shape[1], dtype=scaled.dtype, device=scaled.device) + joint.weight.mT @ scaled
+        )
         weight = torch.linalg.solve(precision, scaled.mT)
         return LinearEncoder(weight, -weight @ joint.bias, -0.5 * precision.diagonal().log())

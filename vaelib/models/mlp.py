@@ -64,7 +64,10 @@ class GaussianMLP(nn.Module):
 
 
 class HierarchicalEncoder(nn.Module):
-    r"""The encoder :math:`q(z_1 \mid x)\, q(z_2 \mid z_1)` of two stochastic layers. Introduced in book/02-score-and-path.ipynb."""
+    r"""The encoder :math:`q(z_1 \mid x)\, q(z_2 \mid z_1)` of two stochastic layers.
+
+    Introduced in book/02-score-and-path.ipynb.
+    """
 
     def __init__(self, first: GaussianMLP, second: GaussianMLP) -> None:
         super().__init__()
