@@ -53,6 +53,7 @@ def gradient(backward, row, model, x, eps):
         ("iwae-dreg", "mlp-2"),
         ("elbo-path", "mlp-2-detached"),
         ("iwae-vimco", "mlp-1"),
+        ("elbo-path", "mlp-1-flow"),
     ],
 )
 def test_the_traced_engine_is_the_engine(row, model):

@@ -401,10 +401,11 @@ def test_stopping_holds_base_layers_and_context():
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_a_flow_trains_and_is_evaluated_like_any_posterior(one_pass):
     digits = data.load("digits", "dynamic")
-    generator = torch.Generator().manual_seed(0)
-    model = models.build("mlp-1", 64, digits.train.grey.mean(0), generator, hidden=20, latent=4)
-    layers = [AffineCoupling(4, (8,), 8, generator) for _ in range(2)]
-    model.encoder = FlowEncoder(model.encoder, layers, conditional=True, one_pass=one_pass)
+    generator, before = torch.Generator().manual_seed(0), torch.get_rng_state()
+    sizes = {"hidden": 20, "latent": 4, "layers": 2, "flow_hidden": 8}
+    model = models.build("mlp-1-flow", 64, digits.train.grey.mean(0), generator, **sizes)
+    assert torch.equal(before, torch.get_rng_state())
+    model.encoder.one_pass = one_pass
     history = training.fit(model, digits.train, "elbo-path", epochs=2, batch_size=100, lr=5e-3)
     assert history[1]["bound"] > history[0]["bound"]
     x = digits.test.batch(slice(0, 10), generator)
@@ -412,6 +413,24 @@ def test_a_flow_trains_and_is_evaluated_like_any_posterior(one_pass):
     assert value.shape == (10,) and not value.requires_grad
     model.encoder.one_pass = not one_pass
     torch.testing.assert_close(value, evaluation.log_likelihood(model, x, 50, 25, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_active_units_of_a_flow_are_those_of_its_centre(one_pass):
+    """The couplings see x, and move what the Gaussian encoder keeps still; a collapsed encoder has no active unit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(50, 6, generator=generator)
+    model = models.build("mlp-1-flow", 6, None, generator, hidden=8, latent=4, layers=2, flow_hidden=8)
+    encoder = model.encoder
+    encoder.one_pass = one_pass
+    scrambled(encoder.layers, generator).float()
+    far = encoder(x).sample(torch.zeros(1, 50, 4))[0].var(0, correction=0)
+    level = far.sort().values[1:3].mean().item()
+    assert evaluation.active_units(encoder, x, level) == [2]
+    assert evaluation.active_units(encoder.base, x, level) != [2]
+    with torch.no_grad():
+        encoder.base.mean.weight.zero_(), encoder.base.log_std.weight.zero_()
+    assert evaluation.active_units(encoder, x) == [0]
 
 
 def test_a_flow_without_layers_is_its_base():

@@ -111,18 +111,21 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
     r"""Count the latent units that carry information, :math:`\operatorname{Var}_x(E_q[z_d])` above the threshold.
 
     (Burda et al. 2016; 0.01 is their threshold.) One number for each stochastic layer. The mean of a second layer is
-    taken at the mean of the first. The variance is over ``x`` ``[N, ...]``, gathered in batches.
-    Introduced in book/01-elbo-forms.ipynb.
+    taken at the mean of the first; for a flow's stands the place where the mean of its Gaussian ends. The variance is
+    over ``x`` ``[N, ...]``, gathered in batches. Introduced in book/01-elbo-forms.ipynb.
     """
     layers = map(torch.cat, zip(*(posterior_means(encoder(batch)) for batch in x.split(batch_size))))
     return [int(((means - means.mean(0)).square().mean(0) > threshold).sum()) for means in layers]
 
 
 def posterior_means(posterior) -> tuple[Tensor, ...]:
-    """Return the mean of each stochastic layer, ``[B, D]`` each; an upper layer's at the mean of the one below."""
+    """Return the mean of each stochastic layer, ``[B, D]`` each; an upper layer's at the mean of the one below.
+
+    A flow gives its ``centre`` instead.
+    """
     if hasattr(posterior, "second"):
         return posterior.first.mean, posterior.second(posterior.first.mean).mean
-    return (posterior.mean,)
+    return (posterior.centre if hasattr(posterior, "centre") else posterior.mean,)
 
 
 @torch.no_grad()

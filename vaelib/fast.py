@@ -61,7 +61,7 @@ class Compiled:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
                     f"torch.compile does not work here ({reason}); training goes on without it, to the same end and "
-                    "more slowly: install a C++ compiler (g++ or clang), or leave out compile",
+                    "more slowly: install a C++ compiler (g++ or clang) if it is missing, or leave out compile",
                     stacklevel=2,
                 )
         if not self.works:

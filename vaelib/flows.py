@@ -20,14 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError
-from vaelib.models.mlp import linear
+from vaelib.models.mlp import tanh_layers
 from vaelib.posteriors import DiagonalGaussian, stop_gradient
 
 
@@ -107,12 +106,9 @@ class AffineCoupling(Layer):
             raise InputError(f"a coupling layer needs at least 2 dimensions, one half to move the other, but has {dim}")
         self.sizes = [dim - dim // 2, dim // 2]
         widths = [self.sizes[0] + context_dim, *hidden]
-        parts: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            parts += [linear(inputs, outputs, generator), nn.Tanh()]
-        last = nn.Linear(widths[-1], 2 * self.sizes[1])
+        last = nn.utils.skip_init(nn.Linear, widths[-1], 2 * self.sizes[1])
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-        self.network = nn.Sequential(*parts, last)
+        self.network = tanh_layers(widths, generator).append(last)
 
     def condition(self, fixed: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return s and t, ``[K, B, D / 2]`` each."""
@@ -257,6 +253,11 @@ class Flow:
         """Draw standard normal noise, ``[K, B, D]``."""
         return self.base.noise(k, generator)
 
+    @property
+    def centre(self) -> Tensor:
+        """Where the mean of the Gaussian ends, ``[B, D]``; the mean of q itself has no closed form."""
+        return self.sample(torch.zeros_like(self.base.mean).unsqueeze(0))[0]
+
     def sample(self, eps: Tensor) -> Tensor:
         r"""Return :math:`z_L`, ``[K, B, D]``."""
         return self.sample_and_log_prob(eps)[0]
@@ -331,6 +332,11 @@ class OnePassFlow:
 
     flow: Flow
     drawn: Drawn | None = None
+
+    @property
+    def centre(self) -> Tensor:
+        """As for :class:`Flow`, ``[B, D]``."""
+        return self.flow.centre
 
     def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw standard normal noise, ``[K, B, D]``."""

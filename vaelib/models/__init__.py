@@ -128,6 +128,16 @@ def mlp_1_mixture(start: Start, *, hidden: int = 200, latent: int = 50, componen
     return VAE(Joint(decoder), encoder, binary=True)
 
 
+def mlp_1_flow(start: Start, *, hidden: int = 200, latent: int = 50, layers: int = 4, flow_hidden: int = 100) -> VAE:
+    """One stochastic layer as in mlp-1, with a normalizing flow as posterior: affine couplings behind the Gaussian."""
+    from vaelib.flows import AffineCoupling, FlowEncoder  # here, since flows are made of this package's layers
+
+    base = GaussianMLP((start.pixels, hidden, hidden), latent, start.generator)
+    couplings = [AffineCoupling(latent, (flow_hidden,), 2 * latent, start.generator) for _ in range(layers)]
+    decoder = BernoulliMLP((latent, hidden, hidden), *start)
+    return VAE(Joint(decoder), FlowEncoder(base, couplings, conditional=True), binary=True)
+
+
 def linear_bernoulli(start: Start, *, latent: int = 8) -> VAE:
     """As linear, with fair bits as the latent, whose logits a linear layer gives."""
     return _linear_discrete(start, (latent,))
@@ -223,6 +233,7 @@ MODELS = {
     "mlp-2": mlp_2,
     "mlp-2-detached": mlp_2_detached,
     "mlp-1-mixture": mlp_1_mixture,
+    "mlp-1-flow": mlp_1_flow,
     "linear-bernoulli": linear_bernoulli,
     "linear-categorical": linear_categorical,
     "mlp-1-bernoulli": mlp_1_bernoulli,
