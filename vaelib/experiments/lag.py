@@ -23,7 +23,7 @@ from vaelib.collapse import METHODS, Training
 from vaelib.data import Images, Sentences, Split, Text
 from vaelib.errors import InputError, choose
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import Summary, over_seeds
+from vaelib.experiments.results import over_seeds
 from vaelib.models.text import lstm_vae
 from vaelib.training import stream
 
@@ -321,7 +321,7 @@ def table_beside(published: str | None) -> Callable[[Sequence[Row]], list[tuple[
             lines.append(
                 (
                     LABELS.get(method, method),
-                    with_error(nll),
+                    str(nll),
                     *(f"{mean[name]:.2f}" for name in ("kl", "mi", "mi_all")),
                     f"{mean['au']:.1f}",
                     relative,
@@ -333,11 +333,6 @@ def table_beside(published: str | None) -> Callable[[Sequence[Row]], list[tuple[
         return lines
 
     return table
-
-
-def with_error(summary: Summary) -> str:
-    """Return a mean over seeds with its standard error, where there is more than one."""
-    return f"{summary.mean:.2f}" + (f" ± {summary.standard_error:.2f}" if summary.n > 1 else "")
 
 
 def figure(rows: Sequence[Row], fig: Figure) -> None:

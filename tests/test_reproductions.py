@@ -1,0 +1,120 @@
+"""The negative controls of the reproductions page, on the page's own checks: a fault in the results must fail them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import nbformat
+import pytest
+
+from vaelib import experiments
+
+ROOT = Path(__file__).parent.parent
+CELLS = nbformat.read(ROOT / "book" / "reproductions.ipynb", as_version=4).cells
+CHECKS = {cell.id: cell.source for cell in CELLS if "check" in cell.metadata.get("tags", [])}
+(DEFINITIONS,) = (cell.source for cell in CELLS if "def results(" in cell.source)
+load = experiments.load
+
+ONE_LAYER = {"metric": "nll", "recipe": "paper", "data": "mnist", "model": "mlp-1"}
+RELEASED = {**ONE_LAYER, "recipe": "released"}
+ELBO, LOG_P, SAMPLED = {"metric": "elbo"}, {"metric": "log-likelihood"}, "linear, sampled"
+DIGITS, FASHION = ({"data": data, "latent": "gaussian"} for data in ("digits", "fashion-mnist"))
+LAST = {"metric": "mi_all", "at": None}
+
+FAULTS = {
+    "figure-1-check": [
+        ("total ends above", {"metric": "final kl", "estimator": "elbo-total", "seed": 3}, lambda kl: 0.2),
+        ("path ends over a thousand", {"metric": "final kl", "estimator": "elbo-path"}, lambda kl: 1e4 * kl),
+    ],
+    "figure-3-check": [
+        ("at the target path is silent", {"metric": "path", "at": 100, "seed": 0}, lambda spread: 1e-3),
+        ("and the score is not", {"metric": "score", "at": 100, "seed": 0}, lambda spread: 0.0),
+    ],
+    "table-2-check": [
+        ("one draw", {**ONE_LAYER, "estimator": "elbo-path", "k": 1, "seed": 0}, lambda nll: nll + 1),
+        ("five draws", {**ONE_LAYER, "estimator": "iwae-dreg", "k": 5}, lambda nll: nll + 1),
+        ("fifty draws: one layer", {**ONE_LAYER, "estimator": "elbo-path", "k": 50}, lambda nll: nll + 0.2),
+    ],
+    "table-2-detached": [
+        ("detached outputs", {**ONE_LAYER, "model": "mlp-2-detached", "k": 1}, lambda nll: nll + 0.3),
+    ],
+    "table-2-released": [
+        ("released recipe, .*mlp-1.*total", {**RELEASED, "estimator": "elbo-total", "seed": 0}, lambda nll: nll - 3),
+        ("mlp-1: path's gain is the same", {**RELEASED, "estimator": "elbo-path"}, lambda nll: nll + 0.7),
+    ],
+    "silent-linear-check": [
+        ("silent: the highest", {**ELBO, **DIGITS, "estimator": "elbo-path", "at": 15}, lambda elbo: elbo + 1),
+        ("but no lead", {**ELBO, **FASHION, "estimator": "elbo-total", "at": 15}, lambda elbo: elbo - 50),
+        ("silent: ahead early", {**ELBO, **DIGITS, "estimator": "elbo-path", "at": 3}, lambda elbo: elbo + 2),
+        ("silent: least lost", {**ELBO, **DIGITS, "estimator": "elbo-silent", "lr": 0.001}, lambda elbo: elbo - 20),
+    ],
+    "silent-annealed-check": [
+        ("the guided start lower", {**ELBO, "method": "linear", "at": 3}, lambda elbo: elbo + 90),
+        ("four of them end lower", {**LOG_P, "data": "omniglot", "method": "plain"}, lambda log_p: log_p - 9),
+        ("four end higher", {**LOG_P, "data": "omniglot", "method": "linear"}, lambda log_p: log_p + 3),
+        ("no higher than sampled", {**LOG_P, "data": "fashion-mnist", "method": SAMPLED}, lambda log_p: log_p - 9),
+    ],
+    "silent-control-variate-check": [
+        ("a tenth of the variance", {"metric": "variance ratio"}, lambda ratio: ratio + 0.05),
+        ("twice the time", {"metric": "cost ratio", "data": "mnist"}, lambda ratio: 2 * ratio),
+    ],
+    "lag-toy-check": [
+        ("toy: over half a nat", {**LAST, "method": "anneal", "seed": 1}, lambda mi: 0.6),
+    ],
+    "lag-toy-long-check": [
+        ("toy, long", {"metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.2),
+    ],
+    "lag-text-check": [
+        ("Treebank: the cures alone", {**LAST, "method": "sa-vae"}, lambda mi: 0.03),
+        ("aggressive: a unit or two", {"metric": "kl", "at": None, "method": "aggressive"}, lambda kl: kl + 0.3),
+        ("SA-VAE: most units", {"metric": "nll", "method": "sa-vae"}, lambda nll: nll + 1),
+    ],
+    "lag-omniglot-check": [
+        ("images: aggressive", {"metric": "kl", "at": None, "method": "aggressive", "seed": 0}, lambda kl: kl / 3),
+        ("images: no z, plain", {"metric": "nll", "method": "plain"}, lambda nll: nll + 1),
+        ("as long as SA-VAE", {"metric": "training_seconds", "method": "aggressive"}, lambda seconds: 2 * seconds),
+    ],
+}
+"""For each check cell what its lines say, and a fault to be found: rows of one kind, and what stands there instead."""
+
+NEEDS = {"table-2-released": ["table-2-check"], "silent-control-variate-check": ["silent-annealed-check"]}
+"""What a check takes names from."""
+
+
+def run(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
+    """Run one check of the page, after those it takes names from, on the results with a fault in them."""
+
+    def faulty(experiment, preset, folder):
+        rows = load(experiment, preset, ROOT / "results")
+        for row in rows:
+            if where and where.items() <= row.items():
+                row["value"] = fault(row["value"])
+        return rows
+
+    monkeypatch.setattr(experiments, "load", faulty)
+    space: dict = {}
+    with mpl.rc_context():
+        exec(DEFINITIONS, space)
+        for cell in (*NEEDS.get(name, ()), name):
+            exec(CHECKS[cell], space)
+
+
+def test_every_claim_has_a_control():
+    claims = {name: len(re.findall(r"checks\.(?:holds|below)\(", source)) for name, source in CHECKS.items()}
+    assert claims == {name: len(faults) for name, faults in FAULTS.items()}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_results_pass(name, monkeypatch):
+    run(name, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "where", "fault"),
+    [pytest.param(name, *fault, id=fault[0]) for name, faults in FAULTS.items() for fault in faults],
+)
+def test_a_fault_in_the_results_fails_its_check(name, says, where, fault, monkeypatch):
+    with pytest.raises(AssertionError, match=says):
+        run(name, monkeypatch, where, fault)
