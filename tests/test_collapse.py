@@ -367,6 +367,13 @@ def test_batches_hold_sentences_of_like_length_and_every_epoch_others():
         assert (batches.amax(1) - batches.amin(1)).max() <= 6 < max(lengths) - min(lengths)
         orders.append(training.order)
     assert not torch.equal(*orders)
+    training = Training(model, split, split, replace(TEXT, batch_size=15))  # ten sentences too many for six batches
+    seen = set()
+    for _ in range(30):
+        training.begin_epoch()
+        seen |= set(training.order.tolist())
+    assert len(seen) == 100, "the longest have their turn too"
+    training = Training(model, split, split, replace(TEXT, batch_size=10))
     training.split = data.load("digits").train
     training.begin_epoch()
     assert training.order.unique().numel() == 100
@@ -461,6 +468,11 @@ def test_bad_recipes_get_a_sentence(text):
         ({"rule": "x"}, "no rule is called 'x'"),
         ({"block": 0}, "block must be a whole number of at least 1"),
         ({"lr": -1}, "lr must be a positive number"),
+        ({"beta": -1}, "beta must be a number of at least 0, but is -1"),
+        ({"free_bits": float("nan")}, "free_bits must be a number of at least 0"),
+        ({"ratio": 3.0}, "ratio must be a number between 0 and 1, but is 3.0"),
+        ({"start": 9}, "start must be a number between 0 and 1"),
+        ({"aggressive": "no"}, "aggressive must be true or false, but is 'no'"),
         ({"estimator": "elbo-path", "beta": 0.5}, "has no weight on the KL"),
         ({"estimator": "iwae-vimco"}, "needs k >= 2"),
     ):

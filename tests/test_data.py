@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -240,6 +241,18 @@ def test_a_damaged_file_in_the_named_folder_is_refused(mirrors, cache, offered, 
     ):
         assert words in sentence
     assert mirrors.asked == [] and (offered / toy.path).read_bytes() == content
+
+
+def test_what_killed_downloads_left_is_swept_up_after_a_day(tmp_path):
+    target = tmp_path / "digits.gz"
+    old, young, other = (tmp_path / name for name in (".digits.gz.aa.part", ".digits.gz.bb.part", ".else.gz.cc.part"))
+    for part in (old, young, other):
+        part.write_bytes(b"half")
+    for part in (old, other):
+        os.utime(part, (time.time() - 90_000,) * 2)
+    with files.whole(target) as part:
+        part.write_bytes(b"all")
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.gz", young.name, other.name}
 
 
 def test_a_file_missing_from_the_named_folder_is_downloaded_or_named(mirrors, cache, offered, toy):

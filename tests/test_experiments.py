@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import vaelib
 from vaelib import cli, experiments, runs
 from vaelib.errors import InputError
 from vaelib.experiments import grid, results, stl
@@ -141,6 +143,39 @@ def test_means_over_seeds(tmp_path):
     assert summary.mean == 3.0 and summary.n == 3
     assert summary.standard_error == pytest.approx((7 / 3) ** 0.5)
     assert str(summary) == "3.00 ± 1.53"
+
+
+def test_differences_are_paired_by_seed():
+    values = {("a", "plain", 0): 1.0, ("a", "plain", 1): 5.0, ("a", "new", 0): 3.0, ("a", "new", 1): 8.0}
+    found = results.paired({**values, ("b", "new", 0): 9.0}, "plain")
+    assert found == {("a", "plain"): (0.0, 0.0, 2), ("a", "new"): (2.5, pytest.approx(0.5), 2)}
+    assert results.paired(values, "other") == {}
+
+
+def test_a_curve_has_the_places_that_its_own_runs_have():
+    rows = [
+        {"metric": "kl", "at": at, "value": value, "method": method}
+        for method, at, value in (("b", 2, 4.0), ("b", None, 9.0), ("a", 1, 1.0), ("b", 1, 3.0), ("b", 1, 5.0))
+    ]
+    found = results.curves(rows, "kl", "method")
+    assert {name: (at, [s.mean for s in means]) for name, (at, means) in found.items()} == {
+        "a": ([1], [1.0]),
+        "b": ([1, 2], [4.0, 4.0]),
+    }
+
+
+def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path):
+    """A package installed into an environment inside somebody's repository is not of their commit."""
+    assert results.code_version() == results.CODE
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for name in ("theirs.py", "installed.py"):
+        (tmp_path / name).write_text("")
+    subprocess.run([*git, "add", "theirs.py"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "theirs"], check=True)
+    assert results.code_version(tmp_path / "installed.py") == vaelib.__version__
+    assert re.fullmatch(rf"{re.escape(vaelib.__version__)}\+\w+", results.code_version(tmp_path / "theirs.py"))
+    assert results.code_version(tmp_path.parent / "nowhere.py") == vaelib.__version__
 
 
 def test_a_table_is_set_in_columns_and_in_markdown():

@@ -67,10 +67,12 @@ def test_the_posterior_mean_space_is_noted_and_collected(rows, tmp_path_factory,
     folder = next(tmp_path_factory.getbasetemp().glob("runs*"))
     place = tmp_path / "lag-toy" / "smoke"
     place.mkdir(parents=True)
+    names = {task.config["method"]: task.name for task in find("lag-toy").tasks("smoke")}
     for method in ("plain", "aggressive"):
-        (folder / method).rename(place / method)
+        (folder / method).rename(place / names[method])
     assert not (folder / "sa-vae" / "space.csv").exists()
-    (tmp_path / "results").mkdir()
+    (place / "plain-of-an-older-preset").mkdir()
+    (place / "plain-of-an-older-preset" / "space.csv").write_text("method,kind,step,point\nplain,stage,0,99,0,0\n")
     with open(lag.collect_space("smoke", tmp_path, tmp_path / "results")) as file:
         found = list(csv.DictReader(file))
     for method in ("plain", "aggressive"):

@@ -308,6 +308,10 @@ def test_a_mixture_vae_trains_and_is_measured():
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(before, model.encoder.logits.parameters()))
     x = images.test.batch(slice(0, 20), torch.Generator().manual_seed(0))
     assert evaluation.log_likelihood(model, x, 20, 10).isfinite().all()
+    odd, even = (evaluation.log_likelihood(model, x, 20, chunk, torch.Generator().manual_seed(1)) for chunk in (3, 4))
+    assert torch.equal(odd, even)
+    with pytest.raises(InputError, match="samples must be a multiple of the mixture's 2 components, but is 21"):
+        evaluation.log_likelihood(model, x, 21)
     assert evaluation.active_units(model.encoder, x)[0] in (1, 2)
     with pytest.raises(InputError, match="multiple of 2, but is 3"):
         training.fit(model, images.train, "elbo-path", k=3)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_training import Killed, differences
 
-from vaelib import data, evaluation, models, runs, training
+from vaelib import bounds, data, evaluation, models, runs, training
 from vaelib.config import Config
 from vaelib.errors import InputError
 
@@ -434,6 +434,38 @@ def test_evaluate(finished, tmp_path):
     assert result["evaluation"]["samples"] == 200
     runs.train(run_dir, replace(TINY, epochs=3))
     assert "evaluation" not in json.loads((run_dir / "result.json").read_text()), "it is of another state"
+
+
+def test_what_was_evaluated_before_the_training_was_noted_stays(finished, tmp_path):
+    """A kill between the last checkpoint and result.json, an evaluation, then the same command again."""
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / "result.json").unlink()
+    found = runs.evaluate(run_dir, samples=20, limit=4)
+    result = runs.train(run_dir, runs.read_config(run_dir / "config.json"))
+    assert result["training"] == json.loads((finished / "result.json").read_text())["training"]
+    assert result["evaluation"] == found == json.loads((run_dir / "result.json").read_text())["evaluation"]
+
+
+def test_the_bound_of_a_mixture_counts_each_draw_by_its_share(tmp_path):
+    """Two components of unequal weights: the bound at many draws is close to log p(x), and not without the shares."""
+    sizes = {"hidden": 4, "latent": 1, "components": 2}
+    config = replace(TINY, model="mlp-1-mixture", estimator="iwae-path", sizes=sizes, k=4, epochs=1)
+    runs.train(tmp_path / "run", config)
+    trainer = runs.build(config, runs.load_images(config))
+    runs.restore(trainer, tmp_path / "run" / "checkpoint.pt")
+    with torch.no_grad():
+        trainer.model.encoder.logits.weight.zero_()
+        trainer.model.encoder.logits.bias.copy_(torch.tensor([3.0, 0.0]))
+        trainer.model.encoder.mean.bias.copy_(torch.tensor([0.0, 3.0]))
+    x = data.load("digits", "dynamic").test.batch(slice(0, 30), torch.Generator().manual_seed(0))
+    truth = evaluation.log_likelihood(trainer.model, x, 4000, 100, torch.Generator().manual_seed(1)).mean().item()
+    trainer.recipe = replace(trainer.recipe, k=2000)
+    assert runs.mean_bound(trainer, x, torch.Generator().manual_seed(2)) == pytest.approx(truth, abs=0.02)
+    q, eps = trainer.model.encoder(x), trainer.model.encoder.noise(2000, x, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        z = q.sample(eps)
+        unshared = bounds.iwae(trainer.model.joint(x, z) - q.log_prob(z)).mean().item()
+    assert abs(unshared - truth) > 0.1
 
 
 def test_evaluate_needs_a_run_and_sense(finished, tmp_path):

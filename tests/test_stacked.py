@@ -9,7 +9,7 @@ import torch
 from test_training import differences, kill_at
 from torch import nn
 
-from vaelib import data, models, objectives, stacked, training
+from vaelib import data, models, objectives, silent, stacked, training
 from vaelib.config import Recipe
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
@@ -173,6 +173,21 @@ def test_fit_leaves_ordinary_models(split):
         assert all(p.untyped_storage().nbytes() == p.nbytes for p in b.model.parameters())
 
 
+def test_frozen_layers_stay_as_they_are(split):
+    alone, together = trainers(split, clip=0.5), trainers(split, clip=0.5)
+    for trainer in (*alone, *together):
+        trainer.model.joint.requires_grad_(False)
+    before = [p.clone() for p in together[0].model.joint.parameters()]
+    stacked.fit([t.model for t in together], split, epochs=1, batch_size=20, clip=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, together[0].model.joint.parameters(), strict=True))
+    for seed, trainer in enumerate(alone):
+        training.fit(trainer.model, split, epochs=1, batch_size=20, clip=0.5, seed=seed)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a.model.state_dict(), b.model.state_dict(), **ROUNDING)
+    with pytest.raises(InputError, match="only models of the same shapes"):
+        stacked.stack([alone[0].model, trainers(split)[1].model])
+
+
 def test_the_seed_that_diverges_is_named(split):
     group = trainers(split)
     stack = StackedTrainer(group)
@@ -199,6 +214,10 @@ def test_what_cannot_be_stacked_is_refused(split):
     mixtures = [models.build("mlp-1-mixture", 64, hidden=4, latent=2, components=2) for _ in range(2)]
     with pytest.raises(InputError, match="posterior is a mixture cannot be stacked"):
         stacked.fit(mixtures, split, k=2, epochs=1)
+    for row in ("elbo-silent", silent.ELBO):
+        with pytest.raises(InputError, match="'elbo-silent' has no row in the tableau and cannot be stacked"):
+            linear = [models.build("linear", 64, latent=2).double() for _ in range(2)]
+            stacked.fit(linear, split, row, epochs=1)
     started = trainers(split)
     started[1].step = 1
     with pytest.raises(InputError, match="before their first step alone"):

@@ -109,13 +109,16 @@ def test_sizes_of_real_text(files):
     text = data.load("toy", vocabulary=2)
     assert len(text.vocabulary) == 3 + 3 and text.vocabulary.decode(text.valid.tokens) == ["be"]
     for sizes, message in (
-        ({"longest": 0}, "longest of data set 'toy' must be at least 1, but is 0"),
+        ({"longest": 0}, "longest of data set 'toy' must be a whole number of at least 1, but is 0"),
         ({"longst": 3}, "no size of data set 'toy' is called 'longst', did you mean 'longest'"),
         ({"valid": 3}, "validation sentences of its own"),
         ({"binarisation": "fixed"}, "toy is text"),
     ):
         with pytest.raises(InputError, match=message):
             data.load("toy", **sizes)
+    for sizes in ({"vocabulary": None}, {"sentences": "10"}):
+        with pytest.raises(InputError, match="of data set 'synthetic-text' must be a whole number of at least 1"):
+            data.load("synthetic-text", **sizes)
     files(train="be\n", valid="to be\n", test="be\n")
     with pytest.raises(InputError, match="unknown token 'to'"):
         data.load("toy")

@@ -161,7 +161,7 @@ def train(
     try:
         trained = runs.train(run_dir, config, progress=show_progress(quiet))["training"]
     except KeyboardInterrupt as stop:
-        typer.echo(f"vaelib: {stop}", err=True)
+        typer.echo(f"vaelib: {str(stop) or 'stopped before the first step'}", err=True)
         raise typer.Exit(130) from None
     typer.echo(
         f"{trained['epoch']} epochs, {trained['step']} steps, {trained['seconds']:.0f} s on {trained['device']}; "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import evaluation, objectives
-from vaelib.config import positive, whole_number
+from vaelib.config import between, positive, true_or_false, whole_number
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, choose
 from vaelib.estimators import Estimator, LossEstimator, every
@@ -222,7 +222,7 @@ class SemiAmortised(nn.Module):
         learning = torch.is_grad_enabled()
         posterior = self.encoder(x)
         start = (posterior.mean, 2 * posterior.log_std)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # its LSTM has no second derivative
             here = start if learning else tuple(part.detach().requires_grad_() for part in start)
             velocity = tuple(map(torch.zeros_like, here))
             for _ in range(self.steps):
@@ -307,6 +307,10 @@ class Recipe:
             whole_number(name, getattr(self, name), least=0)
         for name in ("lr", "warm_up", "ratio") + (("clip",) if self.clip is not None else ()):
             positive(name, getattr(self, name))
+        for name, most in (("beta", math.inf), ("free_bits", math.inf), ("start", 1.0), ("ratio", 1.0)):
+            between(name, getattr(self, name), 0.0, most)
+        for name in ("joint_clip", "aggressive"):
+            true_or_false(name, getattr(self, name))
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("weight", self.weight, WEIGHTS)
         choose("rule", self.rule, RULES)
@@ -379,20 +383,19 @@ class Training(Trainer):
                 f"batch_size is {recipe.batch_size}, but there are only {len(train)} training observations"
             )
         self.model, self.split, self.recipe, self.clock = model, train, recipe, clock
-        x = train.batch(slice(0, 1), stream("test", recipe.seed))
-        self.device = x.device
-        self.valid = valid.batch(slice(None), stream("test", recipe.seed, x.device))
+        self.device = next(model.parameters()).device
+        self.valid = valid.batch(slice(None), stream("test", recipe.seed, self.device))
         self.steps_per_epoch = len(train) // recipe.batch_size
         self.streams = {
-            name: stream(name, recipe.seed, "cpu" if name == "order" else x.device)
+            name: stream(name, recipe.seed, "cpu" if name == "order" else self.device)
             for name in ("order", "binarisation", "noise")
         }
         if recipe.svi_steps:
             model.encoder = SemiAmortised(model.encoder, model.joint, recipe.svi_steps, generator=self.streams["noise"])
         self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe.lr)
         self.step, self.seconds, self.history = 0, 0.0, []
-        self.order = torch.arange(len(train), device=x.device)[: self.steps_per_epoch * recipe.batch_size]
-        self.bounds = torch.zeros(self.steps_per_epoch, device=x.device)
+        self.order = torch.arange(len(train), device=self.device)[: self.steps_per_epoch * recipe.batch_size]
+        self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
         self.aggressive = recipe.aggressive
         self.best, self.plateau = (
             copy.deepcopy(model.state_dict()),
@@ -454,10 +457,10 @@ class Training(Trainer):
 
     def begin_epoch(self) -> None:
         """Shuffle the data; of sentences, those in a batch are about equally long."""
-        order = torch.randperm(len(self.split), generator=self.streams["order"])
+        order = torch.randperm(len(self.split), generator=self.streams["order"])[: len(self.order)]
         if isinstance(self.split, Sentences):
             order = order[self.split.lengths.cpu()[order].argsort(stable=True)]
-        batches = order[: len(self.order)].view(self.steps_per_epoch, -1)
+        batches = order.view(self.steps_per_epoch, -1)
         shuffled = torch.randperm(self.steps_per_epoch, generator=self.streams["order"])
         self.order = batches[shuffled].flatten().to(self.device)
 

@@ -127,6 +127,13 @@ def true_or_false(name: str, value: Any) -> None:
         raise InputError(f"{name} must be true or false, but is {value!r}")
 
 
+def between(name: str, value: Any, least: float, most: float) -> None:
+    """Raise InputError unless ``value`` is a finite number from ``least`` to ``most``."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most or value == math.inf:
+        limits = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise InputError(f"{name} must be a number {limits}, but is {value!r}")
+
+
 def positive(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is a positive number."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:

@@ -90,15 +90,23 @@ def log_likelihood(
     values, errors = [], []
     for batch in tqdm(x.split(batch_size), desc="log p(x)", unit="batch", disable=not progress, leave=False):
         posterior = model.encoder(batch)
-        estimate = StreamingLogMeanExp()
-        for start in range(0, samples, chunk):
-            eps = model.encoder.noise(min(chunk, samples - start), batch, generator)
+        estimate, step = StreamingLogMeanExp(), whole_shares(posterior, samples, chunk)
+        for start in range(0, samples, step):
+            eps = model.encoder.noise(min(step, samples - start), batch, generator)
             z = posterior.sample(eps)
             log_w = model.joint(batch, z) - posterior.log_prob(z)
             estimate.add(log_w + posterior.log_share(len(eps)) if isinstance(posterior, Mixture) else log_w)
         values.append(estimate.value)
         errors.append(estimate.standard_error)
     return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)
+
+
+def whole_shares(posterior, samples: int, chunk: int) -> int:
+    """Return how many draws to take at a time: ``chunk``, or of a mixture the next multiple of its components."""
+    count = len(posterior.components) if isinstance(posterior, Mixture) else 1
+    if samples % count:
+        raise InputError(f"samples must be a multiple of the mixture's {count} components, but is {samples}")
+    return -(-chunk // count) * count
 
 
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:

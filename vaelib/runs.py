@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib import __version__, data, evaluation, models
+from vaelib import __version__, data, evaluation, models, objectives
 from vaelib.bounds import BOUNDS
 from vaelib.config import Config, whole_number
 from vaelib.data import Images
 from vaelib.data.files import whole
 from vaelib.errors import InputError
 from vaelib.estimators import every
+from vaelib.posteriors import Mixture
 from vaelib.training import Diverged, Trainer, stream
 
 try:
@@ -134,9 +135,11 @@ def train(
         except Diverged as error:
             good = f"is '{folder.checkpoint}', after step {saved}" if saved else "is none: it did not get that far"
             raise Diverged(f"{error}; the last good checkpoint {good}") from None
-        if not folder.result.exists():
-            write_json(folder.result, {"training": {**trainer.history[-1], **provenance(trainer)}})
-        return read_json(folder.result)
+        known = read_json(folder.result) if folder.result.exists() else {}
+        if "training" not in known:
+            known["training"] = {**trainer.history[-1], **provenance(trainer)}
+            write_json(folder.result, known)
+        return known
 
 
 def evaluate(
@@ -214,12 +217,15 @@ def evaluate(
 @torch.no_grad()
 def mean_bound(trainer: Trainer, x: Tensor, noise: torch.Generator) -> float:
     """Return the estimator's bound at its K, in nats, averaged over ``x`` ``[N, D]``."""
-    total = 0.0
+    model, total = trainer.model, 0.0
     for batch in x.split(500):
-        q = trainer.model.encoder(batch)
-        z = q.sample(trainer.model.encoder.noise(trainer.recipe.k, batch, noise))
-        log_w = trainer.model.joint(batch, z) - q.log_prob(z)
-        total += BOUNDS[trainer.estimator.bound](log_w).double().sum().item()
+        q, eps = model.encoder(batch), model.encoder.noise(trainer.recipe.k, batch, noise)
+        if isinstance(q, Mixture):
+            bound = objectives.mixture_bound(trainer.estimator, model.joint, q, batch, eps)
+        else:
+            z = q.sample(eps)
+            bound = BOUNDS[trainer.estimator.bound](model.joint(batch, z) - q.log_prob(z))
+        total += bound.double().sum().item()
     return total / len(x)
 
 

@@ -23,7 +23,7 @@ from vaelib import fast, objectives
 from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError, choose
-from vaelib.estimators import ESTIMATORS, Estimator, Weights
+from vaelib.estimators import Estimator, LossEstimator, Weights, every
 from vaelib.posteriors import Latent, Mixture
 from vaelib.training import OPTIMIZERS, Diverged, Loop, Trainer, set_lr
 
@@ -37,8 +37,10 @@ class StackedLinear(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.in_features, self.out_features = layers[0].in_features, layers[0].out_features
-        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
-        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))
+        self.weight, self.bias = (
+            nn.Parameter(torch.stack([p.detach() for p in each]), requires_grad=each[0].requires_grad)
+            for each in zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        )
         for s, layer in enumerate(layers):
             layer.weight.data, layer.bias.data = self.weight.data[s], self.bias.data[s]
 
@@ -69,7 +71,8 @@ def _stack(modules: Sequence[nn.Module]) -> nn.Module:
     alike = all(
         type(module) is type(first)
         and module._modules.keys() == first._modules.keys()
-        and [p.shape for p in module.parameters()] == [p.shape for p in first.parameters()]
+        and [(p.shape, p.requires_grad) for p in module.parameters()]
+        == [(p.shape, p.requires_grad) for p in first.parameters()]
         for module in modules
     )
     if not alike:
@@ -170,6 +173,7 @@ class StackedTrainer(Loop):
         self.recipe = self.trainers[0].recipe
         for trainer in self.trainers:
             check_alike(self.trainers[0], trainer)
+        side_by_side(*(trainer.estimator for trainer in self.trainers))
         self.model = stack([trainer.model for trainer in self.trainers])
         self.parameters = list(self.model.parameters())
         self.optimizer = OPTIMIZERS[self.recipe.optimizer](self.parameters, self.recipe)
@@ -311,6 +315,7 @@ def join(noise: Sequence[Latent]) -> Latent:
 
 def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> None:
     """Limit the global norm of each training's gradient; axis 0 of every parameter is the trainings'."""
+    parameters = [p for p in parameters if p.grad is not None]
     norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
     factors = (limit / (norms + 1e-6)).clamp(max=1)
     for p in parameters:
@@ -352,7 +357,8 @@ def fit(
     recipe
         the other fields of :class:`vaelib.config.Recipe`.
     """
-    rows = [estimators] * len(models) if isinstance(estimators, str | Estimator) else list(estimators)
+    one = isinstance(estimators, str | Estimator | LossEstimator)
+    rows = [estimators] * len(models) if one else list(estimators)
     numbers = list(range(len(models)) if seeds is None else seeds)
     if not len(models) == len(rows) == len(numbers):
         raise InputError(f"there are {len(models)} models, {len(rows)} estimators and {len(numbers)} seeds")
@@ -360,7 +366,7 @@ def fit(
         Trainer(
             model,
             split,
-            choose("estimator", row, ESTIMATORS) if isinstance(row, str) else row,
+            choose("estimator", row, every()) if isinstance(row, str) else row,
             Recipe(**recipe, seed=seed),
         )
         for model, row, seed in zip(models, rows, numbers, strict=True)

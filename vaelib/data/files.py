@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from vaelib.errors import InputError
 ROUNDS = 3  # how often the whole list of mirrors is tried
 PAUSE = 1.0  # seconds before the second round; twice as long before the third
 TIMEOUT = 30.0  # seconds without a sign of life from a server
+A_DAY = 86_400.0  # seconds after which nobody writes to a temporary file any more
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,10 @@ def reason(error: Exception) -> str:
 def whole(target: Path) -> Iterator[Path]:
     """Give a temporary path beside ``target`` to write to, and name it ``target`` once it is written and on
     disk."""
+    for stray in target.parent.glob(f".{target.name}.*.part"):
+        with suppress(FileNotFoundError):
+            if time.time() - stray.stat().st_mtime > A_DAY:  # of a process that was killed
+                stray.unlink()
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     part.touch(exist_ok=False)
     try:

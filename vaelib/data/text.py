@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vaelib.config import whole_number
 from vaelib.data.files import File, fetch
 from vaelib.errors import InputError, choose
 
@@ -172,8 +173,8 @@ class TextSet:
             )
         for name, value in sizes.items():
             choose(f"size of data set '{self.name}'", name, self.sizes)
-            if value is not None and value < 1:
-                raise InputError(f"{name} of data set '{self.name}' must be at least 1, but is {value}")
+            if value is not None or self.sizes[name] is not None:
+                whole_number(f"{name} of data set '{self.name}'", value, least=1)
         paths = {part: fetch(self.name, files) for part, files in self.files.items()}
         sentences, vocabulary = self.read(paths, seed, **{**self.sizes, **sizes})
         parts = {split: Sentences(vocabulary.encode(part), vocabulary) for split, part in sentences.items()}

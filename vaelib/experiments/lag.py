@@ -23,7 +23,7 @@ from vaelib.collapse import METHODS, Training
 from vaelib.data import Images, Sentences, Split, Text
 from vaelib.errors import InputError, choose
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import over_seeds
+from vaelib.experiments.results import curves, over_seeds
 from vaelib.models.text import lstm_vae
 from vaelib.training import stream
 
@@ -215,7 +215,7 @@ class Space:
     def look(self, training: Training) -> None:
         """Note where the points are, if this step ends a stage."""
         stages = {int(epoch * training.steps_per_epoch) for epoch in (*STAGES, self.config["epochs"])}
-        if training.step in stages:
+        if training.step in stages or training.step == training.total_steps:  # it may end early
             mode = training.model.training
             self.note("stage", training.step, training.model.eval(), self.x)
             training.model.train(mode)
@@ -258,14 +258,19 @@ class Space:
 def collect_space(
     preset: str = "short", runs_folder: str | Path = "runs", results_folder: str | Path = "results"
 ) -> Path:
-    """Put the points that the runs of ``lag-toy`` noted into one table, ``lag-toy-space.csv``; return its path."""
-    tables = sorted((Path(runs_folder) / "lag-toy" / preset).glob("*/space.csv"))
+    """Put the points that the runs of ``lag-toy`` noted into one table, ``lag-toy-space.csv``; return its path.
+
+    The book's table is made by ``collect_space()`` after ``vaelib experiment run lag-toy``.
+    """
+    folder = Path(runs_folder) / "lag-toy" / preset
+    tables = [table for task in LAG_TOY.tasks(preset) if (table := folder / task.name / "space.csv").exists()]
     if not tables:
         raise InputError(
             f"no run of lag-toy has left a space.csv in '{runs_folder}': run `vaelib experiment run lag-toy` first"
         )
     bodies = [table.read_text().splitlines()[1:] for table in tables]
     path = Path(results_folder) / "lag-toy-space.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     runs.write(path, "\n".join([",".join(SPACE_COLUMNS), *sum(bodies, []), ""]).encode())
     return path
 
@@ -340,12 +345,9 @@ def figure(rows: Sequence[Row], fig: Figure) -> None:
     for axes, metric, label in zip(
         fig.subplots(1, 2), ("kl", "mi"), ("KL(q(z|x) || p(z)), nats", "mutual information, nats")
     ):
-        curves = [row for row in rows if row["metric"] == metric and row["at"] is not None]
-        for method in dict.fromkeys(row["method"] for row in curves):
-            own = [row for row in curves if row["method"] == method]
-            epochs = sorted({row["at"] for row in own})
-            means = [over_seeds(own, metric, by=("method",), at=epoch)[(method,)].mean for epoch in epochs]
+        for method, (epochs, summaries) in curves(rows, metric, "method").items():
             look = plots.LOOKS.get(method) or plots.LOOKS["beta"]
+            means = [summary.mean for summary in summaries]
             axes.plot(epochs, means, **look.line(label=LABELS.get(method, method)))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)

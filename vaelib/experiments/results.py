@@ -159,7 +159,7 @@ def as_rows(measured: Iterable[Measured], seconds: float, device: str) -> list[R
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "vaelib": code_version(),
+        "vaelib": CODE,
         "date": datetime.date.today().isoformat(),
     }
     return [
@@ -168,15 +168,23 @@ def as_rows(measured: Iterable[Measured], seconds: float, device: str) -> list[R
     ]
 
 
-def code_version() -> str:
-    """Return the version of the package, with the commit if it runs from a checkout."""
+def code_version(file: Path = Path(__file__)) -> str:
+    """Return the version of the package, with the commit if it runs from a checkout, which ``file`` then belongs to."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=file.parent)
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
+        if git("ls-files", "--error-unmatch", file.name).returncode:
+            return __version__
+        found = git("describe", "--always", "--dirty")
     except OSError:
         return __version__
     return __version__ if found.returncode else f"{__version__}+{found.stdout.strip()}"
+
+
+CODE = code_version()
+"""The version of the code that was loaded, whatever is committed while its runs are made."""
 
 
 def over_seeds(rows: Iterable[Row], metric: str, by: Sequence[str], at: int | None = None) -> dict[tuple, Summary]:
@@ -189,6 +197,27 @@ def over_seeds(rows: Iterable[Row], metric: str, by: Sequence[str], at: int | No
         if row["metric"] == metric and row["at"] == at:
             groups.setdefault(tuple(row[name] for name in by), []).append(row["value"])
     return {key: summarise(values) for key, values in groups.items()}
+
+
+def curves(rows: Iterable[Row], metric: str, by: str) -> dict[str, tuple[list[int], list[Summary]]]:
+    """Return a metric's curve over the seeds, places and summaries, for each value of the column ``by``."""
+    rows = [row for row in rows if row["metric"] == metric and row["at"] is not None]
+    found: dict[str, tuple[list[int], list[Summary]]] = {}
+    for at in sorted({row["at"] for row in rows}):
+        for (name,), summary in over_seeds(rows, metric, (by,), at).items():
+            places, summaries = found.setdefault(name, ([], []))
+            places.append(at)
+            summaries.append(summary)
+    return found
+
+
+def paired(values: Mapping[tuple, float], reference: str) -> dict[tuple, Summary]:
+    """Return each arm's difference from the arm ``reference``, paired by seed; the keys are ``(..., arm, seed)``."""
+    found: dict[tuple, list[float]] = {}
+    for (*rest, arm, seed), value in values.items():
+        if (base := values.get((*rest, reference, seed))) is not None:
+            found.setdefault((*rest, arm), []).append(value - base)
+    return {key: summarise(differences) for key, differences in found.items()}
 
 
 def summarise(values: Sequence[float]) -> Summary:

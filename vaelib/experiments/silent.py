@@ -26,7 +26,7 @@ from vaelib.config import Recipe
 from vaelib.data import Images
 from vaelib.estimators import Estimator, LossEstimator, every
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import Summary, over_seeds, summarise
+from vaelib.experiments.results import Summary, over_seeds, paired, summarise
 from vaelib.models import VAE
 from vaelib.training import Diverged, Trainer, stream
 
@@ -194,12 +194,8 @@ def at_best_rate(rows: Sequence[Row], at: int | None = None) -> list[Row]:
 def leads(rows: Sequence[Row], metric: str, at: int | None = None) -> dict[tuple[str, str, str], Summary]:
     """Return by how many nats the silent gradient leads each arm, both at their best rates, paired by seed."""
     chosen = at_epoch(at_best_rate(rows, at), metric, at)
-    values = {(row["data"], row["latent"], row["estimator"], row["seed"]): row["value"] for row in chosen}
-    pairs: dict[tuple, list[float]] = {}
-    for (name, latent, estimator, seed), value in values.items():
-        if estimator != "elbo-silent" and (silently := values.get((name, latent, "elbo-silent", seed))) is not None:
-            pairs.setdefault((name, latent, estimator), []).append(silently - value)
-    return {key: summarise(found) for key, found in pairs.items()}
+    negated = {(*(row[name] for name in ARM), row["seed"]): -row["value"] for row in chosen}
+    return {key: lead for key, lead in paired(negated, "elbo-silent").items() if key[-1] != "elbo-silent"}
 
 
 def shortfalls(rows: Sequence[Row]) -> dict[tuple[str, str, str], Summary]:
@@ -369,14 +365,8 @@ def test_log_likelihood(model: VAE, x: Tensor, samples: int = 100) -> list[Measu
 
 def over_plain(rows: Sequence[Row], metric: str, at: int | None = None) -> dict[tuple[str, str, str], Summary]:
     """Return the nats that a method gains on training without a guide at an epoch, the last if None, paired by seed."""
-    value = {
-        (row["data"], row["estimator"], row["method"], row["seed"]): row["value"] for row in at_epoch(rows, metric, at)
-    }
-    gains: dict[tuple, list[float]] = {}
-    for (name, base, method, seed), found in value.items():
-        if (plain := value.get((name, base, "plain", seed))) is not None:
-            gains.setdefault((name, base, method), []).append(found - plain)
-    return {key: summarise(values) for key, values in gains.items()}
+    names = ("data", "estimator", "method", "seed")
+    return paired({tuple(row[n] for n in names): row["value"] for row in at_epoch(rows, metric, at)}, "plain")
 
 
 def table_annealed(rows: Sequence[Row]) -> list[tuple[str, ...]]:

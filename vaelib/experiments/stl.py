@@ -17,7 +17,7 @@ from vaelib.config import Config
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import Summary, over_seeds, summarise
+from vaelib.experiments.results import Summary, curves, over_seeds, summarise
 from vaelib.posteriors import DiagonalGaussian, Mixture
 
 # --- Table 2: test log-likelihoods ------------------------------------------------------------------------------------
@@ -251,10 +251,10 @@ class Free(nn.Module):
 
 def fit_gaussian(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
     """Fit a Gaussian from the standard normal to a target by Adam; measure KL(q, target) along the way."""
-    generator = torch.Generator().manual_seed(seed)
-    dim = config["dim"]
-    target = DiagonalGaussian(torch.randn(1, dim, generator=generator), 2 * torch.rand(1, dim, generator=generator) - 1)
-    q, x = Free(1, dim), torch.zeros(1, 1)
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    shape = (1, config["dim"])
+    target = DiagonalGaussian(torch.randn(shape, **options), 2 * torch.rand(shape, **options) - 1)
+    q, x = Free(*shape).to(device), torch.zeros(1, 1, device=device)
     adam = torch.optim.Adam(q.parameters(), config["lr"])
     row, measured = ESTIMATORS[config["estimator"]], []
     for step in range(config["steps"] + 1):
@@ -264,7 +264,7 @@ def fit_gaussian(config: Cell, seed: int, folder: Path, device: str, report: Rep
                 measured.append(Measured("kl", kl_divergence(here, there).sum().item(), at=step))
             report(step / config["steps"])
         adam.zero_grad()
-        objectives.backward(row, lambda _, z: target.log_prob(z), q, x, q(x).noise(1, generator))
+        objectives.backward(row, lambda _, z: target.log_prob(z), q, x, q(x).noise(1, options["generator"]))
         adam.step()
     return [*measured, Measured("final kl", measured[-1].value)]
 
@@ -277,17 +277,6 @@ def table_of_finals(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         error = f" ± {kl.standard_error:.1g}" if kl.n > 1 else ""
         lines.append((estimator, str(dim), str(steps), f"{lr:g}", f"{kl.mean:.3g}{error}", str(kl.n)))
     return lines
-
-
-def curves(rows: Sequence[Row], metric: str, by: str) -> dict[str, tuple[list[int], list[Summary]]]:
-    """Return a metric's curve over the seeds for each value of the column ``by``."""
-    found: dict[str, tuple[list[int], list[Summary]]] = {}
-    for at in dict.fromkeys(row["at"] for row in rows if row["metric"] == metric):
-        for (name,), summary in over_seeds(rows, metric, (by,), at).items():
-            places, summaries = found.setdefault(name, ([], []))
-            places.append(at)
-            summaries.append(summary)
-    return found
 
 
 def figure_1(rows: Sequence[Row], figure: Figure) -> None:
@@ -304,18 +293,18 @@ def figure_1(rows: Sequence[Row], figure: Figure) -> None:
 
 def walk_to_mixture(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
     """Measure the spread of the path and the score component on a straight line from one mixture to another."""
-    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     shape = (config["components"], 1, config["dim"])
 
     def parameters() -> tuple[Tensor, Tensor, Tensor]:
-        mean, log_std = torch.randn(2, *shape, generator=generator).double()
-        return 2 * mean, 0.3 * log_std, torch.randn(shape[:2], generator=generator).double()
+        mean, log_std = torch.randn(2, *shape, **options).double()
+        return 2 * mean, 0.3 * log_std, torch.randn(shape[:2], **options).double()
 
     def mixture(mean: Tensor, log_std: Tensor, logits: Tensor) -> Mixture:
         return Mixture(tuple(map(DiagonalGaussian, mean, log_std)), logits)
 
     start, end = parameters(), parameters()
-    target, x, measured = Target(mixture(*end)), torch.zeros(1, 1).double(), []
+    target, x, measured = Target(mixture(*end)), torch.zeros(1, 1, device=device).double(), []
     for percent in range(0, 101, config["percent"]):
         t = percent / 100
         q = mixture(*((1 - t) * a + t * b for a, b in zip(start, end, strict=True)))
@@ -327,7 +316,7 @@ def walk_to_mixture(config: Cell, seed: int, folder: Path, device: str, report: 
                 x,
                 k=config["components"],
                 draws=config["draws"],
-                generator=torch.Generator().manual_seed(seed),
+                generator=torch.Generator(device).manual_seed(seed),
             )
             for name in ("total", "path")
         )
@@ -364,14 +353,14 @@ def table_of_spreads(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def figure_3(rows: Sequence[Row], figure: Figure) -> None:
-    """Draw the variance of the components on the way, one faint line a seed and their geometric mean."""
+    """Draw the variance of the components on the way, one faint line a seed."""
     ax = figure.add_subplot()
     for name in COMPONENTS:
         look = plots.LOOKS[f"elbo-{name}"]
         points = [row for row in rows if row["metric"] == name]
-        for seed in dict.fromkeys(row["seed"] for row in points):
+        for i, seed in enumerate(dict.fromkeys(row["seed"] for row in points)):
             line = [(row["at"], max(row["value"], 1e-30)) for row in points if row["seed"] == seed]
-            ax.plot(*zip(*line, strict=True), **look.line(lw=1, alpha=0.6, label=None if seed else look.label))
+            ax.plot(*zip(*line, strict=True), **look.line(lw=1, alpha=0.6, label=None if i else look.label))
     ax.set(yscale="log", xlabel="per cent of the way to the target", ylabel="variance", ylim=(1e-4, None))
     ax.legend()
 
