@@ -297,7 +297,7 @@ def list_experiments(results: ResultsFolder = Path("results")) -> None:
 @experiment_app.command("run")
 def run_experiment(
     name: ExperimentName,
-    preset: Annotated[str, typer.Option(help="smoke, short or paper.")] = "short",
+    preset: Annotated[str, typer.Option(help="smoke, short, paper, or another of `vaelib experiment list`.")] = "short",
     seeds: Annotated[int | None, typer.Option(help="Runs of each configuration.", show_default="of the preset")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     jobs: Annotated[
@@ -340,7 +340,11 @@ def run_experiment(
 def show_experiment(
     name: ExperimentName,
     preset: Annotated[
-        str | None, typer.Option(help="smoke, short or paper.", show_default="the largest that has results")
+        str | None,
+        typer.Option(
+            help="smoke, short, paper, or another of `vaelib experiment list`.",
+            show_default="the largest that has results",
+        ),
     ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Also draw its figure into this file, such as table-2.png.")
