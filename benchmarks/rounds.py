@@ -52,7 +52,7 @@ def ratios(mine: list[float], theirs: list[float]) -> list[float]:
 
 
 def finish(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write the CSV, whole or not at all, with where and when, and with the load of the machine (other programs')."""
+    """Write the CSV, whole or not at all, with where, when, and the machine's load, this program's included."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     records = [record | {"load": load} | provenance() for record in records]
     write(path, records, list(records[0]))

@@ -2,12 +2,15 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaelib import bounds, models
-from vaelib.posteriors import DiagonalGaussian
+from vaelib import bounds, discrete, models, objectives
+from vaelib.errors import InputError
+from vaelib.estimators import ESTIMATORS
+from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, Mixture
 
 FLOATS = st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12)
 
@@ -53,3 +56,33 @@ def test_three_forms_one_expectation():
         joint, x, exact_posterior, exact_posterior.sample(exact_posterior.noise(50, generator))
     )
     torch.testing.assert_close(exact_draws, joint.log_marginal(x).expand(50, 6))
+
+
+def test_the_kl_form_knows_the_model_s_prior():
+    """Three bits whose prior is far from fair: all forms average to the sum over the eight values."""
+    generator = torch.Generator().manual_seed(0)
+    decode = models.build("mlp-1-bernoulli", 4, generator=generator, hidden=5, latent=3).double().joint.decode
+    joint = models.DiscreteJoint(decode, torch.full((3,), 3.0, dtype=torch.float64))
+    x = torch.ones(1, 4, dtype=torch.float64)
+    q = FactorisedBernoulli(torch.tensor([[0.3, -1.0, 0.5]], dtype=torch.float64))
+    exact, z = discrete.exact_elbo(joint, x, q), q.sample(q.noise(20_000, generator))
+    for form in bounds.FORMS.values():
+        draws = form(joint, x, q, z)
+        assert (draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20_000**0.5
+    assert (q.kl() - bounds.divergence(joint, q)).abs() > 1  # fair bits are another prior
+    with pytest.raises(InputError, match="a FactorisedBernoulli from a standard normal prior has no closed form"):
+        bounds.estimate("kl", "elbo", models.Joint(decode), x, q, z)
+
+
+def test_a_mixture_is_averaged_by_its_shares_or_not_at_all():
+    joint = models.build("linear", 5, latent=2).double().joint
+    x = torch.zeros(1, 5, dtype=torch.float64)
+    parts = tuple(DiagonalGaussian(torch.full((1, 2), m).double(), torch.zeros(1, 2).double()) for m in (0.0, 3.0))
+    q = Mixture(parts, torch.tensor([[4.0], [0.0]], dtype=torch.float64))
+    eps = q.noise(4, torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="Mixture count by their shares: use objectives.mixture_bound"):
+        bounds.estimate("monte-carlo", "iwae", joint, x, q, q.sample(eps))
+    assert objectives.mixture_bound(ESTIMATORS["iwae-path"], joint, q, x, eps).isfinite()
+    bits = Mixture(tuple(FactorisedBernoulli(torch.zeros(1, 2).double().requires_grad_()) for _ in range(2)), q.logits)
+    with pytest.raises(InputError, match="'elbo-path' is reparameterised"):
+        objectives.mixture_bound(ESTIMATORS["elbo-path"], joint, bits, x, torch.full((4, 1, 2), 0.5).double())

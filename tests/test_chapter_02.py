@@ -182,11 +182,9 @@ def test_the_laboratory_can_be_drawn():
             measured.setdefault(name, []).append(m)
             m.seconds = 0.5
     found = gradients.bias_test("iwae-dreg", "iwae-total", TARGET, lambda x: q, X, k=5, draws=50, generator=seeded())
-    components = {"elbo-path": [draws("elbo-path", q, 50)[:, 0]] * 3}
     for draw in (
         lambda axes: plots.variance_along(axes, [1, 2, 5], measured),
         lambda axes: plots.snr(axes, [1, 2, 5], measured),
-        lambda axes: plots.gradient_components(axes, [1, 2, 5], components),
         lambda axes: plots.variance_time(axes, {name: series[-1] for name, series in measured.items()}),
         lambda axes: plots.bias(axes, {"iwae-dreg": found}),
     ):

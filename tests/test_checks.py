@@ -45,3 +45,8 @@ def test_the_false_alarm_rate_is_as_stated():
     draws = torch.randn(200, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     scores = checks.z_scores(draws, torch.zeros(2000, dtype=torch.float64))
     assert (scores > checks.SIGMAS).sum() <= 2 and 500 < (scores > 1).sum() < 800
+
+
+def test_two_silences_are_not_told_apart():
+    with pytest.raises(AssertionError, match="0 against 0, a gap of 0 ± 0"):
+        checks.less_variance(torch.ones(10, 2), torch.ones(10, 2))

@@ -1,5 +1,7 @@
 """The log-likelihood against the exact one, its memory, its error bar; active units; in float64."""
 
+import copy
+
 import pytest
 import torch
 
@@ -164,3 +166,25 @@ def test_mutual_information_wants_something_to_compare(normal):
     mixture = models.build("mlp-1-mixture", 2, hidden=4, latent=2, components=2).double()
     with pytest.raises(InputError, match="Mixture has no entropy in closed form"):
         evaluation.mutual_information(mixture.encoder, normal[:4])
+
+
+def test_a_model_is_evaluated_in_evaluation_mode_and_left_in_its_own():
+    """A PixelCNN normalises by its batch in training mode, and would learn from what it is asked."""
+    model = models.build(
+        "pixelcnn", 16, generator=torch.Generator().manual_seed(0), latent=2, maps=4, layers=3, hidden=8
+    )
+    x = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).round()
+    model.joint.decode.first.eval()  # one part by itself
+    before = copy.deepcopy(model.state_dict())
+    modes = [part.training for part in model.modules()]
+
+    def ask():
+        value = evaluation.log_likelihood(model, x, 10, 5, torch.Generator().manual_seed(2))
+        units = evaluation.active_units(model.encoder, x[:1])
+        return value, units, evaluation.mutual_information(model.encoder, x, generator=torch.Generator().manual_seed(3))
+
+    found = ask()
+    assert [part.training for part in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    model.eval()
+    torch.testing.assert_close(found, ask())

@@ -123,6 +123,14 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, recwarn):
 
 
 @needs_compiler
+def test_what_the_caller_got_wrong_is_no_fault_of_the_compiler(recwarn):
+    model, x, eps = problem(k=1)
+    traced = fast.Compiled("eager")
+    with pytest.raises(InputError, match="needs k >= 2 draws, but k is 1"):
+        traced(ESTIMATORS["iwae-vimco"], model.joint, model.encoder, x, eps)
+    assert traced.works and not [w for w in recwarn if "torch.compile does not work" in str(w.message)]
+
+
 def test_torch_without_its_compiler_is_caught(monkeypatch):
     from torch._inductor import config, cpp_builder
 

@@ -4,6 +4,7 @@ Statistical tests are at 4 standard errors in at most 8 coordinates (a false ala
 is fixed), unless they say otherwise.
 """
 
+import copy
 import math
 
 import pytest
@@ -95,6 +96,7 @@ def test_the_size_of_the_batches_does_not_matter():
         assert parts.count == 1000
         for name in ("mean", "variance", "variance_error"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-11, atol=1e-13)
+        assert parts.total_variance_error == pytest.approx(whole.total_variance_error, rel=0.05)
 
 
 @pytest.mark.parametrize("block", [1, 30, 90])
@@ -313,6 +315,19 @@ def test_recurrent_layers_are_differentiated_in_a_loop():
     assert draws.shape == (3, sum(p.numel() for p in encoder.parameters())) and draws.abs().max() > 0
 
 
+def test_a_frozen_network_is_measured_like_any_other(monkeypatch):
+    joint, encoder, x = batch_model()
+    frozen = copy.deepcopy(joint).requires_grad_(False), copy.deepcopy(encoder).requires_grad_(False)
+    for wrt in ("joint", "encoder", "weights"):
+        truth = gradients.draws("elbo-path", joint, encoder, x, draws=3, wrt=wrt, generator=seeded())
+        for threshold in (gradients.LOOP_FROM, 0):
+            monkeypatch.setattr(gradients, "LOOP_FROM", threshold)
+            found = gradients.draws("elbo-path", *frozen, x, draws=3, wrt=wrt, generator=seeded())
+            torch.testing.assert_close(found, truth)
+        monkeypatch.undo()
+    assert not any(p.requires_grad or p.grad is not None for part in frozen for p in part.parameters())
+
+
 def test_the_model_is_left_as_it_was():
     joint, encoder = TwoLayerJoint(), TwoLayerEncoder()
     for wrt in gradients.WRT:
@@ -450,6 +465,10 @@ def test_rounding_is_no_bias():
         ({"wrt": "weight"}, r"no set of parameters \(wrt\) is called 'weight', did you mean 'weights'"),
         ({"estimators": ["elbo-pat"]}, "did you mean 'elbo-path'"),
         ({"estimators": "elbo-path"}, "must be a list"),
+        (
+            {"estimators": ["elbo-path", elbo_scaled(0.5), elbo_scaled(0.5)]},
+            r"two estimators share a name \(elbo-path, ",
+        ),
         ({"estimators": ["iwae-vimco"]}, "needs k >= 2 draws, but k is 1"),
         ({"estimators": ["elbo-score-loo"], "wrt": "encoder"}, "needs k >= 2 draws, but k is 1"),
         ({"draws": 1}, "at least 2 draws, but draws is 1"),

@@ -125,7 +125,11 @@ def test_notebooks_are_run_whole_or_left_alone(tmp_path, capsys):
     assert done.cells[0].metadata == {} and set(done.metadata) == {"kernelspec", "language_info"}
     assert bad.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.ipynb", "good.ipynb"]
+    dead = tmp_path / "dead.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("import os; os._exit(1)")]), dead)
     once = good.read_bytes()
+    assert run_notebooks.main([str(dead), str(good)]) == 1
+    assert "dead.ipynb was left as it is" in capsys.readouterr().err
     assert run_notebooks.main([str(good)]) == 0
     assert good.read_bytes() == once
 

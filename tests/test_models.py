@@ -61,6 +61,9 @@ def test_ppca_has_the_highest_likelihood(toy):
         assert other.log_marginal(x).mean() < best
     with pytest.raises(InputError, match="between 1 and 5"):
         models.ppca(x, 6)
+    for few in (2, 3):
+        with pytest.raises(InputError, match=f"3 dimensions explain these {few} observations without a rest"):
+            models.ppca(x[:few], 3)
 
 
 def test_the_exact_encoder_is_the_posterior(toy):
@@ -140,3 +143,19 @@ def test_bad_names_and_sizes_are_named():
     ]:
         with pytest.raises(InputError, match=message):
             models.build(name, 10, **sizes)
+
+
+def test_a_guided_model_has_the_prior_of_its_model():
+    from vaelib import bounds, discrete
+
+    generator = torch.Generator().manual_seed(0)
+    for name in ("guided", "guided-bernoulli"):
+        model = models.build(name, 6, generator=generator, hidden=5, latent=3)
+        x = torch.rand(4, 6, generator=generator)
+        q = model.encoder(x)
+        z = q.sample(q.noise(2, generator))
+        torch.testing.assert_close(model.joint.log_prior(z) + model.joint.log_likelihood(x, z), model.joint(x, z))
+        torch.testing.assert_close(bounds.divergence(model.joint, q), bounds.divergence(model.joint.joint, q))
+    objectives.backward(
+        discrete.ESTIMATORS["elbo-gumbel-softmax"], model.joint, model.encoder, x, q.noise(2, generator)
+    )

@@ -294,3 +294,17 @@ def test_the_stopped_gaussian_has_the_same_density():
     torch.testing.assert_close(q.stop_gradient().log_prob(z), q.log_prob(z))
     q.stop_gradient().log_prob(z).sum().backward()
     assert q.mean.grad is None and z.grad is not None
+
+
+@pytest.mark.parametrize("row", [row.name for row in ESTIMATORS.values() if row.reparameterised])
+def test_one_of_two_layers_may_be_frozen(row):
+    model = models.build(
+        "mlp-2", 6, generator=torch.Generator().manual_seed(0), hidden=5, latent=3, hidden2=4, latent2=2
+    )
+    model.encoder.first.requires_grad_(False)
+    x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1)).round()
+    eps = model.encoder.noise(3, x, torch.Generator().manual_seed(2))
+    learns = [p for p in model.parameters() if p.requires_grad]
+    objectives.backward(ESTIMATORS[row], model.joint, model.encoder, x, eps)
+    loss = objectives.surrogate(ESTIMATORS[row], model.joint, model.encoder, x, eps).mean()
+    torch.testing.assert_close([p.grad for p in learns], list(torch.autograd.grad(loss, learns)), rtol=1e-4, atol=1e-5)

@@ -100,3 +100,21 @@ def test_noise_is_reproducible_and_refuses_no_draws(diagonal):
     assert torch.equal(first, again) and not torch.equal(first, q.noise(2, torch.Generator().manual_seed(6)))
     with pytest.raises(InputError, match="at least 1, but is 0"):
         q.noise(0)
+
+
+def test_what_is_above_the_diagonal_of_a_scale_does_not_count(generator):
+    mean, scale = randn(4, 3, generator=generator), randn(4, 3, 3, generator=generator)
+    scale.diagonal(dim1=-2, dim2=-1).abs_().add_(0.2)
+    q, clean = FullGaussian(mean, scale.requires_grad_()), FullGaussian(mean, scale.detach().tril())
+    eps, weight = q.noise(5, generator), randn(2, 3, generator=generator)
+    z = clean.sample(eps)
+    for ask in (
+        lambda q: q.sample(eps),
+        lambda q: q.log_prob(z),
+        lambda q: q.entropy(),
+        lambda q: q.kl(),
+        lambda q: torch.cat(q.linear_moments(weight)),
+    ):
+        torch.testing.assert_close(ask(q), ask(clean))
+        (slope,) = torch.autograd.grad(ask(q).sum(), scale)
+        assert slope.triu(1).abs().max() == 0 and slope.abs().max() > 0

@@ -451,14 +451,17 @@ def test_the_model_s_own_expansion_is_a_control_variate_too():
     assert likelihood_part(1.0) < 1e-20 and likelihood_part(0.0) > 1e-2 and likelihood_part(0.9) > 1e-4
 
 
-@pytest.mark.parametrize("base", [name for name, row in estimators.ESTIMATORS.items() if row.bound == "elbo"])
-def test_one_pass_is_the_surrogate_in_value_and_all_gradients(base, decoder, x):
+ROWS_OF_ELBO = [row for row in estimators.ESTIMATORS.values() if row.bound == "elbo"]
+
+
+@pytest.mark.parametrize("row", [*ROWS_OF_ELBO, estimators.elbo_scaled(0.5)], ids=lambda row: row.name)
+def test_one_pass_is_the_surrogate_in_value_and_all_gradients(row, decoder, x):
     torch.manual_seed(0)
     joint, encoder = joint_for("diagonal", decoder), Encoder()
     eps = randn(3, B, D, seed=8)
     everything = [*joint.parameters(), *encoder.parameters()]
-    truth = objectives.surrogate(ALL[base], joint, encoder, x, eps)
-    mine = silent.one_pass(ALL[base], joint, encoder(x), x, eps)
+    truth = objectives.surrogate(row, joint, encoder, x, eps)
+    mine = silent.one_pass(row, joint, encoder(x), x, eps)
     torch.testing.assert_close(mine, truth)
     same_gradient(mine, truth, everything)
 
@@ -576,8 +579,17 @@ def test_what_a_guide_refuses(decoder, x):
             make(ALL["iwae-dreg"], 0.5)
         with pytest.raises(InputError, match="Joint has none: use models.Guided"):
             make(ALL["elbo-path"], 0.5).loss(joint_for("diagonal", decoder), q, x, eps)
-    with pytest.raises(InputError, match="not a Mixture"):
-        silent.scaled_gradient(mixture(*parameters("mixture")), 0.5)
+    flow = FlowEncoder(StandardNormal(2), [AffineCoupling(2)]).double()(x[:1])
+    for posterior in (mixture(*parameters("mixture")), flow):
+        name = type(posterior).__name__
+        with pytest.raises(InputError, match=f"not a {name}: use DiagonalGaussian"):
+            silent.scaled_gradient(posterior, 0.5)
+        with pytest.raises(InputError, match=f"not a {name}: use DiagonalGaussian"):
+            silent.covariances(ALL["elbo-path"], two_decoders("diagonal"), posterior, x[:1], eps)
+    for name in ("elbo-path", "elbo-total"):  # bits have no path, and dropping the score would leave nothing
+        logits = FactorisedBernoulli(phi[0].detach().requires_grad_())
+        with pytest.raises(InputError, match=f"'{name}' is reparameterised: .* no gradient .a discrete posterior"):
+            silent.controlled(ALL[name], 0.5).loss(two_decoders("bits"), logits, x[:1], eps + 0.5)
     bits, u = FactorisedBernoulli(phi[0]), torch.full((1, 1, 2), 0.5, dtype=DTYPE)
     with pytest.raises(InputError, match="DiagonalGaussian posterior, but this one is a FactorisedBernoulli"):
         silent.controlled(ALL["elbo-score"], 1.0, silent.taylor_control).loss(two_decoders("bits"), bits, x[:1], u)

@@ -292,6 +292,10 @@ def test_importance_sampling_agrees_with_the_grid():
 
 def test_dropout_is_for_training_alone(sentences):
     model = perturbed(lstm_vae(7, latent=2, embedding=5, hidden=6, dropout=0.5))
+    with pytest.raises(InputError, match="writes without dropout: call model.eval"):
+        model.joint.decode.sample(torch.zeros(2, 2))
+    assert len(model.eval().joint.decode.sample(torch.zeros(2, 2), torch.Generator().manual_seed(0))) == 2
+    model.train()
     z = torch.zeros(1, 3, 2)
     with torch.random.fork_rng():
         torch.manual_seed(0)

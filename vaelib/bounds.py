@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
-from vaelib.posteriors import Latent
+from vaelib.posteriors import DiagonalGaussian, FullGaussian, Latent, Mixture
 
 
 def elbo(log_w: Tensor) -> Tensor:
@@ -62,13 +62,36 @@ def elbo_entropy(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tenso
     return joint.log_likelihood(x, z) + joint.log_prior(z) + posterior.entropy()
 
 
+def divergence(joint: nn.Module, q) -> Tensor:
+    r"""Return :math:`\mathrm{KL}(q \,\|\, p(z))` to the model's prior in closed form, ``[B]``.
+
+    The prior is ``joint.prior`` where there is one, a distribution like q; otherwise it is standard normal.
+    Introduced in book/03-silent-gradients.ipynb.
+
+    Raises
+    ------
+    InputError
+        if q is of another kind than the prior, or a mixture, whose divergence has no closed form.
+    """
+    prior = getattr(joint, "prior", None)
+    families = (DiagonalGaussian, FullGaussian) if prior is None else (type(prior),)
+    if not isinstance(q, families):
+        known = " or ".join(family.__name__ for family in families)
+        kind = "a standard normal" if prior is None else f"a {known}"
+        raise InputError(
+            f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
+            f"class {known}, or a row of the tableau, which estimates the divergence from draws"
+        )
+    return q.kl() if prior is None else q.kl(prior)
+
+
 def elbo_kl(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:
     r"""Return the integrand of eq. 3, :math:`\log p(x \mid z) - \mathrm{KL}(q(z \mid x) \,\|\, p(z))`, ``[K, B]``.
 
-    The divergence from the standard normal prior is in closed form (``posterior.kl()``).
+    The divergence from the model's prior is in closed form (:func:`divergence`).
     Introduced in book/01-elbo-forms.ipynb.
     """
-    return joint.log_likelihood(x, z) - posterior.kl()
+    return joint.log_likelihood(x, z) - divergence(joint, posterior)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {
@@ -101,4 +124,6 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
         )
     if form != "monte-carlo" and not hasattr(posterior, form):
         raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
+    if isinstance(posterior, Mixture):
+        raise InputError("the draws of a Mixture count by their shares: use objectives.mixture_bound")
     return combine(integrand(joint, x, posterior, z))

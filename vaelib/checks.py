@@ -55,7 +55,7 @@ def less_variance(quiet: Tensor, noisy: Tensor, factor: float = 1.0, what: str =
     """Check that ``quiet`` has less total variance than ``noisy`` / ``factor``, by more than 4 standard errors."""
     (low, low_error), (high, high_error) = total_variance(quiet), total_variance(noisy)
     gap, error = high - factor * low, (high_error**2 + (factor * low_error) ** 2) ** 0.5
-    assert gap > SIGMAS * error, f"{what}: {low:.3g} against {high:.3g}, a gap of {gap / error:.1f} standard errors"
+    assert gap > SIGMAS * error, f"{what}: {low:.3g} against {high:.3g}, a gap of {gap:.3g} ± {error:.3g}"
     times = "less" if factor == 1 else f"more than {factor:g} times less"
     print(f"ok: {what} is {times} (4 s.e.)")
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import silent
+from vaelib.bounds import divergence
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS as TABLEAU
 from vaelib.estimators import Estimator, LossEstimator
@@ -133,7 +134,7 @@ def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]
                 f"{type(joint).__name__} does not have: use models.DiscreteJoint, or a row such as elbo-score-loo"
             )
         z, soft = q.sample(eps), q.relaxed_sample(eps, temperature)
-        kl = silent.divergence(joint, q)
+        kl = divergence(joint, q)
         if straight_through:
             return -(joint.log_likelihood(x, z + (soft - soft.detach())).mean(0) - kl)
         with torch.no_grad():

@@ -3,6 +3,8 @@ r"""What a trained model is worth: its log-likelihood and how much of its latent
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +67,9 @@ def log_likelihood(
 
     .. math:: \log p(x) \approx \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad z_k \sim q(z \mid x)
 
-    The estimate is a lower bound in expectation. The weights stream through ``chunk`` at a time, so that memory
-    depends on ``chunk`` and ``batch_size`` and not on ``samples`` or the number of observations. Used throughout the
-    book; introduced in book/01-elbo-forms.ipynb.
+    The estimate is a lower bound in expectation, of the model in evaluation mode. The weights stream through ``chunk``
+    at a time, so that memory depends on ``chunk`` and ``batch_size`` and not on ``samples`` or the number of
+    observations. Used throughout the book; introduced in book/01-elbo-forms.ipynb.
 
     Parameters
     ----------
@@ -88,17 +90,31 @@ def log_likelihood(
         if value < 1:
             raise InputError(f"{name} must be at least 1, but is {value}")
     values, errors = [], []
-    for batch in tqdm(x.split(batch_size), desc="log p(x)", unit="batch", disable=not progress, leave=False):
-        posterior = model.encoder(batch)
-        estimate, step = StreamingLogMeanExp(), whole_shares(posterior, samples, chunk)
-        for start in range(0, samples, step):
-            eps = model.encoder.noise(min(step, samples - start), batch, generator)
-            z = posterior.sample(eps)
-            log_w = model.joint(batch, z) - posterior.log_prob(z)
-            estimate.add(log_w + posterior.log_share(len(eps)) if isinstance(posterior, Mixture) else log_w)
-        values.append(estimate.value)
-        errors.append(estimate.standard_error)
+    with evaluating(model.joint, model.encoder):
+        for batch in tqdm(x.split(batch_size), desc="log p(x)", unit="batch", disable=not progress, leave=False):
+            posterior = model.encoder(batch)
+            estimate, step = StreamingLogMeanExp(), whole_shares(posterior, samples, chunk)
+            for start in range(0, samples, step):
+                eps = model.encoder.noise(min(step, samples - start), batch, generator)
+                z = posterior.sample(eps)
+                log_w = model.joint(batch, z) - posterior.log_prob(z)
+                estimate.add(log_w + posterior.log_share(len(eps)) if isinstance(posterior, Mixture) else log_w)
+            values.append(estimate.value)
+            errors.append(estimate.standard_error)
     return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)
+
+
+@contextmanager
+def evaluating(*parts: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation mode, and each of their parts back into its own."""
+    modes = [(m, m.training) for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def whole_shares(posterior, samples: int, chunk: int) -> int:
@@ -122,7 +138,8 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
     taken at the mean of the first; for a flow's stands the place where the mean of its Gaussian ends. The variance is
     over ``x`` ``[N, ...]``, gathered in batches. Introduced in book/01-elbo-forms.ipynb.
     """
-    layers = map(torch.cat, zip(*(posterior_means(encoder(batch)) for batch in x.split(batch_size))))
+    with evaluating(encoder):
+        layers = map(torch.cat, zip(*[posterior_means(encoder(batch)) for batch in x.split(batch_size)]))
     return [int(((means - means.mean(0)).square().mean(0) > threshold).sum()) for means in layers]
 
 
@@ -180,7 +197,8 @@ def mutual_information(
             f"mutual information needs 2 observations at least to compare, but there are {len(x)}"
             + ("" if batch_size is None else f" in batches of {batch_size}")
         )
-    total = sum(_information(encoder, batch, generator, chunk) for batch in x.split(batch_size or len(x)))
+    with evaluating(encoder):
+        total = sum(_information(encoder, batch, generator, chunk) for batch in x.split(batch_size or len(x)))
     return total / len(x)
 
 

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vaelib import objectives
+from vaelib.errors import InputError
 from vaelib.estimators import Estimator, LossEstimator
 from vaelib.posteriors import Latent, map_latent
 
@@ -56,6 +57,8 @@ class Compiled:
         if self.works and key not in self.known:
             try:
                 self.known[key] = compiled(estimator, joint, encoder, x, eps, self.backend)
+            except InputError:
+                raise
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
                 self.works = False
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -56,8 +56,8 @@ class Moments:
     r"""The moments of a random vector, from draws that arrive in batches; memory does not grow with their number.
 
     Keeps the sums of the first four powers of :math:`g - a` for each coordinate, and of the first two of
-    :math:`\|g - a\|^2`, in float64. The anchor a is the mean of the first batch; so close to the mean, plain sums of
-    powers lose no digits. Introduced in book/02-score-and-path.ipynb.
+    :math:`\|g - \bar g\|^2` with the mean so far, in float64. The anchor a is the mean of the first batch; so close to
+    the mean, plain sums of powers lose no digits. Introduced in book/02-score-and-path.ipynb.
 
     Attributes
     ----------
@@ -77,18 +77,18 @@ class Moments:
         if self.count == 0:
             self.anchor = draws.double().mean(0)
             self.powers, self.norms = (self.anchor.new_zeros(shape) for shape in ((4, draws.shape[1]), (2,)))
-        norms = self.norms.new_zeros(len(draws))
         width = max(1, BLOCK // len(draws))
         for block, anchor, powers in zip(*(t.split(width, -1) for t in (draws, self.anchor, self.powers)), strict=True):
             shifted = block.double() - anchor
             power = shifted.clone()
             for order in range(4):
                 powers[order] += power.sum(0)
-                if order == 1:
-                    norms += power.sum(1)
                 power *= shifted
-        self.norms += torch.stack([norms.sum(), norms.square().sum()])
         self.count += len(draws)
+        norms = self.norms.new_zeros(len(draws))
+        for block, mean in zip(draws.split(width, -1), self.mean.split(width), strict=True):
+            norms += (block.double() - mean).square().sum(1)
+        self.norms += torch.stack([norms.sum(), norms.square().sum()])
         return self
 
     @property
@@ -122,7 +122,7 @@ class Moments:
 
     @property
     def total_variance_error(self) -> float:
-        r"""The standard error of :attr:`total_variance`: that of the mean of :math:`\|g - a\|^2`."""
+        r"""The standard error of :attr:`total_variance`: that of the mean of :math:`\|g - \bar g\|^2`."""
         self._need_two()
         first, second = (self.norms / self.count).tolist()
         return math.sqrt(max(second - first**2, 0.0) / self.count)
@@ -381,7 +381,7 @@ def _of_weights(*parts: str) -> Callable[..., PerDraw]:
     """``vmap`` over draws for few weights; one backward pass after the other for many, or for recurrent layers."""
 
     def per_draw(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor) -> PerDraw:
-        networks = copy.deepcopy(nn.ModuleDict({"joint": joint, "encoder": encoder}))  # its .grad is ours
+        networks = copy.deepcopy(nn.ModuleDict({"joint": joint, "encoder": encoder})).requires_grad_()  # ours
         wanted = [p for part in parts for p in networks[part].parameters()]
         if not wanted:
             raise InputError(f"{' and '.join(parts)} without parameters: there is nothing to differentiate")
@@ -429,7 +429,12 @@ def _rows(estimators: Iterable[Estimator | str]) -> dict[str, Estimator]:
     if isinstance(estimators, str):
         raise InputError(f"estimators must be a list, such as ['{estimators}'], but is one name")
     rows = [choose("estimator", e, every()) if isinstance(e, str) else e for e in estimators]
-    return {row.name: row for row in rows}
+    names = [row.name for row in rows]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"two estimators share a name ({', '.join(names)}): give one its own by dataclasses.replace(row, name=...)"
+        )
+    return dict(zip(names, rows))
 
 
 def _noise(

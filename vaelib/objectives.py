@@ -58,7 +58,7 @@ def backward(
         return bound.detach()
     z = posterior.sample(eps)
     if estimator.reparameterised:
-        _check_path(estimator, z)
+        check_path(estimator, z)
     if estimator.automatic:
         seen, density = z, posterior
     elif estimator.reparameterised:
@@ -76,7 +76,8 @@ def backward(
         if b is not a:
             ratio = (b / a).nan_to_num(0).unsqueeze(-1)  # a weight that underflowed to 0 has b = 0 too
             for layer in _layers(seen):
-                layer.register_hook(lambda gradient: ratio * gradient)
+                if layer.requires_grad:  # one of two layers may be frozen
+                    layer.register_hook(lambda gradient: ratio * gradient)
         if c is not None:
             roots.append((posterior.log_prob(map_latent(Tensor.detach, z)), c))
     roots = [(root, weight / -len(x)) for root, weight in roots if root.requires_grad]
@@ -106,7 +107,7 @@ def surrogate(
     estimator.check(len(theta))
     score = posterior.log_prob(z_stopped)
     if score.requires_grad and estimator.reparameterised:
-        _check_path(estimator, z)
+        check_path(estimator, z)
     path = stop_gradient(joint)(x, z) - posterior.stop_gradient().log_prob(z)
 
     log_w = (theta - score).detach()
@@ -155,6 +156,8 @@ def mixture_bound(estimator: Estimator, joint: nn.Module, posterior: Mixture, x:
             f"component by component: use one of {', '.join(MIXTURE_ROWS)}"
         )
     z = posterior.sample(eps)
+    if any(q.log_prob(z).requires_grad for q in posterior.components):
+        check_path(estimator, z)
     log_p = log_joint(joint, x, z)
     estimator.check(len(log_p))
     density = posterior if estimator.name.endswith("total") else posterior.stop_gradient()
@@ -191,7 +194,8 @@ def _layers(z: Latent) -> tuple[Tensor, ...]:
     return z if isinstance(z, tuple) else (z,)
 
 
-def _check_path(estimator: Estimator, z: Latent) -> None:
+def check_path(estimator: Estimator, z: Latent) -> None:
+    """Raise InputError if a row with a path has a sample ``z`` that does not move with the encoder's parameters."""
     if not any(layer.requires_grad for layer in _layers(z)):
         raise InputError(
             f"estimator '{estimator.name}' is reparameterised: it needs a sample that moves with the encoder's "

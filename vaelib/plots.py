@@ -148,18 +148,6 @@ def snr(axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]
     axes.set(xscale="log", yscale="log", ylabel="signal-to-noise ratio")
 
 
-def gradient_components(axes: Axes, x: Sequence[float], components: Mapping[str, Sequence[Tensor]]) -> None:
-    """Draw single gradients at each ``x``: the median and the range of the middle 90 % of the draws ``[S]``.
-
-    A key is the name of a look; a component that is no estimator, such as the score alone, borrows one.
-    """
-    middle = torch.tensor([0.05, 0.5, 0.95])
-    for name, draws in components.items():
-        low, median, high = torch.stack([d.quantile(middle.to(d)) for d in draws]).mT
-        axes.plot(x, median, **LOOKS[name].line())
-        axes.fill_between(x, low, high, color=LOOKS[name].color, alpha=0.25, linewidth=0)
-
-
 def variance_time(axes: Axes, measured: Mapping[str, Moments]) -> None:
     """Draw variance x time of each estimator as a row, relative to the best one; ``measured`` must have the time."""
     best = min(m.variance_time for m in measured.values() if m.variance_time > 0)

@@ -115,7 +115,8 @@ class FullGaussian:
     mean
         :math:`\mu`, ``[B, D]``.
     scale_tril
-        :math:`L`, lower triangular with a positive diagonal, ``[D, D]`` (shared) or ``[B, D, D]``.
+        :math:`L`, lower triangular with a positive diagonal, ``[D, D]`` (shared) or ``[B, D, D]``; what is above the
+        diagonal does not count.
     """
 
     mean: Tensor
@@ -127,7 +128,7 @@ class FullGaussian:
 
     def sample(self, eps: Tensor) -> Tensor:
         r"""Return :math:`z = \mu + L \varepsilon`, ``[K, B, D]``."""
-        return self.mean + (self.scale_tril @ eps.unsqueeze(-1)).squeeze(-1)
+        return self.mean + (self.scale_tril.tril() @ eps.unsqueeze(-1)).squeeze(-1)
 
     def log_prob(self, z: Tensor) -> Tensor:
         r"""Return :math:`\log q(z) = \log \mathcal N(L^{-1}(z - \mu); 0, I) - \log\det L`, ``[K, B]``."""
@@ -144,13 +145,13 @@ class FullGaussian:
 
         .. math:: \mathrm{KL}(q \,\|\, \mathcal N(0, I)) = \tfrac12[\|\mu\|^2 + \|L\|_F^2 - D] - \log\det L
         """
-        second_moment = self.mean.square().sum(-1) + self.scale_tril.square().sum((-2, -1))
+        second_moment = self.mean.square().sum(-1) + self.scale_tril.tril().square().sum((-2, -1))
         return 0.5 * (second_moment - self.mean.shape[-1]) - self._log_det()
 
     def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the mean :math:`w^\top \mu` and variance :math:`\|L^\top w\|^2` of each row of W z, ``[B, X]``."""
         mean = self.mean @ weight.mT
-        return mean, (weight @ self.scale_tril).square().sum(-1).expand_as(mean)
+        return mean, (weight @ self.scale_tril.tril()).square().sum(-1).expand_as(mean)
 
     def stop_gradient(self) -> FullGaussian:
         """Return the same Gaussian with its parameters held constant."""

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
+from vaelib.bounds import divergence
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator, LossEstimator
 from vaelib.likelihoods import Gaussian
-from vaelib.objectives import log_joint
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, Mixture, stop_gradient
+from vaelib.objectives import check_path, log_joint
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, stop_gradient
 
 
 def expected_square_error(x: Tensor, q, weight: Tensor, bias: Tensor) -> Tensor:
@@ -264,29 +265,6 @@ def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
     )
 
 
-def divergence(joint: nn.Module, q) -> Tensor:
-    r"""Return :math:`\mathrm{KL}(q \,\|\, p(z))` to the model's prior in closed form, ``[B]``.
-
-    The prior is ``joint.prior`` where there is one, a distribution like q; otherwise it is standard normal.
-    Introduced in book/03-silent-gradients.ipynb.
-
-    Raises
-    ------
-    InputError
-        if q is of another kind than the prior, or a mixture, whose divergence has no closed form.
-    """
-    prior = getattr(joint, "prior", None)
-    families = (DiagonalGaussian, FullGaussian) if prior is None else (type(prior),)
-    if not isinstance(q, families):
-        known = " or ".join(family.__name__ for family in families)
-        kind = "a standard normal" if prior is None else f"a {known}"
-        raise InputError(
-            f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
-            f"class {known}, or a row of the tableau, which estimates the divergence from draws"
-        )
-    return q.kl() if prior is None else q.kl(prior)
-
-
 def linear_moments(q, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the variance of W z under q, ``[B, X]`` each, or say why they are not to be had.
 
@@ -457,6 +435,7 @@ def covariances(
     Here g is the gradient of ``base`` and h that of the control, in the numbers that q is made of, and
     :math:`\EE[h] = 0`, so that the ratio of the two means is :math:`c^* = \operatorname{Cov}[g, h] / \Var[h]`.
     """
+    _of_tensors(q)
     names = [field.name for field in fields(q)]
     leaves = [getattr(q, name).detach().requires_grad_() for name in names]
     q, still = replace(q, **dict(zip(names, leaves))), stop_gradient(joint)
@@ -527,8 +506,7 @@ class TrackedScale:
 
 def scaled_gradient(q, factor: float):
     r"""Return the same posterior, but f times the gradient goes back: :math:`\bar\phi + f(\phi-\bar\phi)`."""
-    if isinstance(q, Mixture):
-        raise InputError("a guide's share of the gradient is for one posterior, not a Mixture: use DiagonalGaussian")
+    _of_tensors(q)
     still = q.stop_gradient()
     values = {field.name: (getattr(q, field.name), getattr(still, field.name)) for field in fields(q)}
     return replace(q, **{name: stopped + factor * (value - stopped) for name, (value, stopped) in values.items()})
@@ -543,6 +521,8 @@ def one_pass(estimator: Estimator | LossEstimator, joint: nn.Module, q, x: Tenso
         return estimator.loss(joint, q, x, eps)
     z = q.sample(eps)
     if estimator.reparameterised:
+        if not z.requires_grad and q.log_prob(z).requires_grad:
+            check_path(estimator, z)
         density = q if estimator.automatic else q.stop_gradient()
     else:
         z, density = z.detach(), q
@@ -550,7 +530,17 @@ def one_pass(estimator: Estimator | LossEstimator, joint: nn.Module, q, x: Tenso
     log_w = (log_p - log_q).detach()
     a, _, c = estimator.weights(log_w)
     total = (a * log_p + (c if density is q else -a) * log_q).sum(0)
+    if density is not q:
+        total = total + (c * q.log_prob(z.detach())).sum(0)
     return -(log_w.mean(0) + total - total.detach())
+
+
+def _of_tensors(q) -> None:
+    if not all(isinstance(getattr(q, field.name), Tensor) for field in fields(q)):
+        raise InputError(
+            f"a guide is for a posterior that is made of tensors, not a {type(q).__name__}: use DiagonalGaussian, "
+            "FullGaussian, or bits or choices"
+        )
 
 
 def _one_gaussian(q, what: str, instead: str) -> None:

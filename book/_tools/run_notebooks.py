@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellControlSignal, DeadKernelError
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 TRANSIENT = ("ExecuteTime", "collapsed", "execution", "scrolled", "trusted")
@@ -54,7 +54,7 @@ def main(paths: list[str]) -> int:
         print(f"{path} ...", flush=True)
         try:
             run(path)
-        except CellExecutionError as error:
+        except (CellControlSignal, DeadKernelError) as error:
             failed += 1
             print(f"{path} was left as it is; a cell failed:\n{error}", file=sys.stderr)
     return failed

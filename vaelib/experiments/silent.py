@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vaelib import data, discrete, evaluation, gradients, models, objectives, plots, silent
+from vaelib.bounds import divergence
 from vaelib.config import Recipe
 from vaelib.data import Images
 from vaelib.estimators import Estimator, LossEstimator, every
@@ -158,7 +159,7 @@ def log_marginal(model: VAE, x: Tensor) -> Tensor:
     """Return log p(x), ``[N]``: exact for the linear models, by 200 importance samples for the others."""
     if hasattr(model.joint, "log_marginal"):
         return model.joint.log_marginal(x)
-    if not hasattr(model.joint, "prior"):
+    if getattr(model.joint, "prior", None) is None:
         return evaluation.log_likelihood(model, x, 200, 50, stream("test", 1, x.device))
     return torch.cat([discrete.log_marginal(model.joint, part, model.encoder(part)) for part in x.split(50)])
 
@@ -353,7 +354,7 @@ def test_elbo(model: VAE, x: Tensor, epoch: int, draws: int = 10) -> list[Measur
     with torch.no_grad():
         q = model.encoder(x)
         z = q.sample(model.encoder.noise(draws, x, stream("test", 0, x.device)))
-        elbo = model.joint.log_likelihood(x, z).mean(0) - silent.divergence(model.joint.joint, q)
+        elbo = model.joint.log_likelihood(x, z).mean(0) - divergence(model.joint.joint, q)
     return [Measured("elbo", elbo.mean().item(), at=epoch)]
 
 

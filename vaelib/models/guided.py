@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vaelib.likelihoods import Gaussian
+from vaelib.posteriors import Discrete
 
 
 class GaussianDecoder(nn.Module):
@@ -46,6 +47,15 @@ class Guided(nn.Module):
     def __init__(self, joint: nn.Module, guide: nn.Module) -> None:
         super().__init__()
         self.joint, self.guide = joint, guide
+
+    @property
+    def prior(self) -> Discrete | None:
+        """The prior of the model, where it is a distribution of its own and not the standard normal."""
+        return getattr(self.joint, "prior", None)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Return log p(z), ``[K, B]``."""
+        return self.joint.log_prior(z)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Return log p(x given z) of the model, ``[K, B]``."""

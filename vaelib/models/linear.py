@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from vaelib import silent
 from vaelib.errors import InputError
 from vaelib.likelihoods import Gaussian
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal, standard_normal_log_prob
+from vaelib.models.mlp import Joint
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal
 
 
-class LinearGaussian(nn.Module):
+class LinearGaussian(Joint):
     r"""The joint density :math:`\log p(x, z)` of the linear-Gaussian model. Introduced in book/01-elbo-forms.ipynb.
 
     Parameters
@@ -27,7 +28,7 @@ class LinearGaussian(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.log_std = nn.Parameter(log_std)
@@ -36,21 +37,9 @@ class LinearGaussian(nn.Module):
         """Return p(x given z) for ``z`` ``[K, B, D]``."""
         return Gaussian(z @ self.weight.mT + self.bias, self.log_std)
 
-    def log_prior(self, z: Tensor) -> Tensor:
-        """Return log p(z), ``[K, B]``."""
-        return standard_normal_log_prob(z)
-
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return log p(x given z), ``[K, B]``."""
-        return self.decode(z).log_prob(x)
-
     def expected_log_likelihood(self, x: Tensor, q) -> Tensor:
         r"""Return :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]``, exactly (:func:`vaelib.silent.expected_log_prob`)."""
         return silent.expected_log_prob(x, q, self.weight, self.bias, self.log_std)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return log p(x, z), ``[K, B]``."""
-        return self.log_prior(z) + self.log_likelihood(x, z)
 
     def posterior(self, x: Tensor) -> FullGaussian:
         r"""Return the exact posterior :math:`\mathcal N(M^{-1} W^\top S^{-1} (x - b), M^{-1})`.
@@ -118,7 +107,7 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
     Raises
     ------
     InputError
-        if ``latent_dim`` is not between 1 and X - 1.
+        if ``latent_dim`` is not between 1 and X - 1, or explains the data without a rest.
     """
     if not 1 <= latent_dim < x.shape[1]:
         raise InputError(
@@ -129,6 +118,11 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
     eigenvalues, eigenvectors = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
     eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
     variance = eigenvalues[latent_dim:].mean()
+    if not variance > x.shape[1] * torch.finfo(x.dtype).eps * eigenvalues[0]:
+        raise InputError(
+            f"{latent_dim} dimensions explain these {len(x)} observations without a rest, so that there is no noise "
+            "to fit: take fewer dimensions, or more observations"
+        )
     scale = (eigenvalues[:latent_dim] - variance).clamp_min(0).sqrt()
     return LinearGaussian(eigenvectors[:, :latent_dim] * scale, mean, 0.5 * variance.log())
 

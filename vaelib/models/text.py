@@ -112,7 +112,15 @@ class LSTMDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z: Tensor, generator: torch.Generator | None = None, longest: int = 50) -> Tensor:
-        """Write a sentence for each ``z`` ``[B, D]``, word by word, at most ``longest`` of them: ``[B, T]``."""
+        """Write a sentence for each ``z`` ``[B, D]``, word by word, at most ``longest`` of them: ``[B, T]``.
+
+        Raises
+        ------
+        InputError
+            in training mode with dropout, which would make every word that of another model.
+        """
+        if self.training and self.dropout.p:
+            raise InputError("an LSTM writes without dropout: call model.eval() first")
         x = torch.full((len(z), 1), BEGIN, device=z.device)
         over = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         while x.shape[1] <= longest and not over.all():
