@@ -62,6 +62,7 @@ FAULTS = {
     ],
     "lag-toy-check": [
         ("toy: over half a nat", {**LAST, "method": "anneal", "seed": 1}, lambda mi: 0.6),
+        ("nats worse than no z", {"metric": "nll", "method": "sa-vae"}, lambda nll: nll - 0.1),
     ],
     "lag-toy-long-check": [
         ("toy, long", {"metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.2),

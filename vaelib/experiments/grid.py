@@ -324,7 +324,7 @@ class OnRay:
         try:
             import ray
         except ImportError:
-            raise InputError("--ray needs the package ray: pip install 'vaelib[ray]'") from None
+            raise InputError("--ray needs the package ray: pip install 'ray>=2.50,<3'") from None
         self.ray = ray
         if not ray.is_initialized():
             try:
