@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -292,8 +293,13 @@ def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
     assert path.read_text() == before
     path.unlink()  # a run that was finished, but not added to the table, is added from its folder
     monkeypatch.undo()
+    gathered = []
+    watched = replace(experiments.find("stl-figure-3"), gather=lambda *what: gathered.append(what))
+    monkeypatch.setattr(grid, "find", lambda name: watched)
     grid.run("stl-figure-3", "smoke", **where)
     assert path.read_text() == before
+    ((preset, folders, table),) = gathered  # what runs leave beside numbers, also of a grid that ended before it was
+    assert preset == "smoke" and table == path.parent and all((each / "measured.json").exists() for each in folders)
 
 
 def command(tmp_path, *arguments) -> subprocess.Popen:

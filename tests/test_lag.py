@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from vaelib import data
 from vaelib.collapse import METHODS
-from vaelib.errors import InputError
 from vaelib.experiments import find, lag
 from vaelib.experiments.results import as_rows
 
@@ -63,25 +62,27 @@ def test_the_figure_draws_every_method(rows):
     assert [len(axes.lines) for axes in fig.axes] == [4, 4]
 
 
-def test_the_posterior_mean_space_is_noted_and_collected(rows, tmp_path_factory, tmp_path):
+def test_the_posterior_mean_space_is_noted_and_gathered(rows, tmp_path_factory, tmp_path):
     folder = next(tmp_path_factory.getbasetemp().glob("runs*"))
-    place = tmp_path / "lag-toy" / "smoke"
-    place.mkdir(parents=True)
-    names = {task.config["method"]: task.name for task in find("lag-toy").tasks("smoke")}
-    for method in ("plain", "aggressive"):
-        (folder / method).rename(place / names[method])
+    folders = [folder / config["method"] for config in find("lag-toy").presets["smoke"].grid]
     assert not (folder / "sa-vae" / "space.csv").exists()
-    (place / "plain-of-an-older-preset").mkdir()
-    (place / "plain-of-an-older-preset" / "space.csv").write_text("method,kind,step,point\nplain,stage,0,99,0,0\n")
-    with open(lag.collect_space("smoke", tmp_path, tmp_path / "results")) as file:
-        found = list(csv.DictReader(file))
+    table = tmp_path / "lag-toy-space.csv"
+    earlier = "smoke,plain,stage,0,99,0,0\nshort,plain,stage,0,99,0,0\n"
+    table.write_text("preset,method,kind,step,point,model_mean,encoder_mean\n" + earlier)
+    find("lag-toy").gather("smoke", folders, tmp_path)
+    whole = table.read_text()
+    found = list(csv.DictReader(whole.splitlines()))
+    assert [row["preset"] for row in found if row["point"] == "99"] == [
+        "short"
+    ]  # another preset's; its own is replaced
+    found = [row for row in found if row["preset"] == "smoke"]
     for method in ("plain", "aggressive"):
         stages = [row for row in found if row["method"] == method and row["kind"] == "stage"]
         paths = [row for row in found if row["method"] == method and row["kind"] == "trajectory"]
         assert len({row["step"] for row in stages}) in (3, 4) and {row["point"] for row in stages} == set("01234")
         assert len(paths) == 9 * 11 and all(-20 <= float(row["model_mean"]) < 20 for row in found)
-    with pytest.raises(InputError, match="no run of lag-toy has left a space.csv"):
-        lag.collect_space("short", tmp_path, tmp_path / "results")
+    find("lag-toy").gather("smoke", [tmp_path / "gone"], tmp_path)
+    assert table.read_text() == whole
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -105,6 +105,9 @@ class Experiment:
         the rows of a table, from result rows: a header, then one tuple of words for each line.
     figure
         draws result rows on a matplotlib Figure.
+    gather
+        ``gather(preset, folders, results_folder)``, if the runs leave more than numbers in their folders: puts that
+        beside the table.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Experiment:
     run: Callable[[Cell, int, Path, str, Report], Sequence[Measured]]
     table: Callable[[Sequence[Row]], list[tuple[str, ...]]]
     figure: Callable[[Sequence[Row], Any], None]
+    gather: Callable[[str, Sequence[Path], Path], None] = lambda preset, folders, results_folder: None
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -81,17 +81,20 @@ def run(
     positive("gpu_share", gpu_share)
     tasks = experiment.tasks(preset, seeds)
     known = results.finished(experiment, table)
-    waiting = [Job(task, folder / name / preset / task.name, device) for task in tasks if task.key not in known]
+    places = [folder / name / preset / task.name for task in tasks]
+    waiting = [Job(task, place, device) for task, place in zip(tasks, places) if task.key not in known]
+    failed = {}
     if waiting:
         pool = OnRay(ray, device, gpu_share) if ray else OnThisMachine(jobs or default_jobs(device))
         with tqdm(total=float(len(tasks)), unit="run", disable=not progress, bar_format=BAR) as bar:
             failed = Grid(pool, waiting, table, bar, done=len(tasks) - len(waiting)).finish()
-        if failed:
-            first, why = next(iter(failed.items()))
-            raise InputError(
-                f"{len(failed)} of {len(tasks)} runs failed, the first in '{first.folder}': {why}; the others are in "
-                f"'{results.path_of(experiment, table)}', and the same command tries the failed ones again"
-            )
+    experiment.gather(preset, places, table)
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise InputError(
+            f"{len(failed)} of {len(tasks)} runs failed, the first in '{first.folder}': {why}; the others are in "
+            f"'{results.path_of(experiment, table)}', and the same command tries the failed ones again"
+        )
     return results.path_of(experiment, table)
 
 

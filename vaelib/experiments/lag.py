@@ -21,7 +21,7 @@ from torch import nn
 from vaelib import collapse, data, evaluation, models, plots, runs
 from vaelib.collapse import METHODS, Training
 from vaelib.data import Images, Sentences, Split, Text
-from vaelib.errors import InputError, choose
+from vaelib.errors import choose
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
 from vaelib.experiments.results import curves, over_seeds
 from vaelib.models.text import lstm_vae
@@ -255,24 +255,21 @@ class Space:
         runs.write(self.path, "\n".join([",".join(SPACE_COLUMNS), *self.rows.values(), ""]).encode())
 
 
-def collect_space(
-    preset: str = "short", runs_folder: str | Path = "runs", results_folder: str | Path = "results"
-) -> Path:
-    """Put the points that the runs of ``lag-toy`` noted into one table, ``lag-toy-space.csv``; return its path.
+def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> None:
+    """Put the points that runs of ``lag-toy`` noted into ``lag-toy-space.csv``, in the place of those of earlier runs.
 
-    The book's table is made by ``collect_space()`` after ``vaelib experiment run lag-toy``.
+    Its columns are the preset and :data:`SPACE_COLUMNS`. Runs whose folders are gone keep what the table has of them.
     """
-    folder = Path(runs_folder) / "lag-toy" / preset
-    tables = [table for task in LAG_TOY.tasks(preset) if (table := folder / task.name / "space.csv").exists()]
-    if not tables:
-        raise InputError(
-            f"no run of lag-toy has left a space.csv in '{runs_folder}': run `vaelib experiment run lag-toy` first"
-        )
-    bodies = [table.read_text().splitlines()[1:] for table in tables]
-    path = Path(results_folder) / "lag-toy-space.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write(path, "\n".join([",".join(SPACE_COLUMNS), *sum(bodies, []), ""]).encode())
-    return path
+    found: dict[str, list[str]] = {}
+    path = results_folder / "lag-toy-space.csv"
+    for line in path.read_text().splitlines()[1:] if path.exists() else ():
+        found.setdefault(",".join(line.split(",", 2)[:2]), []).append(line)
+    tables = [table for folder in folders if (table := folder / "space.csv").exists()]
+    for table in tables:
+        lines = [f"{preset},{line}" for line in table.read_text().splitlines()[1:]]
+        found[",".join(lines[0].split(",", 2)[:2])] = lines
+    if tables:
+        runs.write(path, "\n".join([",".join(("preset", *SPACE_COLUMNS)), *sum(found.values(), []), ""]).encode())
 
 
 # --- tables and figures -----------------------------------------------------------------------------------------------
@@ -416,6 +413,7 @@ LAG_TOY = Experiment(
     run,
     table_beside(None),
     figure,
+    gather_space,
 )  # fmt: skip
 
 LAG_TEXT = Experiment(
