@@ -389,6 +389,26 @@ def test_the_split_of_the_digits_never_changes():
     assert digits.test.labels[-6:].tolist() == [5, 3, 3, 7, 7, 8]
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("digits", {}), ("synthetic-text", {"sentences": 300})])
+def test_a_sample_is_drawn_by_lot_and_is_the_same_for_a_seed(name, sizes):
+    split = data.load(name, **sizes).test
+    rows = split.tokens if name == "synthetic-text" else split.grey
+    whole, seven, other = (
+        part.batch(slice(None)) for part in (split.sample(None), split.sample(7), split.sample(7, 1))
+    )
+    assert len(seven) == 7 and torch.equal(seven, split.sample(7).batch(slice(None)))
+    assert torch.equal(whole[:7, : seven.shape[1]], seven) and not torch.equal(seven, other)
+    assert len(whole) == len(rows) and not torch.equal(whole, rows)
+    assert torch.equal(whole.sum(1).sort().values, rows.sum(1).sort().values)
+
+
+def test_a_sample_keeps_images_and_labels_together():
+    split = data.load("digits").test
+    some = split.sample(20)
+    for grey, label in zip(some.grey, some.labels, strict=True):
+        assert label in split.labels[(split.grey == grey).all(1)]
+
+
 def test_dynamic_images_are_drawn_anew_with_the_right_mean():
     train = data.load("digits", "dynamic").train
     generator = torch.Generator().manual_seed(1)

@@ -74,6 +74,11 @@ class Split:
             raise InputError("dynamic binarisation draws at every access: give batch() a torch.Generator")
         return draw(grey, generator)
 
+    def sample(self, most: int | None, seed: int = 0) -> Split:
+        """Return at most ``most`` of the images, for None all, in an order drawn by lot: the same for a seed."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most].to(self.grey.device)
+        return replace(self, grey=self.grey[chosen], labels=None if self.labels is None else self.labels[chosen])
+
     def to(self, device: torch.device | str) -> Split:
         """Return the same split on ``device``."""
         labels = None if self.labels is None else self.labels.to(device)

@@ -117,6 +117,11 @@ class Sentences:
         """Count what is foretold in a batch ``[B, T]``: the words and the end of each sentence."""
         return int((x[:, 1:] != PAD).sum())
 
+    def sample(self, most: int | None, seed: int = 0) -> Sentences:
+        """Return at most ``most`` of the sentences, for None all, in an order drawn by lot: the same for a seed."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most]
+        return replace(self, tokens=self.tokens[chosen.to(self.tokens.device)])
+
     def to(self, device: torch.device | str) -> Sentences:
         """Return the same split on ``device``."""
         return replace(self, tokens=self.tokens.to(device))

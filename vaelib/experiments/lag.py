@@ -76,11 +76,9 @@ def load_images(config: Cell) -> Images:
 
 def reduced(split: Split, most: int | None, side: int | None) -> Split:
     """Return at most ``most`` images of a split, by lot, ``side`` pixels a side; for None all, or as they are."""
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most]
-    side = side or split.shape[0]
-    grey = F.adaptive_avg_pool2d(split.grey[chosen].unflatten(1, split.shape), side).flatten(1)
-    labels = None if split.labels is None else split.labels[chosen]
-    return replace(split, grey=grey, labels=labels, shape=(side, side))
+    chosen, side = split.sample(most), side or split.shape[0]
+    grey = F.adaptive_avg_pool2d(chosen.grey.unflatten(1, split.shape), side).flatten(1)
+    return replace(chosen, grey=grey, shape=(side, side))
 
 
 def build_pixelcnn(config: Cell, images: Images, generator: torch.Generator) -> nn.Module:
@@ -164,10 +162,7 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
 
 def some(split: Any, most: int, seed: int) -> Any:
     """Return at most ``most`` sentences of a split, by lot; images, which are quick, as they are."""
-    if not isinstance(split, Sentences) or len(split) <= most:
-        return split
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:most]
-    return Sentences(split.tokens[chosen.to(split.tokens.device)], split.vocabulary)
+    return split.sample(most, seed) if isinstance(split, Sentences) and len(split) > most else split
 
 
 def train(training: Training, folder: Path, tell: Callable[[], None], space: Space | None) -> None:

@@ -38,12 +38,7 @@ TEST_IMAGES = 300
 def some(name: str, count: int) -> Images:
     """Return a data set in grey, with ``count`` training images and at most 300 test images, the same in every run."""
     images = data.load(name, "grey")
-
-    def few(split: data.Split, most: int) -> data.Split:
-        chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most]
-        return replace(split, grey=split.grey[chosen], labels=None)
-
-    return replace(images, train=few(images.train, count), valid=None, test=few(images.test, TEST_IMAGES))
+    return replace(images, train=images.train.sample(count), valid=None, test=images.test.sample(TEST_IMAGES))
 
 
 def start(config: Cell, seed: int, model: str, device: str, **sizes: int) -> tuple[VAE, Images]:
