@@ -86,6 +86,7 @@ def released(data: str, epochs: int, samples: int) -> list[Cell]:
 
 
 def cell(data: str, model: str, estimator: str, k: int, epochs: int, samples: int, recipe: str = "paper") -> Cell:
+    """Return one cell of Table 2."""
     return {
         "data": data,
         "model": model,
@@ -196,6 +197,7 @@ def beside_published(
 
 
 def in_nats(value: float) -> str:
+    """Return the figure with two decimals; a dash for what is not a number."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
