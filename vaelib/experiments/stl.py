@@ -225,7 +225,7 @@ def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
             face = "white" if estimator == "iwae-path" else look.color
             style = look.points(linestyle="", markerfacecolor=face)
             ax.errorbar(places, [gain.mean for gain in ours], yerr=errors, **style)
-            ax.plot(places, theirs, "kx", label="published")
+            ax.plot(places, theirs, "kx", label="published", zorder=3)
         ax.axhline(0, color="k", lw=0.8)
         ax.set_title(f"{data}, {model}", fontsize="medium")
         ax.set(xticks=range(len(ks)), xticklabels=ks, xlim=(-0.5, len(ks) - 0.5))
