@@ -6,6 +6,7 @@ import ast
 import re
 from base64 import b64decode
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -98,6 +99,9 @@ def outputs(notebook) -> Iterator[str]:
                 yield f"an error is stored: {out.ename}"
             if out.output_type == "stream" and out.name == "stderr":
                 yield f"stderr is stored: {out.text[:60]!r}"
+        for one, other in pairwise(cell.outputs):
+            if one.output_type == other.output_type == "stream" and one.name == other.name:
+                yield f"what was printed is stored in pieces: {other.text[:60]!r}"
         if found := MACHINE.search(printed(cell)):
             yield f"an output that belongs to one machine: {found[0]!r}"
 

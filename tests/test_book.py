@@ -103,6 +103,7 @@ BROKEN = [
     ("figures", lambda cells: cells[FIGURE].outputs.append(cells[FIGURE].outputs[0])),
     ("figures", lambda cells: cells[FIGURE].outputs.clear()),
     ("outputs", lambda cells: prints(cells[SOLUTION], "a warning", "stderr")),
+    ("outputs", lambda cells: cells[CHECK].outputs.append(cells[CHECK].outputs[0])),
     ("outputs", lambda cells: cells[SOLUTION].outputs.append(new_output("error", ename="E", evalue="", traceback=[]))),
     ("outputs", lambda cells: prints(cells[SOLUTION], "saved to /home/me/model.pt")),
     ("outputs", lambda cells: prints(cells[SOLUTION], "took 3.2 s")),

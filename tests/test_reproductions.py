@@ -39,6 +39,9 @@ FAULTS = {
         ("the importance-weighted", {**ONE_LAYER, "estimator": "iwae-path", "k": 50}, lambda nll: nll + 0.6),
         ("path and DReG", {**ONE_LAYER, "estimator": "iwae-dreg", "k": 5}, lambda nll: nll - 0.5),
     ],
+    "table-2-behind": [
+        ("two layers", {**ONE_LAYER, "model": "mlp-2", "estimator": "iwae-total", "k": 50}, lambda nll: nll - 1),
+    ],
     "table-2-detached": [
         ("detached outputs", {**ONE_LAYER, "model": "mlp-2-detached", "k": 1}, lambda nll: nll + 0.3),
     ],
