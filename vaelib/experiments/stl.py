@@ -396,7 +396,7 @@ EXPERIMENTS = {
                         *cells("mnist", (50,), 40, 1000),
                     ],
                     seeds=short_seeds,
-                    minutes=1000,
+                    minutes=1300,
                 ),
                 "paper": Preset(
                     [
