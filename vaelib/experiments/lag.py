@@ -386,7 +386,7 @@ LAG_TOY = Experiment(
                 warm_up=4, samples=100, evaluated=250, points=200, path=100,
             ),
             seeds=3,
-            minutes=15,
+            minutes=20,
         ),
         "long": Preset(  # until the likelihoods stand still
             grid(
@@ -428,8 +428,8 @@ LAG_TEXT = Experiment(
                 ALL, data="ptb", sentences=2000, vocabulary=500, length=12, latent=4, embedding=48, hidden=48,
                 dropout=0.0, epochs=12, first_decay=4, decays=3, warm_up=4, samples=100, evaluated=500,
             ),
-            seeds=3,
-            minutes=13,
+            seeds=8,
+            minutes=55,
         ),
         "paper": Preset(
             grid((*ALL, "beta-0.2", "beta-0.6", "sa-vae-anneal"), data="yahoo"),
