@@ -255,16 +255,15 @@ def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> 
 
     Its columns are the preset and :data:`SPACE_COLUMNS`. Runs whose folders are gone keep what the table has of them.
     """
-    found: dict[str, list[str]] = {}
-    path = results_folder / "lag-toy-space.csv"
-    for line in path.read_text().splitlines()[1:] if path.exists() else ():
-        found.setdefault(",".join(line.split(",", 2)[:2]), []).append(line)
     tables = [table for folder in folders if (table := folder / "space.csv").exists()]
-    for table in tables:
-        lines = [f"{preset},{line}" for line in table.read_text().splitlines()[1:]]
-        found[",".join(lines[0].split(",", 2)[:2])] = lines
-    if tables:
-        runs.write(path, "\n".join([",".join(("preset", *SPACE_COLUMNS)), *sum(found.values(), []), ""]).encode())
+    if not tables:
+        return
+    path, header = results_folder / "lag-toy-space.csv", ",".join(("preset", *SPACE_COLUMNS))
+    new = [f"{preset},{line}" for table in tables for line in table.read_text().splitlines()[1:]]
+    made = {tuple(line.split(",")[:2]) for line in new}
+    old = path.read_text().splitlines()[1:] if path.exists() else []
+    kept = [line for line in old if tuple(line.split(",")[:2]) not in made]
+    runs.write(path, "\n".join([header, *kept, *new, ""]).encode())
 
 
 # --- tables and figures -----------------------------------------------------------------------------------------------
