@@ -384,8 +384,8 @@ LAG_TOY = Experiment(
                 ALL, **TOY, sentences=2500, vocabulary=100, embedding=32, hidden=32, epochs=12, first_decay=4, decays=3,
                 warm_up=4, samples=100, evaluated=250, points=200, path=100,
             ),
-            seeds=3,
-            minutes=20,
+            seeds=8,
+            minutes=50,
         ),
         "long": Preset(  # until the likelihoods stand still
             grid(
