@@ -1,7 +1,8 @@
-"""The negative controls of the reproductions page, on the page's own checks: a fault in the results must fail them."""
+"""The negative controls of what the book says of ``results/``, on its own checks: a fault in the results fails them."""
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -9,13 +10,19 @@ import matplotlib as mpl
 import nbformat
 import pytest
 
-from vaelib import experiments
+from vaelib import checks, experiments
 
 ROOT = Path(__file__).parent.parent
-CELLS = nbformat.read(ROOT / "book" / "reproductions.ipynb", as_version=4).cells
+
+
+def cells_of(notebook: str) -> list:
+    return nbformat.read(ROOT / "book" / notebook, as_version=4).cells
+
+
+CELLS = cells_of("reproductions.ipynb")
 CHECKS = {cell.id: cell.source for cell in CELLS if "check" in cell.metadata.get("tags", [])}
 (DEFINITIONS,) = (cell.source for cell in CELLS if "def results(" in cell.source)
-load = experiments.load
+stored = functools.cache(experiments.load)
 
 ONE_LAYER = {"metric": "nll", "recipe": "paper", "data": "mnist", "model": "mlp-1"}
 RELEASED = {**ONE_LAYER, "recipe": "released"}
@@ -99,22 +106,25 @@ NEEDS = {
 """What a check takes names from."""
 
 
-def run(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
-    """Run one check of the page, after those it takes names from, on the results with a fault in them."""
+def execute(sources, monkeypatch, where: dict | None, fault, **space) -> None:
+    """Execute cells on the results with a fault in them."""
 
     def faulty(experiment, preset, folder):
-        rows = load(experiment, preset, ROOT / "results")
+        rows = [dict(row) for row in stored(experiment, preset, ROOT / "results")]
         for row in rows:
             if where and where.items() <= row.items():
                 row["value"] = fault(row["value"])
         return rows
 
     monkeypatch.setattr(experiments, "load", faulty)
-    space: dict = {}
     with mpl.rc_context():
-        exec(DEFINITIONS, space)
-        for cell in (*NEEDS.get(name, ()), name):
-            exec(CHECKS[cell], space)
+        for source in sources:
+            exec(source, space)
+
+
+def run(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
+    """Run one check of the page, after those it takes names from."""
+    execute([DEFINITIONS, *(CHECKS[cell] for cell in (*NEEDS.get(name, ()), name))], monkeypatch, where, fault)
 
 
 def test_every_claim_has_a_control():
@@ -134,3 +144,59 @@ def test_the_results_pass(name, monkeypatch):
 def test_a_fault_in_the_results_fails_its_check(name, says, where, fault, monkeypatch):
     with pytest.raises(AssertionError, match=says):
         run(name, monkeypatch, where, fault)
+
+
+# --- the chapters that read results -----------------------------------------------------------------------------------
+
+READING = {
+    "04-inference-lag.ipynb": ("cell-057", "cell-065", "cell-066", "cell-068", "cell-069", "cell-071", "cell-072"),
+    "07-choosing.ipynb": ("cell-046", "cell-047"),
+}
+"""The cells of a chapter that read results, and those they take names from."""
+
+TOY, TREEBANK = {"data": "synthetic-text", "at": None}, {"data": "ptb", "at": None}
+SECONDS = {"metric": "training_seconds", "method": "sa-vae"}
+AGGRESSIVE_KL = {"metric": "kl", "method": "aggressive"}
+PAPER = {"metric": "nll", "recipe": "paper", "data": "mnist"}
+
+CHAPTER_FAULTS = {
+    "04-inference-lag.ipynb": [
+        ("toy: only work", {**TOY, "metric": "au", "method": "anneal"}, lambda au: 1),
+        ("Treebank: only work", {**TREEBANK, "metric": "au", "method": "free-bits"}, lambda au: 1),
+        ("free bits pay", {**TOY, "metric": "mi_all", "method": "free-bits"}, lambda mi: mi + 0.3),
+        ("digits: what z tells", {**LAST, "data": "digits", "method": "aggressive"}, lambda mi: mi / 2),
+        ("toy: aggressive training has more KL", {**TOY, **AGGRESSIVE_KL}, lambda kl: 0.0),
+        ("toy: SA-VAE takes", {**TOY, **SECONDS}, lambda seconds: seconds / 2),
+        ("Treebank: aggressive training has more KL", {**TREEBANK, **AGGRESSIVE_KL}, lambda kl: 0.0),
+        ("Treebank: SA-VAE takes", {**TREEBANK, **SECONDS}, lambda seconds: seconds / 2),
+        ("higher NLL than no z", {**TOY, "metric": "nll", "method": "aggressive"}, lambda nll: nll - 0.5),
+        ("SA-VAE too", {**TOY, "metric": "nll", "method": "sa-vae"}, lambda nll: nll - 0.2),
+        ("after longer", {"preset": "long", "metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.5),
+    ],
+    "07-choosing.ipynb": [
+        ("lead all others", {**PAPER, "model": "mlp-1", "estimator": "iwae-dreg", "k": 50}, lambda nll: nll + 1),
+        ("path is ahead", {**PAPER, "model": "mlp-1", "estimator": "elbo-path", "k": 5}, lambda nll: nll - 0.1),
+        ("two layers", {**PAPER, "model": "mlp-2", "estimator": "iwae-total", "k": 50}, lambda nll: nll + 0.3),
+    ],
+}
+
+
+def read_chapter(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
+    """Run the cells of a chapter that read results."""
+    sources = {cell.id: cell.source for cell in cells_of(name)}
+    names = {"experiments": experiments, "checks": checks, "label": str}
+    execute([sources[cell] for cell in READING[name]], monkeypatch, where, fault, **names)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_the_results_pass_in_the_chapter(name, monkeypatch):
+    read_chapter(name, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "where", "fault"),
+    [pytest.param(name, *fault, id=fault[0]) for name, faults in CHAPTER_FAULTS.items() for fault in faults],
+)
+def test_a_fault_in_the_results_fails_the_chapter(name, says, where, fault, monkeypatch):
+    with pytest.raises(AssertionError, match=says):
+        read_chapter(name, monkeypatch, where, fault)
