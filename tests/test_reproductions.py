@@ -10,7 +10,7 @@ import matplotlib as mpl
 import nbformat
 import pytest
 
-from vaelib import checks, experiments
+from vaelib import experiments
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,53 +106,12 @@ NEEDS = {
 """What a check takes names from."""
 
 
-def execute(sources, monkeypatch, where: dict | None, fault, **space) -> None:
-    """Execute cells on the results with a fault in them."""
-
-    def faulty(experiment, preset, folder):
-        rows = [dict(row) for row in stored(experiment, preset, ROOT / "results")]
-        for row in rows:
-            if where and where.items() <= row.items():
-                row["value"] = fault(row["value"])
-        return rows
-
-    monkeypatch.setattr(experiments, "load", faulty)
-    with mpl.rc_context():
-        for source in sources:
-            exec(source, space)
-
-
-def run(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
-    """Run one check of the page, after those it takes names from."""
-    execute([DEFINITIONS, *(CHECKS[cell] for cell in (*NEEDS.get(name, ()), name))], monkeypatch, where, fault)
-
-
-def test_every_claim_has_a_control():
-    claims = {name: len(re.findall(r"checks\.(?:holds|below)\(", source)) for name, source in CHECKS.items()}
-    assert claims == {name: len(faults) for name, faults in FAULTS.items()}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_the_results_pass(name, monkeypatch):
-    run(name, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("name", "says", "where", "fault"),
-    [pytest.param(name, *fault, id=fault[0]) for name, faults in FAULTS.items() for fault in faults],
-)
-def test_a_fault_in_the_results_fails_its_check(name, says, where, fault, monkeypatch):
-    with pytest.raises(AssertionError, match=says):
-        run(name, monkeypatch, where, fault)
-
-
-# --- the chapters that read results -----------------------------------------------------------------------------------
-
 READING = {
     "04-inference-lag.ipynb": ("cell-057", "cell-065", "cell-066", "cell-068", "cell-069", "cell-071", "cell-072"),
     "07-choosing.ipynb": ("cell-046", "cell-047"),
 }
 """The cells of a chapter that read results, and those they take names from."""
+IMPORTS = "from vaelib import checks, experiments\nlabel = str"
 
 TOY, TREEBANK = {"data": "synthetic-text", "at": None}, {"data": "ptb", "at": None}
 SECONDS = {"metric": "training_seconds", "method": "sa-vae"}
@@ -181,22 +140,49 @@ CHAPTER_FAULTS = {
 }
 
 
-def read_chapter(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
-    """Run the cells of a chapter that read results."""
-    sources = {cell.id: cell.source for cell in cells_of(name)}
-    names = {"experiments": experiments, "checks": checks, "label": str}
-    execute([sources[cell] for cell in READING[name]], monkeypatch, where, fault, **names)
+def sources_of(name: str) -> list[str]:
+    """Return a check of the reproductions, or the cells of a chapter that read results, after what they need."""
+    if name in READING:
+        sources = {cell.id: cell.source for cell in cells_of(name)}
+        return [IMPORTS, *(sources[cell] for cell in READING[name])]
+    return [DEFINITIONS, *(CHECKS[cell] for cell in (*NEEDS.get(name, ()), name))]
 
 
-@pytest.mark.parametrize("name", READING)
-def test_the_results_pass_in_the_chapter(name, monkeypatch):
-    read_chapter(name, monkeypatch)
+def run(name: str, monkeypatch, where: dict | None = None, fault=None) -> None:
+    """Run one check of the reproductions, or a chapter's, on the results with a fault in them."""
+
+    def faulty(experiment, preset, folder):
+        rows = [dict(row) for row in stored(experiment, preset, ROOT / "results")]
+        for row in rows:
+            if where and where.items() <= row.items():
+                row["value"] = fault(row["value"])
+        return rows
+
+    monkeypatch.setattr(experiments, "load", faulty)
+    space: dict = {}
+    with mpl.rc_context():
+        for source in sources_of(name):
+            exec(source, space)
+
+
+def test_every_claim_has_a_control():
+    claims = {name: len(re.findall(r"checks\.(?:holds|below)\(", source)) for name, source in CHECKS.items()}
+    assert claims == {name: len(faults) for name, faults in FAULTS.items()}
+
+
+@pytest.mark.parametrize("name", [*CHECKS, *READING])
+def test_the_results_pass(name, monkeypatch):
+    run(name, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("name", "says", "where", "fault"),
-    [pytest.param(name, *fault, id=fault[0]) for name, faults in CHAPTER_FAULTS.items() for fault in faults],
+    [
+        pytest.param(name, *fault, id=fault[0])
+        for name, faults in {**FAULTS, **CHAPTER_FAULTS}.items()
+        for fault in faults
+    ],
 )
-def test_a_fault_in_the_results_fails_the_chapter(name, says, where, fault, monkeypatch):
+def test_a_fault_in_the_results_fails_its_check(name, says, where, fault, monkeypatch):
     with pytest.raises(AssertionError, match=says):
-        read_chapter(name, monkeypatch, where, fault)
+        run(name, monkeypatch, where, fault)

@@ -199,6 +199,15 @@ def over_seeds(rows: Iterable[Row], metric: str, by: Sequence[str], at: int | No
     return {key: summarise(values) for key, values in groups.items()}
 
 
+def by_seed(rows: Iterable[Row], metric: str, by: Sequence[str], at: int | None = None) -> dict[tuple, float]:
+    """Return the values of ``metric`` by the columns ``by`` and the seed, as :func:`paired` takes them."""
+    return {
+        (*(row[name] for name in by), row["seed"]): row["value"]
+        for row in rows
+        if row["metric"] == metric and row["at"] == at
+    }
+
+
 def curves(rows: Iterable[Row], metric: str, by: str) -> dict[str, tuple[list[int], list[Summary]]]:
     """Return a metric's curve over the seeds, places and summaries, for each value of the column ``by``."""
     rows = [row for row in rows if row["metric"] == metric and row["at"] is not None]

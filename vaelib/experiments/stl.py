@@ -17,7 +17,7 @@ from vaelib.config import Config
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import Summary, curves, over_seeds, summarise
+from vaelib.experiments.results import Summary, by_seed, curves, over_seeds, summarise
 from vaelib.posteriors import DiagonalGaussian, Mixture
 
 # --- Table 2: test log-likelihoods ------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def gains(rows: Sequence[Row]) -> dict[tuple, Summary]:
 
     Each seed is paired with its own: both arms have the same initial weights, data, noise and test draws.
     """
-    nll = {(*(row[name] for name in KEY), row["seed"]): row["value"] for row in rows if row["metric"] == "nll"}
+    nll = by_seed(rows, "nll", KEY)
     pairs: dict[tuple, list[float]] = {}
     for (recipe, data, model, estimator, k, seed), value in nll.items():
         total = (recipe, data, model.removesuffix("-detached"), PAIRS.get(estimator), k, seed)
