@@ -9,28 +9,42 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
-from vaelib.posteriors import DiagonalGaussian, FullGaussian, Latent, Mixture
+from vaelib.posteriors import DiagonalGaussian, FullGaussian, Latent, layers_of, times
 
 
-def elbo(log_w: Tensor) -> Tensor:
-    r"""Return the evidence lower bound :math:`\tfrac1K \sum_k \log w_k`: ``[K, B] -> [B]``, in nats.
+def elbo(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
+    r"""Return the evidence lower bound :math:`\tfrac1K \sum_k s_k \log w_k`: ``[K, B] -> [B]``, in nats.
 
-    Its expectation is :math:`\log p(x) - \mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))` for every K.
-    Introduced in book/01-elbo-forms.ipynb.
+    Its expectation is :math:`\log p(x) - \mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))` for every K. A draw counts
+    :math:`s_k`, which is 1 unless draws are stratified (:class:`vaelib.posteriors.Mixture`; algorithm 3 of "Sticking
+    the Landing"). Introduced in book/01-elbo-forms.ipynb.
     """
-    return log_w.mean(0)
+    return (times(log_share.exp(), log_w) if isinstance(log_share, Tensor) else log_w).mean(0)
 
 
-def iwae(log_w: Tensor) -> Tensor:
-    r"""Return the importance-weighted bound :math:`\log \tfrac1K \sum_k w_k`: ``[K, B] -> [B]``, in nats.
+def iwae(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
+    r"""Return the importance-weighted bound :math:`\log \tfrac1K \sum_k s_k w_k`: ``[K, B] -> [B]``, in nats.
 
-    (Burda et al. 2016; eq. 9 of "Sticking the Landing".) Its expectation grows with K towards :math:`\log p(x)`;
-    for K = 1 it is the ELBO. Introduced in book/05-mixtures-and-iwae.ipynb.
+    (Burda et al. 2016; eq. 9 of "Sticking the Landing"; Morningstar et al. 2021 for shares :math:`s_k`.) Its
+    expectation grows with K towards :math:`\log p(x)`; for K = 1 it is the ELBO. Introduced in
+    book/05-mixtures-and-iwae.ipynb.
     """
-    return log_w.logsumexp(0) - math.log(log_w.shape[0])
+    return log_sum_exp(log_w + log_share) - math.log(log_w.shape[0])
+
+
+def log_sum_exp(log_w: Tensor) -> Tensor:
+    r"""Return :math:`\log \sum_k w_k`, ``[K, B] -> [B]``, whose derivatives are 0 where all w are."""
+    possible = (log_w > -math.inf).any(0)
+    return log_w.masked_fill(~possible, 0.0).logsumexp(0).masked_fill(~possible, -math.inf)
+
+
+def normalised(log_w: Tensor) -> Tensor:
+    r"""Return the weights :math:`\tilde w = \operatorname{softmax}_k \log w`, ``[K, B]``; 0 where all w are."""
+    return (log_w - log_w.logsumexp(0).clamp_min(torch.finfo(log_w.dtype).min)).exp()
 
 
 BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"elbo": elbo, "iwae": iwae}
@@ -124,6 +138,4 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
         )
     if form != "monte-carlo" and not hasattr(posterior, form):
         raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
-    if isinstance(posterior, Mixture):
-        raise InputError("the draws of a Mixture count by their shares: use objectives.mixture_bound")
-    return combine(integrand(joint, x, posterior, z))
+    return combine(integrand(joint, x, posterior, z), posterior.log_share(layers_of(z)[0].shape[0]))

@@ -3,15 +3,18 @@ r"""What a trained model is worth: its log-likelihood and how much of its latent
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from vaelib.errors import InputError
-from vaelib.posteriors import Mixture
+from vaelib.errors import InputError, whole_number
+from vaelib.estimators.base import draws, log_joint
+from vaelib.posteriors import Latent, as_posterior, map_latent, ready
 
 
 class StreamingLogMeanExp:
@@ -68,13 +71,13 @@ def log_likelihood(
     .. math:: \log p(x) \approx \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad z_k \sim q(z \mid x)
 
     The estimate is a lower bound in expectation, of the model in evaluation mode. The weights stream through ``chunk``
-    at a time, so that memory depends on ``chunk`` and ``batch_size`` and not on ``samples`` or the number of
-    observations. Used throughout the book; introduced in book/01-elbo-forms.ipynb.
+    at a time, and the model sees no more of them at once than :data:`AT_ONCE` allows, so that memory is bounded whatever
+    the model is. Used throughout the book; introduced in book/01-elbo-forms.ipynb.
 
     Parameters
     ----------
     model
-        anything with a ``joint`` and an ``encoder`` (with ``noise``), such as :class:`vaelib.models.VAE`.
+        anything with a ``joint`` and an ``encoder``, such as :class:`vaelib.models.VAE`.
     x
         observations, ``[N, ...]``.
     samples, chunk, batch_size
@@ -87,21 +90,56 @@ def log_likelihood(
         show a progress bar.
     """
     for name, value in {"samples": samples, "chunk": chunk, "batch_size": batch_size}.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, but is {value}")
+        whole_number(name, value, least=1)
     values, errors = [], []
     with evaluating(model.joint, model.encoder):
         for batch in tqdm(x.split(batch_size), desc="log p(x)", unit="batch", disable=not progress, leave=False):
-            posterior = model.encoder(batch)
-            estimate, step = StreamingLogMeanExp(), whole_shares(posterior, samples, chunk)
+            q = as_posterior(model.encoder(batch))
+            if samples % q.strata:
+                raise InputError(f"samples must be a multiple of the mixture's {q.strata} components, but is {samples}")
+            estimate, step, most = StreamingLogMeanExp(), -(-chunk // q.strata) * q.strata, None
             for start in range(0, samples, step):
-                eps = model.encoder.noise(min(step, samples - start), batch, generator)
-                z = posterior.sample(eps)
-                log_w = model.joint(batch, z) - posterior.log_prob(z)
-                estimate.add(log_w + posterior.log_share(len(eps)) if isinstance(posterior, Mixture) else log_w)
+                eps = q.noise(min(step, samples - start), generator)
+                z, log_q = ready(q, eps).sample_and_log_prob(eps)
+                most = most or draws_at_once(model.joint, batch, z)
+                estimate.add(log_joint_in_pieces(model.joint, batch, z, most) - log_q + q.log_share(draws(eps)))
             values.append(estimate.value)
             errors.append(estimate.standard_error)
     return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)
+
+
+AT_ONCE = 2**25
+"""Numbers that the largest tensor on the way to log p(x, z) may have: 128 MB of float32."""
+
+
+def draws_at_once(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> int:
+    """Return for how many draws ``joint`` keeps to :data:`AT_ONCE`: one of one observation is made, and measured."""
+    with Largest() as largest:
+        log_joint(joint, x[:1], map_latent(lambda layer: layer[:1, :1], z))
+    return max(1, AT_ONCE // largest.size)
+
+
+def log_joint_in_pieces(joint: Callable[..., Tensor], x: Tensor, z: Latent, most: int) -> Tensor:
+    """Return ``joint(x, z)``, ``[K, B]``, from at most ``most`` draws of all observations together at a time."""
+    columns = min(len(x), most)
+    rows = max(1, most // columns)
+
+    def piece(j: int, i: int) -> Tensor:
+        here = slice(j, j + rows), slice(i, i + columns)
+        return log_joint(joint, x[here[1]], map_latent(lambda layer: layer[here], z))
+
+    return torch.cat([torch.cat([piece(j, i) for i in range(0, len(x), columns)], 1) for j in range(0, draws(z), rows)])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    size = 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.size = max([self.size, *(part.numel() for part in tree_leaves(made) if isinstance(part, Tensor))])
+        return made
 
 
 @contextmanager
@@ -115,14 +153,6 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def whole_shares(posterior, samples: int, chunk: int) -> int:
-    """Return how many draws to take at a time: ``chunk``, or of a mixture the next multiple of its components."""
-    count = len(posterior.components) if isinstance(posterior, Mixture) else 1
-    if samples % count:
-        raise InputError(f"samples must be a multiple of the mixture's {count} components, but is {samples}")
-    return -(-chunk // count) * count
 
 
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
@@ -139,18 +169,10 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
     over ``x`` ``[N, ...]``, gathered in batches. Introduced in book/01-elbo-forms.ipynb.
     """
     with evaluating(encoder):
-        layers = map(torch.cat, zip(*[posterior_means(encoder(batch)) for batch in x.split(batch_size)]))
+        layers = map(
+            torch.cat, zip(*[as_posterior(encoder(batch)).means() for batch in x.split(batch_size)], strict=True)
+        )
     return [int(((means - means.mean(0)).square().mean(0) > threshold).sum()) for means in layers]
-
-
-def posterior_means(posterior) -> tuple[Tensor, ...]:
-    """Return the mean of each stochastic layer, ``[B, D]`` each; an upper layer's at the mean of the one below.
-
-    A flow gives its ``centre`` instead.
-    """
-    if hasattr(posterior, "second"):
-        return posterior.first.mean, posterior.second(posterior.first.mean).mean
-    return (posterior.centre if hasattr(posterior, "centre") else posterior.mean,)
 
 
 @torch.no_grad()
@@ -206,13 +228,13 @@ def _information(encoder: nn.Module, x: Tensor, generator: torch.Generator | Non
     """Return the sum of the estimate's terms over ``x``, whose aggregate is its own."""
     z, entropy, log_sum = [], 0.0, None
     parts = x.split(chunk)
-    posteriors = [encoder(part) for part in parts]
-    for part, posterior in zip(parts, posteriors):
+    posteriors = [as_posterior(encoder(part)) for part in parts]
+    for posterior in posteriors:
         if not hasattr(posterior, "entropy"):
             raise InputError(
                 f"{type(posterior).__name__} has no entropy in closed form, which the estimate starts from"
             )
-        z.append(posterior.sample(encoder.noise(1, part, generator))[0])
+        z.append(posterior.sample(posterior.noise(1, generator))[0])
         entropy += posterior.entropy().double().sum().item()
     z = torch.cat(z).unsqueeze(1)  # [N, 1, D], against each posterior's [b, D]
     for posterior in posteriors:

@@ -18,7 +18,7 @@ which needs no inverse of the layers and a product with :math:`J_\ell^{-\top}` o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError
-from vaelib.models.mlp import tanh_layers
-from vaelib.posteriors import DiagonalGaussian, stop_gradient
+from vaelib.layers import tanh_layers
+from vaelib.posteriors import DiagonalGaussian, Noise, Posterior, stop_gradient
 
 
 class Layer(nn.Module):
@@ -226,7 +226,7 @@ class Planar(Layer):
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Posterior):
     r"""The density of :math:`z_L = T_L \circ \dots \circ T_1(z_0)` with a Gaussian start.
 
     The start is :math:`z_0 \sim \mathcal N(\mu, \operatorname{diag} \sigma^2)`. A posterior like those of
@@ -249,14 +249,18 @@ class Flow:
     layers: nn.ModuleList
     context: Tensor | None = None
 
-    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw standard normal noise, ``[K, B, D]``."""
-        return self.base.noise(k, generator)
+    def noise_like(self, k: int) -> Noise:
+        """Return standard normal noise, ``[K, B, D]``."""
+        return self.base.noise_like(k)
 
     @property
     def centre(self) -> Tensor:
         """Where the mean of the Gaussian ends, ``[B, D]``; the mean of q itself has no closed form."""
         return self.sample(torch.zeros_like(self.base.mean).unsqueeze(0))[0]
+
+    def means(self) -> tuple[Tensor, ...]:
+        """Return :attr:`centre`, which stands for the mean."""
+        return (self.centre,)
 
     def sample(self, eps: Tensor) -> Tensor:
         r"""Return :math:`z_L`, ``[K, B, D]``."""
@@ -264,8 +268,7 @@ class Flow:
 
     def sample_and_log_prob(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return :math:`z_L` and :math:`\log q(z_L)` from one forward pass; its gradient is the total derivative."""
-        z = self.base.sample(eps)
-        log_q = self.base.log_prob(z)
+        z, log_q = self.base.sample_and_log_prob(eps)
         for layer in self.layers:
             z, log_det = layer(z, self.context)
             log_q = log_q - log_det
@@ -273,11 +276,26 @@ class Flow:
 
     def log_prob(self, z: Tensor) -> Tensor:
         r"""Return :math:`\log q(z) = \log q_0(z_0) - \sum_\ell \log|\det J_\ell|`, ``[K, B]``; inverts the layers."""
-        log_det = 0.0
+        start, log_det = self.inverse(z)
+        return self.base.log_prob(start) - log_det
+
+    def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
+        """As :meth:`log_prob`; the Gaussian knows the noise that its part is made of."""
+        start, log_det = self.inverse(z)
+        return self.base.log_prob_of_sample(start, eps) - log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`z_0` and :math:`\sum_\ell \log|\det J_\ell|`, by inverting the layers."""
+        log_det = z.new_zeros(())
         for layer in reversed(self.layers):
             z, one = layer.inverse(z, self.context)
             log_det = log_det + one
-        return self.base.log_prob(z) - log_det
+        return z, log_det
+
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> Flow:
+        """As for every posterior: the parameters of the Gaussian, and the context; the layers are as they were."""
+        context = None if self.context is None else function(self.context)
+        return Flow(self.base.map_parameters(function), self.layers, context)
 
     def stop_gradient(self) -> Flow:
         """Return the same flow with the parameters of the Gaussian and of every layer held constant."""
@@ -310,7 +328,7 @@ def push(flow: Flow, eps: Tensor) -> Drawn:
 
 
 @dataclass
-class OnePassFlow:
+class OnePassFlow(Posterior):
     r"""The same posterior, whose samples bring their log-density and force along: nothing is inverted.
 
     At the sample :math:`z = t(\varepsilon, \phi)` it drew last, the log-density of another z close by is
@@ -333,14 +351,13 @@ class OnePassFlow:
     flow: Flow
     drawn: Drawn | None = None
 
-    @property
-    def centre(self) -> Tensor:
-        """As for :class:`Flow`, ``[B, D]``."""
-        return self.flow.centre
+    def means(self) -> tuple[Tensor, ...]:
+        """As for :class:`Flow`."""
+        return self.flow.means()
 
-    def noise(self, k: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw standard normal noise, ``[K, B, D]``."""
-        return self.flow.noise(k, generator)
+    def noise_like(self, k: int) -> Noise:
+        """Return standard normal noise, ``[K, B, D]``."""
+        return self.flow.noise_like(k)
 
     def sample(self, eps: Tensor) -> Tensor:
         r"""Return :math:`z_L`, ``[K, B, D]``, and remember its log-density and force."""
@@ -367,6 +384,15 @@ class OnePassFlow:
         here, log_q, force = self.drawn
         return log_q - (force * (here - z)).sum(-1)
 
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> OnePassFlow:
+        """As for :class:`Flow`; nothing is drawn yet."""
+        return OnePassFlow(self.flow.map_parameters(function))
+
+    def sample_and_log_prob(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`z_L` and :math:`\log q(z_L)`; the gradient of the latter is the total derivative."""
+        z = self.sample(eps)
+        return z, self.drawn.log_q
+
     def stop_gradient(self) -> OnePassFlow:
         """Return the same posterior, and the sample it drew last, with phi held constant."""
         if self.drawn is None:
@@ -386,10 +412,6 @@ class StandardNormal(nn.Module):
         """Return N(0, I) for each row of ``x``, ``[B, D]``."""
         zeros = x.new_zeros(len(x), self.dim)
         return DiagonalGaussian(zeros, zeros)
-
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
-        return self(x).noise(k, generator)
 
 
 class FlowEncoder(nn.Module):
@@ -421,7 +443,3 @@ class FlowEncoder(nn.Module):
         context = torch.cat((base.mean, base.log_std), -1) if self.conditional else None
         flow = Flow(base, self.layers, context)
         return OnePassFlow(flow) if self.one_pass else flow
-
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
-        return self.base.noise(k, x, generator)

@@ -17,6 +17,10 @@ Which parameters the gradient is taken in is a key of :data:`WRT`:
 "weights"      the same, in both                                                             joint, then encoder
 =============  ============================================================================  ==========================
 
+All estimators see one and the same q: the networks are copied and measured in evaluation mode, without dropout and with
+the running statistics of batch norms, and what was given is left as it was. In the place of the encoder a posterior
+serves too, where the gradient is taken in its numbers.
+
 The question "which estimator?" is best asked with ``wrt="posterior"``: what lies below, the encoder, is the same for
 all of them, and the draws then run side by side as one large batch, many times faster. The modules of a posterior, such
 as the second layer of a hierarchical one, are held still there.
@@ -29,18 +33,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from vaelib import objectives
-from vaelib.errors import InputError, choose
-from vaelib.estimators import Estimator, every
-from vaelib.posteriors import FullGaussian, Latent, Mixture, map_latent, stop_gradient
+from vaelib import estimators as known
+from vaelib.errors import InputError, choose, whole_number
+from vaelib.estimators import Estimator
+from vaelib.estimators.base import draws as count
+from vaelib.objectives import Objective
+from vaelib.posteriors import Latent, Posterior, as_posterior, map_latent
 
 ROWS = 8192
 """Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
@@ -203,6 +209,13 @@ class BiasTest:
         """Whether any coordinate is off."""
         return bool((self.t.abs() > self.threshold).any())
 
+    def __post_init__(self) -> None:
+        if not len(self.difference) or not self.t.isfinite().all():
+            raise InputError(
+                f"a bias test needs finite gradients, but {int((~self.t.isfinite()).sum())} of "
+                f"{len(self.difference)} coordinates have no finite t statistic: look at the model's bound first"
+            )
+
 
 def draws(
     estimator: Estimator | str,
@@ -221,9 +234,9 @@ def draws(
     For as many as fit in memory; :func:`measure` streams. Two calls with equal generators see the same noise.
     Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
     """
-    (row,) = _rows([estimator]).values()
-    one = _per_draw(wrt)(row, joint, encoder, x)
-    return torch.cat([one.gradients(eps) for eps in _noise(encoder, x, k, draws, generator, chunk, one.size)])
+    lab = Laboratory(joint, encoder, x, k, wrt)
+    (one,) = lab.per_draw([estimator]).values()
+    return torch.cat([one.gradients(eps) for eps in lab.noise(draws, generator, chunk, one.size)])
 
 
 def measure(
@@ -271,19 +284,18 @@ def measure(
     InputError
         for a name that does not exist, fewer than 2 draws, or a k for which a row is not defined.
     """
-    if draws < 2:
-        raise InputError(f"a variance needs at least 2 draws, but draws is {draws}")
-    rows = _rows(estimators)
-    each = {name: _per_draw(wrt)(row, joint, encoder, x) for name, row in rows.items()}
-    moments = {name: Moments() for name in rows}
+    whole_number("draws", draws, least=2)
+    lab = Laboratory(joint, encoder, x, k, wrt)
+    each = lab.per_draw(estimators)
+    moments = {name: Moments() for name in each}
     size = max((one.size for one in each.values()), default=1)
     with tqdm(total=draws, desc="gradients", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in _noise(encoder, x, k, draws, generator, chunk, size):
+        for eps in lab.noise(draws, generator, chunk, size):
             for name, one in each.items():
                 moments[name].add(one.gradients(eps))
-            bar.update(_count(eps))
+            bar.update(count(eps))
     if repeats:
-        for name, seconds in _seconds(rows, joint, encoder, x, k, repeats).items():
+        for name, seconds in lab.seconds(estimators, repeats).items():
             moments[name].seconds = seconds
     return moments
 
@@ -321,17 +333,17 @@ def bias_test(
     """
     if not 0 < error_rate < 1:
         raise InputError(f"error_rate must be between 0 and 1, but is {error_rate}")
-    if draws < 2:
-        raise InputError(f"a standard error needs at least 2 draws, but draws is {draws}")
-    (first,), (second,) = _rows([estimator]).values(), _rows([reference]).values()
-    ours, theirs = (_per_draw(wrt)(row, joint, encoder, x) for row in (first, second))
+    whole_number("draws", draws, least=2)
+    first, second = (known.get(one) for one in (estimator, reference))
+    lab = Laboratory(joint, encoder, x, k, wrt)
+    ours, theirs = (lab.per_draw([one])[one.name] for one in (first, second))
     difference, size, precision = Moments(), Moments(), torch.finfo(x.dtype).eps
     with tqdm(total=draws, desc="bias", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in _noise(encoder, x, k, draws, generator, chunk, ours.size):
+        for eps in lab.noise(draws, generator, chunk, ours.size):
             g = theirs.gradients(eps)
             difference.add(ours.gradients(eps) - g)
             size.add(g.abs())
-            bar.update(_count(eps))
+            bar.update(count(eps))
     rounding = 100 * precision * size.mean.clamp_min(1)  # of two ways to compute the same number
     return BiasTest(difference.mean, torch.maximum(difference.standard_error, rounding), draws, error_rate)
 
@@ -351,62 +363,130 @@ class PerDraw(NamedTuple):
     size: int
 
 
-def _of_posterior(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor) -> PerDraw:
+class Laboratory:
+    """The networks of a measurement, copied and in evaluation mode, and the one q that all estimators see."""
+
+    def __init__(self, joint: Callable[..., Tensor], encoder: Any, x: Tensor, k: int, wrt: str) -> None:
+        whole_number("k", k, least=1)
+        self.differentiate = choose("set of parameters (wrt)", wrt, WRT)
+        both: dict[int, Any] = {}  # one copy of what the two share
+        self.joint, self.encoder = (
+            copy.deepcopy(part, both).eval() if isinstance(part, nn.Module) else part for part in (joint, encoder)
+        )
+        self.x, self.k = x, k
+        with torch.no_grad():
+            self.q = self.encode()
+
+    def encode(self) -> Posterior:
+        """Return the posterior of x."""
+        fixed = isinstance(self.encoder, Posterior | distributions.Distribution)
+        return as_posterior(self.encoder if fixed else self.encoder(self.x))
+
+    def per_draw(self, estimators: Iterable[Estimator | str]) -> dict[str, PerDraw]:
+        """Return how to get each estimator's gradient for each draw; every estimator is tried once."""
+        eps = self.q.noise(self.k, torch.Generator(self.x.device).manual_seed(0))
+        found = {}
+        for estimator in self.named(estimators):
+            estimator.loss(self.joint, self.q, self.x, eps)
+            found[estimator.name] = self.differentiate(self, estimator)
+        return found
+
+    @staticmethod
+    def named(estimators: Iterable[Estimator | str]) -> list[Estimator]:
+        """Return the estimators, whose names must differ."""
+        if isinstance(estimators, str):
+            raise InputError(f"estimators must be a list, such as ['{estimators}'], but is one name")
+        found = [known.get(one) for one in estimators]
+        names = [one.name for one in found]
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"two estimators share a name ({', '.join(names)}): give one its own by "
+                "dataclasses.replace(estimator, name=...)"
+            )
+        return found
+
+    def noise(self, draws: int, generator: torch.Generator | None, chunk: int | None, size: int) -> Iterator[Latent]:
+        """Yield the noise of all draws, ``[S, K, B, D]``; it is drawn in blocks that do not depend on ``chunk``."""
+        whole_number("draws", draws, least=1)
+        whole_number("chunk", 1 if chunk is None else chunk, least=1)
+        block = max(1, ROWS // (self.k * len(self.x)))
+        chunk = min(chunk or block, block, max(1, GRADIENTS // size))
+        for start in range(0, draws, block):
+            eps = map_latent(lambda e: e.unflatten(0, (block, self.k)), self.q.noise(block * self.k, generator))
+            for first in range(0, min(block, draws - start), chunk):
+                last = min(first + chunk, draws - start, block)
+                yield map_latent(lambda e, first=first, last=last: e[first:last], eps)
+
+    def seconds(self, estimators: Iterable[Estimator | str], repeats: int) -> dict[str, float]:
+        """Return the median time of a training gradient of each estimator, measured in turns."""
+        found = self.named(estimators)
+        parameters = [
+            p for part in (self.joint, self.encoder) if isinstance(part, nn.Module) for p in part.parameters()
+        ]
+        parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        eps = self.q.noise(self.k, torch.Generator(self.x.device).manual_seed(0))
+        times: dict[str, list[float]] = {one.name: [] for one in found}
+        for _ in range(repeats + 1):  # the first round warms up
+            for one in found:
+                _wait(self.x.device)
+                start = time.perf_counter()
+                loss = one.loss(self.joint, self.encode(), self.x, eps).mean()
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+                _wait(self.x.device)
+                times[one.name].append(time.perf_counter() - start)
+        return {name: statistics.median(series[1:]) for name, series in times.items()}
+
+
+def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
     """All draws as one batch of S x B observations, each with its own copy of the posterior's parameters."""
-    joint = stop_gradient(joint)
-    with torch.no_grad():
-        posterior = encoder(x)
-    batch = len(x)
+    batch = len(lab.x)
 
     def gradients(eps: Latent) -> Tensor:
-        s = _count(eps)
-        leaves: list[tuple[Tensor, int]] = []
+        s, leaves = count(eps), []
 
-        def leaf(value: Tensor, axis: int) -> Tensor:
-            leaves.append((torch.cat([value.detach()] * s, axis).requires_grad_(), axis))
-            return leaves[-1][0]
+        def leaf(parameter: Tensor) -> Tensor:
+            leaves.append(torch.cat([parameter.detach()] * s).requires_grad_())
+            return leaves[-1]
 
-        repeated, many = _with_parameters(posterior, leaf), x.repeat(s, *[1] * (x.ndim - 1))
+        q, x = lab.q.map_parameters(leaf), lab.x.repeat(s, *[1] * (lab.x.ndim - 1))
         side_by_side = map_latent(lambda e: e.transpose(0, 1).flatten(1, 2), eps)
-        objectives.backward(estimator, joint, lambda _: repeated, many, side_by_side)
-        parts = [_grad(value).movedim(axis, 0).reshape(s, -1) for value, axis in leaves]
-        return -s * batch * torch.cat(parts, dim=1)
+        parts = _gradient(estimator.loss(lab.joint, q, x, side_by_side).mean(), leaves)
+        return -s * batch * torch.cat([part.reshape(s, -1) for part in parts], dim=1)
 
     sizes: list[int] = []
-    _with_parameters(posterior, lambda value, axis: sizes.append(value.numel()) or value)
+    lab.q.map_parameters(lambda parameter: sizes.append(parameter.numel()) or parameter)
     return PerDraw(gradients, sum(sizes))
 
 
 def _of_weights(*parts: str) -> Callable[..., PerDraw]:
     """``vmap`` over draws for few weights; one backward pass after the other for many, or for recurrent layers."""
 
-    def per_draw(estimator: Estimator, joint: nn.Module, encoder: nn.Module, x: Tensor) -> PerDraw:
-        networks = copy.deepcopy(nn.ModuleDict({"joint": joint, "encoder": encoder})).requires_grad_()  # ours
-        wanted = [p for part in parts for p in networks[part].parameters()]
-        if not wanted:
-            raise InputError(f"{' and '.join(parts)} without parameters: there is nothing to differentiate")
-        size = sum(p.numel() for p in wanted)
-        objective = objectives.Objective(estimator, networks["joint"], networks["encoder"])
+    def per_draw(lab: Laboratory, estimator: Estimator) -> PerDraw:
+        for part in parts:
+            if not any(True for _ in getattr(getattr(lab, part), "parameters", list)()):
+                raise InputError(f"the {part} has no parameters: there is nothing to differentiate")
+        objective = Objective(estimator, lab.joint, lab.encoder).requires_grad_()
+        wanted = {id(p) for part in parts for p in getattr(lab, part).parameters()}
         everything = {name: p.detach() for name, p in objective.named_parameters()}
-        chosen = {name: p for name, p in everything.items() if name.split(".")[0] in parts}
+        leaves = {name: p for name, p in objective.named_parameters() if id(p) in wanted}
+        chosen = {name: everything[name] for name in leaves}
+        size = sum(p.numel() for p in leaves.values())
 
         def bound(weights: dict[str, Tensor], eps: Latent) -> Tensor:
-            return -functional_call(objective, {**everything, **weights}, (x, eps)).mean()
+            return -functional_call(objective, {**everything, **weights}, (lab.x, eps)).mean()
 
         def side_by_side(eps: Latent) -> Tensor:
             gradient = vmap(grad(bound), in_dims=(None, map_latent(lambda _: 0, eps)))(chosen, eps)
-            return torch.cat([gradient[name].reshape(_count(eps), -1) for name in chosen], dim=1)
+            return torch.cat([gradient[name].reshape(count(eps), -1) for name in chosen], dim=1)
 
         def one_by_one(eps: Latent) -> Tensor:
             rows = []
-            for s in range(_count(eps)):
-                networks.zero_grad()
-                draw = map_latent(lambda e, s=s: e[s], eps)
-                objectives.backward(estimator, networks["joint"], networks["encoder"], x, draw)
-                rows.append(torch.cat([_grad(p).flatten() for p in wanted]))
+            for s in range(count(eps)):
+                loss = objective(lab.x, map_latent(lambda e, s=s: e[s], eps)).mean()
+                rows.append(torch.cat([part.flatten() for part in _gradient(loss, list(leaves.values()))]))
             return torch.stack(rows).neg_()
 
-        recurrent = any(isinstance(part, nn.RNNBase) for part in networks.modules())  # no rule in vmap
+        recurrent = any(isinstance(part, nn.RNNBase) for part in objective.modules())  # no rule in vmap
         return PerDraw(one_by_one if recurrent or size >= LOOP_FROM else side_by_side, size)
 
     return per_draw
@@ -421,89 +501,14 @@ WRT: dict[str, Callable[..., PerDraw]] = {
 """What a gradient can be taken with respect to, by name."""
 
 
-def _per_draw(wrt: str) -> Callable[..., PerDraw]:
-    return choose("set of parameters (wrt)", wrt, WRT)
-
-
-def _rows(estimators: Iterable[Estimator | str]) -> dict[str, Estimator]:
-    if isinstance(estimators, str):
-        raise InputError(f"estimators must be a list, such as ['{estimators}'], but is one name")
-    rows = [choose("estimator", e, every()) if isinstance(e, str) else e for e in estimators]
-    names = [row.name for row in rows]
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"two estimators share a name ({', '.join(names)}): give one its own by dataclasses.replace(row, name=...)"
-        )
-    return dict(zip(names, rows))
-
-
-def _noise(
-    encoder: nn.Module, x: Tensor, k: int, draws: int, generator: torch.Generator | None, chunk: int | None, size: int
-) -> Iterator[Latent]:
-    """Yield the noise of all draws, ``[S, K, B, D]``; it is drawn in blocks that do not depend on ``chunk``."""
-    for name, value in {"k": k, "draws": draws, "chunk": 1 if chunk is None else chunk}.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, but is {value}")
-    with torch.no_grad():
-        posterior = encoder(x)
-    block = max(1, ROWS // (k * len(x)))
-    chunk = min(chunk or block, block, max(1, GRADIENTS // size))
-    for start in range(0, draws, block):
-        eps = map_latent(lambda e: e.unflatten(0, (block, k)), posterior.noise(block * k, generator))
-        for first in range(0, min(block, draws - start), chunk):
-            last = min(first + chunk, draws - start, block)
-            yield map_latent(lambda e, first=first, last=last: e[first:last], eps)
-
-
-def _grad(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _count(eps: Latent) -> int:
-    return len(eps[0] if isinstance(eps, tuple) else eps)
-
-
-def _seconds(
-    rows: dict[str, Estimator], joint: nn.Module, encoder: nn.Module, x: Tensor, k: int, repeats: int
-) -> dict[str, float]:
-    networks = copy.deepcopy(nn.ModuleDict({"joint": joint, "encoder": encoder}))
-    eps = networks["encoder"](x).noise(k, torch.Generator(x.device).manual_seed(0))
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(repeats + 1):  # the first round warms up
-        for name, row in rows.items():
-            networks.zero_grad()
-            _wait(x.device)
-            start = time.perf_counter()
-            objectives.backward(row, networks["joint"], networks["encoder"], x, eps)
-            _wait(x.device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(series[1:]) for name, series in times.items()}
+def _gradient(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Return the gradient in each leaf, 0 where there is none."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, found, strict=True)]
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-BATCH_AXIS = {(Mixture, "logits"): 1}
-"""Where the parameters of a posterior do not have their observations on axis 0."""
-
-
-def _with_parameters(posterior: Any, change: Callable[[Tensor, int], Tensor], axis: int = 0) -> Any:
-    """Return the same kind of posterior with ``change(parameter, batch axis)`` for each parameter and still modules."""
-    if isinstance(posterior, Tensor):
-        return change(posterior, axis)
-    if isinstance(posterior, nn.Module):
-        return stop_gradient(posterior)
-    if isinstance(posterior, tuple):
-        return tuple(_with_parameters(part, change) for part in posterior)
-    if not is_dataclass(posterior):
-        return posterior
-    if isinstance(posterior, FullGaussian):  # a scale that all observations share becomes one for each
-        *shape, dim = posterior.mean.shape
-        posterior = replace(posterior, scale_tril=posterior.scale_tril.expand(*shape, dim, dim))
-    changed = {}
-    for field in fields(posterior):
-        axis = BATCH_AXIS.get((type(posterior), field.name), 0)
-        changed[field.name] = _with_parameters(getattr(posterior, field.name), change, axis)
-    return replace(posterior, **changed)

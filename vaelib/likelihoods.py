@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaelib.posteriors import LOG_2PI
+from vaelib.errors import InputError
+from vaelib.posteriors import LOG_2PI, tracing
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,19 @@ class Bernoulli:
         return self.logits.sigmoid()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        r"""Return :math:`\sum_d [x_d l_d - \log(1 + e^{l_d})]`, ``[K, B]``."""
+        r"""Return :math:`\sum_d [x_d l_d - \log(1 + e^{l_d})]`, ``[K, B]``.
+
+        Raises
+        ------
+        InputError
+            for another number of pixels, or pixels that are not 0 or 1.
+        """
+        check_pixels(x, self.logits)
+        if not tracing() and not torch.equal(x * x, x):
+            raise InputError(
+                f"a Bernoulli likelihood is for pixels of 0 and 1, but these go from {x.min():g} to {x.max():g} and are "
+                "not all 0 or 1: binarise them (--binarisation dynamic or fixed), or take a Gaussian likelihood"
+            )
         x = x.expand_as(self.logits)
         return -F.binary_cross_entropy_with_logits(self.logits, x, reduction="none").sum(-1)
 
@@ -60,7 +73,14 @@ class Gaussian:
     log_std: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
-        r"""Return :math:`-\tfrac12 \sum_d [(x_d-m_d)^2/s_d^2 + 2\log s_d + \log 2\pi]`, ``[K, B]``."""
+        r"""Return :math:`-\tfrac12 \sum_d [(x_d-m_d)^2/s_d^2 + 2\log s_d + \log 2\pi]`, ``[K, B]``.
+
+        Raises
+        ------
+        InputError
+            for another number of pixels.
+        """
+        check_pixels(x, self.mean)
         whitened = (x - self.mean) * (-self.log_std).exp()
         return -(0.5 * whitened.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
 
@@ -68,3 +88,12 @@ class Gaussian:
         """Draw images, ``[K, B, D]``."""
         eps = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + self.log_std.exp() * eps
+
+
+def check_pixels(x: Tensor, output: Tensor) -> None:
+    """Raise InputError unless ``x`` has as many pixels as the decoder's output: one alone would fit all of them."""
+    if x.shape[-1] != output.shape[-1]:
+        raise InputError(
+            f"the decoder makes {output.shape[-1]} pixels, but x has {x.shape[-1]}: build the model with "
+            f"data_dim={x.shape[-1]}, or give it observations [B, {output.shape[-1]}]"
+        )

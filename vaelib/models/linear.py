@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vaelib import silent
 from vaelib.errors import InputError
-from vaelib.likelihoods import Gaussian
-from vaelib.models.mlp import Joint
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, standard_normal
+from vaelib.models.decoders import LinearDecoder
+from vaelib.models.joints import Joint
+from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian
 
 
 class LinearGaussian(Joint):
@@ -28,18 +27,32 @@ class LinearGaussian(Joint):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
-        self.log_std = nn.Parameter(log_std)
+        super().__init__(LinearDecoder(weight, bias, log_std))
 
-    def decode(self, z: Tensor) -> Gaussian:
-        """Return p(x given z) for ``z`` ``[K, B, D]``."""
-        return Gaussian(z @ self.weight.mT + self.bias, self.log_std)
+    @property
+    def weight(self) -> nn.Parameter:
+        """W, ``[X, D]``."""
+        return self.decode.weight
 
-    def expected_log_likelihood(self, x: Tensor, q) -> Tensor:
-        r"""Return :math:`\mathbb E_q[\log p(x \mid z)]`, ``[B]``, exactly (:func:`vaelib.silent.expected_log_prob`)."""
-        return silent.expected_log_prob(x, q, self.weight, self.bias, self.log_std)
+    @property
+    def bias(self) -> nn.Parameter:
+        """The mean b of x, ``[X]``."""
+        return self.decode.bias
+
+    @property
+    def log_std(self) -> nn.Parameter:
+        r""":math:`\log s`, ``[X]`` or ``[]``."""
+        return self.decode.log_std
+
+    def whitened(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Return :math:`S^{-1/2} W`, :math:`S^{-1/2} (x - b)` and :math:`M = I + W^\top S^{-1} W`, in float64.
+
+        With little noise the closed forms are small differences of large numbers, for which float32 has no digits.
+        """
+        weight, bias, log_std = self.weight.double(), self.bias.double(), self.log_std.double()
+        whitened = weight * (-log_std).exp().unsqueeze(-1)
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return whitened, (x.double() - bias) * (-log_std).exp(), identity + whitened.mT @ whitened
 
     def posterior(self, x: Tensor) -> FullGaussian:
         r"""Return the exact posterior :math:`\mathcal N(M^{-1} W^\top S^{-1} (x - b), M^{-1})`.
@@ -47,25 +60,22 @@ class LinearGaussian(Joint):
         Here :math:`S = \operatorname{diag} s^2` and :math:`M = I + W^\top S^{-1} W`; the covariance is the same for
         every x.
         """
-        whitened = self.weight * (-self.log_std).exp().unsqueeze(-1)  # S^(-1/2) W
-        residual = (x - self.bias) * (-self.log_std).exp()
-        precision = torch.eye(whitened.shape[1], dtype=x.dtype, device=x.device) + whitened.mT @ whitened
+        whitened, residual, precision = self.whitened(x)
         covariance = torch.linalg.inv(precision)
-        return FullGaussian(residual @ whitened @ covariance, torch.linalg.cholesky(covariance))
+        scale_tril = torch.linalg.cholesky(covariance)
+        return FullGaussian((residual @ whitened @ covariance).to(x.dtype), scale_tril.to(x.dtype))
 
     def log_marginal(self, x: Tensor) -> Tensor:
         r"""Return the exact :math:`\log p(x) = \log \mathcal N(x; b, W W^\top + \operatorname{diag} s^2)`, ``[B]``.
 
         Computed in the latent dimension (Woodbury), so it costs no more than the posterior.
         """
-        whitened = self.weight * (-self.log_std).exp().unsqueeze(-1)
-        residual = (x - self.bias) * (-self.log_std).exp()
-        precision = torch.eye(whitened.shape[1], dtype=x.dtype, device=x.device) + whitened.mT @ whitened
+        whitened, residual, precision = self.whitened(x)
         factor = torch.linalg.cholesky(precision)
         projected = torch.linalg.solve_triangular(factor, (residual @ whitened).mT, upper=False)
         distance = residual.square().sum(-1) - projected.square().sum(0)
-        log_det = 2 * factor.diagonal().log().sum() + 2 * self.log_std.expand(self.bias.shape).sum()
-        return -0.5 * (distance + log_det + x.shape[-1] * LOG_2PI)
+        log_det = 2 * factor.diagonal().log().sum() + 2 * self.log_std.double().expand(self.bias.shape).sum()
+        return (-0.5 * (distance + log_det + x.shape[-1] * LOG_2PI)).to(x.dtype)
 
 
 class LinearEncoder(nn.Module):
@@ -90,10 +100,6 @@ class LinearEncoder(nn.Module):
         """Return q(z given x) for ``x`` ``[B, X]``."""
         mean = x @ self.weight.mT + self.bias
         return DiagonalGaussian(mean, self.log_std.expand_as(mean))
-
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
-        return standard_normal(k, x.new_empty(len(x), len(self.bias)), generator)
 
 
 def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
@@ -135,10 +141,8 @@ def exact_encoder(joint: LinearGaussian) -> LinearEncoder:
     Introduced in book/01-elbo-forms.ipynb.
     """
     with torch.no_grad():
-        inverse_variance = (-2 * joint.log_std).exp()
-        scaled = joint.weight * inverse_variance.unsqueeze(-1)  # S^(-1) W
-        precision = (
-            torch.eye(joint.weight.shape[1], dtype=scaled.dtype, device=scaled.device) + joint.weight.mT @ scaled
-        )
+        whitened, _, precision = joint.whitened(joint.bias)
+        scaled = whitened * (-joint.log_std.double()).exp().unsqueeze(-1)  # S^(-1) W
         weight = torch.linalg.solve(precision, scaled.mT)
-        return LinearEncoder(weight, -weight @ joint.bias, -0.5 * precision.diagonal().log())
+        parts = weight, -weight @ joint.bias.double(), -0.5 * precision.diagonal().log()
+        return LinearEncoder(*(part.to(joint.bias.dtype) for part in parts))

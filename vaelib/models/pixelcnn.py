@@ -31,9 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
+from vaelib.layers import linear
 from vaelib.likelihoods import Bernoulli
-from vaelib.models.mlp import linear
-from vaelib.posteriors import DiagonalGaussian, standard_normal
+from vaelib.models.joints import Joint
+from vaelib.models.vae import VAE
+from vaelib.posteriors import DiagonalGaussian
 
 MASKS = {"A": 0, "B": 1}
 """How many pixels of its own place a kernel sees: A none, for the image itself; B one, for what an A has made of it."""
@@ -169,10 +171,6 @@ class ResNetEncoder(nn.Module):
         mean, log_variance = self.network(images.unsqueeze(1)).chunk(2, -1)
         return DiagonalGaussian(mean, 0.5 * log_variance)
 
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the noise for ``k`` samples a row of ``x``, ``[K, B, D]``."""
-        return standard_normal(k, x.new_empty(len(x), self.latent), generator)
-
 
 class NoLatent(nn.Module):
     """The encoder of a model without z: a Gaussian of dimension 0, whose samples are empty and whose density is 1.
@@ -186,10 +184,6 @@ class NoLatent(nn.Module):
         """Return the empty posterior for ``x`` ``[B, ...]``."""
         empty = x.new_empty(len(x), 0)
         return DiagonalGaussian(empty, empty)
-
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return no noise, ``[K, B, 0]``."""
-        return standard_normal(k, x.new_empty(len(x), 0), generator)
 
 
 def kernel_sizes(layers: int) -> list[int]:
@@ -349,3 +343,9 @@ def square_side(data_dim: int) -> int:
             "crop or pad them, or choose a model such as mlp-1"
         )
     return side
+
+
+def pixelcnn_alone(data_dim: int, generator: torch.Generator | None = None, *, maps: int = 64, layers: int = 13) -> VAE:
+    """The decoder of pixelcnn without z, as a VAE whose latent has no dimension (see :class:`NoLatent`)."""
+    decoder = PixelCNN(square_side(data_dim), 0, maps, layers, generator=generator)
+    return VAE(Joint(decoder), NoLatent(), binary=True)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vaelib.data.text import BEGIN, END, PAD
 from vaelib.errors import InputError
-from vaelib.models.mlp import Joint
-from vaelib.posteriors import DiagonalGaussian, standard_normal
+from vaelib.models.joints import Joint
+from vaelib.models.vae import VAE
+from vaelib.posteriors import DiagonalGaussian
 
 
 class LSTMEncoder(nn.Module):
@@ -48,11 +49,6 @@ class LSTMEncoder(nn.Module):
         last = states[torch.arange(len(x), device=x.device), lengths - 1]
         mean, log_variance = self.head(last).chunk(2, -1)
         return DiagonalGaussian(mean, 0.5 * log_variance)
-
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the noise for ``k`` samples a sentence, ``[K, B, D]``."""
-        like = self.head.weight if self.latent else torch.empty(0, device=x.device)
-        return standard_normal(k, like.new_empty((len(x), self.latent)), generator)
 
 
 class LSTMDecoder(nn.Module):
@@ -170,8 +166,6 @@ def lstm_vae(
     InputError
         for a size that cannot be meant.
     """
-    from vaelib.models import VAE
-
     sizes = {"vocabulary": vocabulary, "embedding": embedding, "hidden": hidden, "latent": latent}
     for name, value in sizes.items():
         if value < (0 if name == "latent" else 1):

@@ -12,26 +12,32 @@ the ELBO of *this* decoder: beside a nonlinear one it is a direction to start in
 
 * a guide whose weight goes to 0 (:func:`annealed`);
 * a control variate, which leaves the nonlinear decoder's gradient unbiased at any time (:func:`controlled`);
-* the gradient of a decoder that is nonlinear itself, if its features have known moments (:class:`CosineDecoder`).
+* the gradient of a decoder that is nonlinear itself, if its features have known moments
+  (:class:`vaelib.models.CosineDecoder`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, jvp
 
 from vaelib.bounds import divergence
-from vaelib.errors import InputError
-from vaelib.estimators import Estimator, LossEstimator
-from vaelib.likelihoods import Gaussian
-from vaelib.objectives import check_path, log_joint
-from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian, stop_gradient
+from vaelib.errors import InputError, between
+from vaelib.estimators.base import Estimator, LossEstimator
+from vaelib.posteriors import (
+    LOG_2PI,
+    DiagonalGaussian,
+    FullGaussian,
+    Posterior,
+    as_posterior,
+    functions_in,
+    stop_gradient,
+)
 
 
 def expected_square_error(x: Tensor, q, weight: Tensor, bias: Tensor) -> Tensor:
@@ -148,32 +154,6 @@ def expected_log_prob_log_linear(
     return -0.5 * (LOG_2PI + log_variance + (0.5 * scale_variance - log_variance).exp() * square).sum(-1)
 
 
-class LinearDecoder(nn.Module):
-    r"""The decoder :math:`p(x \mid z) = \mathcal N(W z + b, \operatorname{diag} s^2)`, by draws and in closed form.
-
-    Introduced in book/03-silent-gradients.ipynb.
-
-    Parameters
-    ----------
-    weight, bias, log_std
-        W ``[X, D]``, b ``[X]`` and :math:`\log s`, ``[X]`` or ``[]`` (one scale for all pixels).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
-        self.log_std = nn.Parameter(log_std)
-
-    def forward(self, z: Tensor) -> Gaussian:
-        """Return p(x given z) for ``z`` ``[K, B, D]``."""
-        return Gaussian(z @ self.weight.mT + self.bias, self.log_std)
-
-    def expected_log_likelihood(self, x: Tensor, q) -> Tensor:
-        """Return :func:`expected_log_prob`, ``[B]``."""
-        return expected_log_prob(x, q, self.weight, self.bias, self.log_std)
-
-
 def expected_cosines(q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: Tensor) -> Tensor:
     r"""Return :math:`\EE_q[\cos(w_j^\top z + b_j)] = \cos(m_j)\, e^{-v_j / 2}`, ``[B, J]``.
 
@@ -190,51 +170,7 @@ def expected_cosines(q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: 
     return (mean + phase).cos() * (-0.5 * variance).exp()
 
 
-class CosineDecoder(nn.Module):
-    r"""The decoder :math:`\mathcal N(A \cos(W z + c) + b, \operatorname{diag} s^2)`: nonlinear in z, and silent.
-
-    It is linear in features whose first two moments are known under a Gaussian:
-    :math:`\cos u_i \cos u_j = \tfrac12 [\cos(u_i + u_j) + \cos(u_i - u_j)]`, and the sum and difference are again
-    linear in z (:func:`expected_cosines`). So the closed form costs :math:`J^2` cosines an observation for J features,
-    where a draw costs J. Introduced in book/03-silent-gradients.ipynb.
-
-    Parameters
-    ----------
-    frequency, phase
-        W ``[J, D]`` and c ``[J]``.
-    weight, bias, log_std
-        A ``[X, J]``, b ``[X]`` and :math:`\log s`, ``[X]`` or ``[]`` (one scale for all pixels).
-    """
-
-    def __init__(self, frequency: Tensor, phase: Tensor, weight: Tensor, bias: Tensor, log_std: Tensor) -> None:
-        super().__init__()
-        self.frequency, self.phase = nn.Parameter(frequency), nn.Parameter(phase)
-        self.weight, self.bias, self.log_std = nn.Parameter(weight), nn.Parameter(bias), nn.Parameter(log_std)
-
-    def forward(self, z: Tensor) -> Gaussian:
-        """Return p(x given z) for ``z`` ``[K, B, D]``."""
-        return Gaussian((z @ self.frequency.mT + self.phase).cos() @ self.weight.mT + self.bias, self.log_std)
-
-    def expected_log_likelihood(self, x: Tensor, q: DiagonalGaussian | FullGaussian) -> Tensor:
-        r"""Return the exact :math:`\EE_q[\log p(x \mid z)]`, ``[B]``.
-
-        With features f and whitened :math:`r = (x - b) / s`, :math:`A' = A / s`, the expected square error is
-        :math:`|r|^2 - 2\, r^\top A' \EE[f] + \sum_{ij} (A'^\top A')_{ij}\, \EE[f_i f_j]`.
-        """
-        scale = (-self.log_std).exp().expand_as(self.bias)
-        residual, weight = (x - self.bias) * scale, self.weight * scale.unsqueeze(-1)
-        i, j = torch.triu_indices(len(self.phase), len(self.phase), device=x.device)
-        products = 0.5 * sum(
-            expected_cosines(q, self.frequency[i] + sign * self.frequency[j], self.phase[i] + sign * self.phase[j])
-            for sign in (1, -1)
-        )
-        gram = (weight.mT @ weight)[i, j] * torch.where(i == j, 1.0, 2.0).to(x)  # a pair stands for both orders
-        features = expected_cosines(q, self.frequency, self.phase)
-        square = residual.square().sum(-1) - 2 * ((residual @ weight) * features).sum(-1) + products @ gram
-        return -0.5 * square + scale.log().sum() - 0.5 * len(self.bias) * LOG_2PI
-
-
-def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
+def elbo(joint: Callable[..., Tensor], x: Tensor, q) -> Tensor:
     r"""Return the ELBO :math:`\mathbb E_q[\log p(x \mid z)] - \mathrm{KL}(q \,\|\, p(z))` in closed form, ``[B]``.
 
     Introduced in book/03-silent-gradients.ipynb.
@@ -243,7 +179,7 @@ def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
     ----------
     joint
         a model with the method ``expected_log_likelihood(x, q)``, or whose ``decode`` has it, such as
-        :class:`vaelib.models.LinearGaussian` or a joint made of a :class:`LinearDecoder`.
+        :class:`vaelib.models.LinearGaussian` or a joint made of a :class:`vaelib.models.LinearDecoder`.
     x
         observations, ``[B, X]``.
     q
@@ -261,7 +197,7 @@ def elbo(joint: nn.Module, x: Tensor, q) -> Tensor:
         f"{type(getattr(joint, 'decode', joint)).__name__} has no closed form of E_q[log p(x given z)], which needs a "
         "log-likelihood quadratic in z: the log(1 + e^l) of Bernoulli pixels is not, nor is anything behind a hidden "
         "layer (but for cosines); estimate it with a row of the tableau such as elbo-path, or decode with a "
-        "silent.LinearDecoder or silent.CosineDecoder"
+        "models.LinearDecoder or models.CosineDecoder"
     )
 
 
@@ -273,6 +209,7 @@ def linear_moments(q, weight: Tensor) -> tuple[Tensor, Tensor]:
     InputError
         if the posterior does not know its moments.
     """
+    q = as_posterior(q)
     if not hasattr(q, "linear_moments"):
         raise InputError(
             f"a {type(q).__name__} does not know the mean and variance of W z (method linear_moments), of which the "
@@ -282,7 +219,7 @@ def linear_moments(q, weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.linear_moments(weight)
 
 
-def _loss(joint: nn.Module, q, x: Tensor, eps: Tensor | None) -> Tensor:
+def _loss(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor | None) -> Tensor:
     return -elbo(joint, x, q)
 
 
@@ -314,7 +251,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "cosine": co
 """How the weight of the guide goes from 1 to 0 while the fraction done t goes from 0 to 1, by name."""
 
 
-def annealed(base: Estimator | LossEstimator, weight: float, guide: Estimator | LossEstimator = ELBO) -> LossEstimator:
+def annealed(base: Estimator, weight: float, guide: Estimator = ELBO) -> LossEstimator:
     r"""Return the estimator that lets a linear decoder guide the encoder with weight :math:`\lambda`.
 
     .. math:: \partial_\phi: \quad \lambda\, \partial_\phi \mathcal L_{\text{linear}}
@@ -340,34 +277,33 @@ def annealed(base: Estimator | LossEstimator, weight: float, guide: Estimator | 
     InputError
         for a weight outside of 0 to 1, or an estimator that is not of the ELBO.
     """
-    if not 0 <= weight <= 1:
-        raise InputError(f"the weight of the guide must be between 0 and 1, but is {weight:g}")
+    between("the weight of the guide", weight, 0, 1)
     _of_elbo(base), _of_elbo(guide)
 
-    def loss(joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+    def loss(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor) -> Tensor:
         _guided(joint)
-        model = one_pass(base, joint.joint, scaled_gradient(q, 1 - weight), x, eps)
+        model = base.loss(joint.joint, scaled_gradient(q, 1 - weight), x, eps)
         if weight == 0:
             return model
-        linear = one_pass(guide, joint.guide, scaled_gradient(q, weight), x, eps)
+        linear = guide.loss(joint.guide, scaled_gradient(q, weight), x, eps)
         return model + linear - linear.detach()
 
     target = base.target if weight == 0 else None
     return LossEstimator(f"elbo-annealed({weight:g})", "elbo", target, base.least_k, "shao2025", loss)
 
 
-Control = Callable[[Estimator | LossEstimator, nn.Module, Any, Tensor, Tensor], Tensor]
+Control = Callable[[Estimator, Any, Any, Tensor, Tensor], Tensor]
 """``(base, joint, q, x, eps) -> [B]``: a loss whose gradient in q has the mean 0."""
 
 
-def linear_control(base: Estimator | LossEstimator, joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+def linear_control(base: Estimator, joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor) -> Tensor:
     """Return the loss of the linear decoder as ``base`` estimates it, less the exact one, ``[B]``."""
     still = stop_gradient(joint.guide)
-    return one_pass(base, still, q, x, eps) + elbo(still, x, q)
+    return base.loss(still, q, x, eps) + elbo(still, x, q)
 
 
 def taylor_control(
-    base: Estimator | LossEstimator, joint: nn.Module, q: DiagonalGaussian, x: Tensor, eps: Tensor
+    base: Estimator, joint: Callable[..., Tensor], q: DiagonalGaussian, x: Tensor, eps: Tensor
 ) -> Tensor:
     r"""Return a loss with the gradient of the model's own second-order expansion around the mean of q, ``[B]``.
 
@@ -390,7 +326,7 @@ def taylor_control(
     return -(curvature.detach() * q.mean + (slope * delta).detach() * q.log_std).sum(-1).mean(0)
 
 
-def controlled(base: Estimator | LossEstimator, scale: float, control: Control = linear_control) -> LossEstimator:
+def controlled(base: Estimator, scale: float, control: Control = linear_control) -> LossEstimator:
     r"""Return ``base`` with the silent gradient of a linear decoder as its control variate.
 
     .. math:: g(\varepsilon) - c\, \big( g_{\text{linear}}(\varepsilon) - \EE[g_{\text{linear}}] \big)
@@ -416,9 +352,9 @@ def controlled(base: Estimator | LossEstimator, scale: float, control: Control =
     """
     _of_elbo(base)
 
-    def loss(joint: nn.Module, q, x: Tensor, eps: Tensor) -> Tensor:
+    def loss(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor) -> Tensor:
         _guided(joint)
-        model = one_pass(base, joint.joint, q, x, eps)
+        model = base.loss(joint.joint, q, x, eps)
         rest = -scale * control(base, joint, q, x, eps)
         if control is linear_control:  # the guide learns
             rest = rest - elbo(joint.guide, x, q.stop_gradient())
@@ -428,21 +364,24 @@ def controlled(base: Estimator | LossEstimator, scale: float, control: Control =
 
 
 def covariances(
-    base: Estimator | LossEstimator, joint: nn.Module, q, x: Tensor, eps: Tensor, control: Control = linear_control
+    base: Estimator, joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor, control: Control = linear_control
 ) -> tuple[float, float]:
     r"""Return :math:`\sum_i g_i h_i` and :math:`\sum_i h_i^2`, of which the best scale of a control variate is made.
 
     Here g is the gradient of ``base`` and h that of the control, in the numbers that q is made of, and
     :math:`\EE[h] = 0`, so that the ratio of the two means is :math:`c^* = \operatorname{Cov}[g, h] / \Var[h]`.
     """
-    _of_tensors(q)
-    names = [field.name for field in fields(q)]
-    leaves = [getattr(q, name).detach().requires_grad_() for name in names]
-    q, still = replace(q, **dict(zip(names, leaves))), stop_gradient(joint)
+    leaves: list[Tensor] = []
+
+    def leaf(parameter: Tensor) -> Tensor:
+        leaves.append(parameter.detach().requires_grad_())
+        return leaves[-1]
+
+    q, still = of_tensors(q).map_parameters(leaf), stop_gradient(joint)
     with torch.enable_grad():
-        g = torch.autograd.grad(one_pass(base, still.joint, q, x, eps).sum(), leaves)
+        g = torch.autograd.grad(base.loss(still.joint, q, x, eps).sum(), leaves)
         h = torch.autograd.grad(control(base, still, q, x, eps).sum(), leaves)
-    return sum((a * b).sum().item() for a, b in zip(g, h)), sum(b.square().sum().item() for b in h)
+    return sum((a * b).sum().item() for a, b in zip(g, h, strict=True)), sum(b.square().sum().item() for b in h)
 
 
 class TrackedScale:
@@ -477,8 +416,8 @@ class TrackedScale:
 
     def __init__(
         self,
-        base: Estimator | LossEstimator,
-        model: nn.Module,
+        base: Estimator,
+        model: Any,
         x: Tensor,
         k: int = 1,
         *,
@@ -491,7 +430,7 @@ class TrackedScale:
         self.every, self.memory, self.generator = every, memory, generator
         self.calls, self.scale = 0, 0.0
 
-    def __call__(self, done: float) -> LossEstimator:
+    def __call__(self, progress: Any = None) -> LossEstimator:
         """Return the estimator for the next step, and look at the scale again every few calls."""
         if self.calls % self.every == 0:
             with torch.no_grad():
@@ -503,44 +442,32 @@ class TrackedScale:
         self.calls += 1
         return controlled(self.base, self.scale, self.control)
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint has to hold of it."""
+        generator = None if self.generator is None else self.generator.get_state()
+        return {"calls": self.calls, "scale": self.scale, "generator": generator}
 
-def scaled_gradient(q, factor: float):
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.calls, self.scale = state["calls"], state["scale"]
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+
+
+def scaled_gradient(q: Posterior, factor: float) -> Posterior:
     r"""Return the same posterior, but f times the gradient goes back: :math:`\bar\phi + f(\phi-\bar\phi)`."""
-    _of_tensors(q)
-    still = q.stop_gradient()
-    values = {field.name: (getattr(q, field.name), getattr(still, field.name)) for field in fields(q)}
-    return replace(q, **{name: stopped + factor * (value - stopped) for name, (value, stopped) in values.items()})
+    return of_tensors(q).map_parameters(lambda p: p.detach() + factor * (p - p.detach()))
 
 
-def one_pass(estimator: Estimator | LossEstimator, joint: nn.Module, q, x: Tensor, eps: Tensor | None) -> Tensor:
-    """Return minus the bound, ``[B]``, with the gradient of an estimator of the ELBO: its surrogate in one pass.
-
-    In a row of the ELBO the path weighs what theta does, if there is one; so nothing has to be taken apart.
-    """
-    if isinstance(estimator, LossEstimator):
-        return estimator.loss(joint, q, x, eps)
-    z = q.sample(eps)
-    if estimator.reparameterised:
-        if not z.requires_grad and q.log_prob(z).requires_grad:
-            check_path(estimator, z)
-        density = q if estimator.automatic else q.stop_gradient()
-    else:
-        z, density = z.detach(), q
-    log_p, log_q = log_joint(joint, x, z), density.log_prob(z)
-    log_w = (log_p - log_q).detach()
-    a, _, c = estimator.weights(log_w)
-    total = (a * log_p + (c if density is q else -a) * log_q).sum(0)
-    if density is not q:
-        total = total + (c * q.log_prob(z.detach())).sum(0)
-    return -(log_w.mean(0) + total - total.detach())
-
-
-def _of_tensors(q) -> None:
-    if not all(isinstance(getattr(q, field.name), Tensor) for field in fields(q)):
+def of_tensors(q: Any) -> Posterior:
+    """Return a posterior that is made of its parameters alone, or raise InputError."""
+    q = as_posterior(q)
+    if next(functions_in(q), None) is not None:
         raise InputError(
-            f"a guide is for a posterior that is made of tensors, not a {type(q).__name__}: use DiagonalGaussian, "
-            "FullGaussian, or bits or choices"
+            f"a guide is for a posterior that is made of numbers alone, but a {type(q).__name__} has a network inside: "
+            "use DiagonalGaussian, FullGaussian, or bits or choices"
         )
+    return q
 
 
 def _one_gaussian(q, what: str, instead: str) -> None:
@@ -551,7 +478,7 @@ def _one_gaussian(q, what: str, instead: str) -> None:
         )
 
 
-def _of_elbo(estimator: Estimator | LossEstimator) -> None:
+def _of_elbo(estimator: Estimator) -> None:
     if estimator.bound != "elbo":
         raise InputError(
             f"estimator '{estimator.name}' is of the bound '{estimator.bound}', but a linear decoder's closed form "
@@ -559,7 +486,7 @@ def _of_elbo(estimator: Estimator | LossEstimator) -> None:
         )
 
 
-def _guided(joint: nn.Module) -> None:
+def _guided(joint: Callable[..., Tensor]) -> None:
     if not hasattr(joint, "guide"):
         raise InputError(
             f"this estimator needs a linear decoder beside the model's own, but {type(joint).__name__} has none: "

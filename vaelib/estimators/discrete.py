@@ -1,15 +1,14 @@
-r"""Gradients for discrete latents, whose samples have no path: by name, exact or not, biased or not.
+r"""Estimators for discrete latents, whose samples have no path: exact or not, biased or not.
 
-With bits or one-hot choices z and :math:`f(z) = \log p(x, z) - \log q(z \mid x)`, :data:`ESTIMATORS` holds all that can
-train them. Each goes through the one engine, ``objectives.backward(ESTIMATORS[name], joint, encoder, x, eps)``:
+With bits or one-hot choices z and :math:`f(z) = \log p(x, z) - \log q(z \mid x)`, these stand beside the rows of the
+tableau that have no path channel (from ``elbo-score`` to ``rws``), which ask nothing of z:
 
-* the rows of the tableau that have no path channel, from ``elbo-score`` to ``rws``; they ask nothing of z;
 * ``elbo-arm`` and ``elbo-disarm``, for bits: the difference of f at a sample and at its antithetic twin;
 * ``elbo-gumbel-softmax`` and ``elbo-straight-through``: the gradient of a continuous sample instead, which is biased;
-* ``elbo-silent``: no draws, for a decoder that is linear (:mod:`vaelib.silent`);
 * ``elbo-exact``: no draws, whatever the decoder, by going through all values of z, if they are few.
 
-The last two are the truth that the others are held against.
+The last one, and the silent gradient where the decoder is linear (:mod:`vaelib.estimators.silent`), are the truth that
+the others are held against.
 """
 
 from __future__ import annotations
@@ -17,20 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vaelib import silent
 from vaelib.bounds import divergence
-from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS as TABLEAU
-from vaelib.estimators import Estimator, LossEstimator
-from vaelib.objectives import log_joint
-from vaelib.posteriors import Discrete, FactorisedBernoulli
+from vaelib.errors import InputError, positive
+from vaelib.estimators.base import LossEstimator, log_joint, log_weight
+from vaelib.posteriors import Discrete, FactorisedBernoulli, as_posterior, times
 
 
-def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
+def exact_elbo(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
     r"""Return the ELBO :math:`\sum_z q(z) [\log p(x, z) - \log q(z)]` by going through all values of z, ``[B]``.
 
     Its gradient by automatic differentiation is exact. The S values are the draws of one pass through the model,
@@ -41,12 +38,12 @@ def exact_elbo(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     InputError
         if there are more values, or if z is not discrete.
     """
-    z = _every_value(q, x)
+    q, z = every_value(q, x)
     log_q = q.log_prob(z)
-    return (log_q.exp() * (log_joint(joint, x, z) - log_q)).sum(0)
+    return times(log_q.exp(), log_weight(joint, x, z, log_q)).sum(0)
 
 
-def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
+def log_marginal(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
     r"""Return the exact :math:`\log p(x) = \log \sum_z p(x, z)`, ``[B]``; q (or ``joint.prior``) says what z can be.
 
     Introduced in book/07-choosing.ipynb.
@@ -56,10 +53,10 @@ def log_marginal(joint: nn.Module, x: Tensor, q: Discrete) -> Tensor:
     InputError
         as for :func:`exact_elbo`.
     """
-    return log_joint(joint, x, _every_value(q, x)).logsumexp(0)
+    return log_joint(joint, x, every_value(q, x)[1]).logsumexp(0)
 
 
-def exact(joint: nn.Module, q: Discrete, x: Tensor, eps: Tensor | None) -> Tensor:
+def exact(joint: Callable[..., Tensor], q: Discrete, x: Tensor, eps: Tensor | None) -> Tensor:
     """Return minus :func:`exact_elbo`, ``[B]``; there is no noise."""
     return -exact_elbo(joint, x, q)
 
@@ -77,7 +74,7 @@ def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -
         ``(eps, z - twin, q) -> h``, all ``[K, B, D]``.
     """
 
-    def loss(joint: nn.Module, q: FactorisedBernoulli, x: Tensor, eps: Tensor) -> Tensor:
+    def loss(joint: Callable[..., Tensor], q: FactorisedBernoulli, x: Tensor, eps: Tensor) -> Tensor:
         if not isinstance(q, FactorisedBernoulli):
             raise InputError(
                 f"ARM and DisARM are for bits, a posterior FactorisedBernoulli, but this one is a {type(q).__name__}: "
@@ -85,12 +82,12 @@ def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -
             )
         z, twin = q.sample(eps), q.sample(1 - eps)
         both = torch.cat((z, twin))
-        log_p = log_joint(joint, x, both)
-        log_w = (log_p - q.log_prob(both)).detach()
-        first, second = log_w.chunk(2)
+        log_w = log_weight(joint, x, both, q.log_prob(both).detach())
         with torch.no_grad():
+            first, second = log_w.chunk(2)
             gradient = (first - second).unsqueeze(-1) * weigh(eps, z - twin, q)
-        total = log_p.mean(0) + (gradient * q.logits).sum(-1).mean(0)
+        logits = q.logits.masked_fill(q.logits.isinf(), 0.0)  # a bit that is sure has nothing to learn
+        total = (gradient * logits).sum(-1).mean(0)
         return -(log_w.mean(0) + total - total.detach())
 
     return loss
@@ -123,11 +120,10 @@ def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]
     ones bounds nothing; where the gradient is not taken straight through, that is one more pass through the decoder,
     without a gradient.
     """
-    if not temperature > 0:
-        raise InputError(f"the temperature of a relaxed sample must be above 0, but is {temperature:g}")
+    positive("the temperature of a relaxed sample", temperature)
 
-    def loss(joint: nn.Module, q: Discrete, x: Tensor, eps: Tensor) -> Tensor:
-        _discrete(q, "a relaxed sample")
+    def loss(joint: Callable[..., Tensor], q: Discrete, x: Tensor, eps: Tensor) -> Tensor:
+        discrete(q, "a relaxed sample")
         if not hasattr(joint, "log_likelihood"):
             raise InputError(
                 "a relaxed sample goes through the likelihood alone (method log_likelihood), which a "
@@ -158,8 +154,8 @@ def gumbel_softmax(temperature: float) -> LossEstimator:
         if the temperature is not above 0.
     """
     name = f"elbo-gumbel-softmax({temperature:g})"
-    summary = "For discrete latents: the gradient of a continuous sample, which is biased."
-    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False), summary)
+    words = "For discrete latents: the gradient of a continuous sample, which is biased."
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False), words)
 
 
 def straight_through(temperature: float) -> LossEstimator:
@@ -174,8 +170,8 @@ def straight_through(temperature: float) -> LossEstimator:
         if the temperature is not above 0.
     """
     name = f"elbo-straight-through({temperature:g})"
-    summary = "For discrete latents: the value of the sample, the gradient of a continuous one; biased."
-    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True), summary)
+    words = "For discrete latents: the value of the sample, the gradient of a continuous one; biased."
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True), words)
 
 
 def annealed_temperature(step: int, rate: float = 1e-4, floor: float = 0.5) -> float:
@@ -184,43 +180,36 @@ def annealed_temperature(step: int, rate: float = 1e-4, floor: float = 0.5) -> f
 
 
 TEMPERATURE = 0.5
-"""The temperature of the relaxed estimators in :data:`ESTIMATORS`; the floor of Jang et al.'s schedule."""
+"""The temperature of the relaxed estimators that have a plain name; the floor of Jang et al.'s schedule."""
 
-ESTIMATORS: dict[str, Estimator | LossEstimator] = {
-    **{name: row for name, row in TABLEAU.items() if not row.reparameterised},
-    "elbo-arm": LossEstimator(
-        "elbo-arm",
-        "elbo",
-        "elbo",
-        1,
-        "yin2019",
-        arm,
-        "For bits: the difference between a sample and its antithetic twin.",
-    ),
-    "elbo-disarm": LossEstimator(
-        "elbo-disarm", "elbo", "elbo", 1, "dong2020", disarm, "For bits: ARM, averaged over all noise of the same pair."
-    ),
-    "elbo-gumbel-softmax": replace(gumbel_softmax(TEMPERATURE), name="elbo-gumbel-softmax"),
-    "elbo-straight-through": replace(straight_through(TEMPERATURE), name="elbo-straight-through"),
-    "elbo-silent": silent.ELBO,
-    "elbo-exact": LossEstimator(
-        "elbo-exact",
-        "elbo",
-        "elbo",
-        1,
-        "mohamed2020",
-        exact,
-        "For discrete latents of at most 12 bits: no draws, all values.",
-    ),
-}
-"""Everything that can train a discrete posterior, by name."""
+ARM, DISARM = (
+    LossEstimator(name, "elbo", "elbo", 1, source, loss, words)
+    for name, source, loss, words in (
+        ("elbo-arm", "yin2019", arm, "For bits: the difference between a sample and its antithetic twin."),
+        ("elbo-disarm", "dong2020", disarm, "For bits: ARM, averaged over all noise of the same pair."),
+    )
+)
+GUMBEL_SOFTMAX = replace(gumbel_softmax(TEMPERATURE), name="elbo-gumbel-softmax")
+STRAIGHT_THROUGH = replace(straight_through(TEMPERATURE), name="elbo-straight-through")
+EXACT = LossEstimator(
+    "elbo-exact",
+    "elbo",
+    "elbo",
+    1,
+    "mohamed2020",
+    exact,
+    "For discrete latents of at most 12 bits: no draws, all values.",
+)
 
 
-def _every_value(q: Discrete, x: Tensor) -> Tensor:
-    return _discrete(q, "enumeration").support().expand(-1, len(x), -1)
+def every_value(q: Any, x: Tensor) -> tuple[Discrete, Tensor]:
+    """Return q and every value that its z can have, ``[S, B, D]``."""
+    q = discrete(as_posterior(q), "enumeration")
+    return q, q.support().expand(-1, len(x), -1)
 
 
-def _discrete(q: Discrete, what: str) -> Discrete:
+def discrete(q: Any, what: str) -> Discrete:
+    """Return q if it is discrete, or say what needs it to be."""
     if not isinstance(q, Discrete):
         raise InputError(
             f"{what} is for a discrete posterior, FactorisedBernoulli or OneHotCategorical, but this one is a "

@@ -1,0 +1,154 @@
+r"""What an estimator is: a loss, whose value is minus a bound and whose gradient is the estimator of the bound's.
+
+Everything that trains or measures needs nothing else of it, of whatever kind it is: ``estimator.loss(joint, q, x,
+eps)`` is a pure function, so that ``loss.mean().backward()`` is a step of training (:func:`vaelib.objectives.backward`)
+and ``vmap(grad(loss))`` gives the gradient of every single draw (:mod:`vaelib.gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vaelib.bounds import BOUNDS
+from vaelib.errors import InputError
+from vaelib.posteriors import Latent, Posterior, layers_of, ready
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A gradient estimator. Introduced in book/02-score-and-path.ipynb.
+
+    Attributes
+    ----------
+    name
+        its name here and on the command line.
+    bound
+        the bound whose value it reports, a key of :data:`vaelib.bounds.BOUNDS`.
+    target
+        what it is unbiased for: "elbo", "iwae", "wake" (the wake-phase update of the encoder), or None.
+    least_k
+        the smallest number of draws it is defined for.
+    reference
+        where it comes from, a key of the bibliography.
+    """
+
+    name: str
+    bound: str
+    target: str | None
+    least_k: int
+    reference: str
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a line."""
+        return ""
+
+    def loss(self, joint: Callable[[Tensor, Latent], Tensor], q: Any, x: Tensor, eps: Latent | None) -> Tensor:
+        r"""Return ``-bound``, ``[B]``, as a pure function whose gradient is the estimator.
+
+        Parameters
+        ----------
+        joint
+            called as ``joint(x, z)``, returns :math:`\log p_\theta(x, z)`, ``[K, B]``.
+        q
+            the posterior that an encoder returned for ``x`` (see :mod:`vaelib.posteriors`).
+        x
+            observations, ``[B, ...]``.
+        eps
+            the noise of K draws, ``[K, B, D]`` or one such tensor a stochastic layer; ``q.noise(k, generator)``.
+
+        Raises
+        ------
+        InputError
+            if the estimator is not defined for this K or this posterior, if q is no posterior or not the same function
+            each time, or if the joint density does not have the shape ``[K, B]``.
+        """
+        return self.differentiate(joint, self.checked(q, eps), x, eps)
+
+    def reference_loss(self, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None) -> Tensor:
+        """Return the same loss in the form that shows what it is, and that :meth:`loss` is held to; slower."""
+        return self.differentiate_by_channels(joint, self.checked(q, eps), x, eps)
+
+    def checked(self, q: Any, eps: Latent | None) -> Posterior:
+        """Return q as a posterior that the estimator can rely on."""
+        if eps is not None:
+            self.check(draws(eps))
+        return ready(q, eps)
+
+    def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent | None) -> Tensor:
+        """Return the loss; :meth:`loss` has seen to its arguments."""
+        raise NotImplementedError
+
+    def differentiate_by_channels(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
+        """Return the loss; an estimator without channels has but the one form."""
+        return self.differentiate(joint, q, x, eps)
+
+    def value(self, log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
+        """Return the bound that it reports, ``[K, B] -> [B]``."""
+        return BOUNDS[self.bound](log_w, log_share)
+
+    def check(self, k: int) -> None:
+        """Raise InputError if the estimator is not defined for ``k`` draws."""
+        if k < self.least_k:
+            raise InputError(f"estimator '{self.name}' needs k >= {self.least_k} draws, but k is {k}")
+
+
+@dataclass(frozen=True)
+class LossEstimator(Estimator):
+    """An estimator that is given by its loss: no row of the tableau, since it is not a weight for each draw's log w.
+
+    Attributes
+    ----------
+    function
+        ``(joint, q, x, eps) -> [B]``, the loss.
+    words
+        what it does, in a line.
+    """
+
+    function: Callable[..., Tensor]
+    words: str = ""
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a line."""
+        return self.words
+
+    def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent | None) -> Tensor:
+        """Return the loss."""
+        return self.function(joint, q, x, eps)
+
+
+def draws(eps: Latent) -> int:
+    """Return the number of draws K that the noise is for."""
+    return layers_of(eps)[0].shape[0]
+
+
+def log_joint(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> Tensor:
+    """Return ``joint(x, z)``, or raise InputError if it is not of the shape ``[K, B]``."""
+    return _shaped("joint(x, z)", "log p(x, z)", joint(x, z), x, z)
+
+
+def log_weight(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_q: Tensor) -> Tensor:
+    r"""Return :math:`\log w = \log p_\theta(x, z) - \log q`, ``[K, B]``.
+
+    Raises
+    ------
+    InputError
+        if one of the two has another shape.
+    """
+    return log_joint(joint, x, z) - _shaped("log_prob(z)", "log q(z)", log_q, x, z)
+
+
+def _shaped(function: str, what: str, value: Tensor, x: Tensor, z: Latent) -> Tensor:
+    expected = (draws(z), x.shape[0])
+    if not isinstance(value, Tensor) or value.shape != expected:
+        found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(
+            f"{function} must return {what} of the shape [K, B] = {list(expected)}, one value for each draw and "
+            f"observation, but returned {found}; see that it sums over the last axis"
+        )
+    return value

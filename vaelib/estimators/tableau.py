@@ -1,0 +1,295 @@
+r"""The tableau: every gradient estimator of the book as one row of one table.
+
+With K draws :math:`z_k = t(\varepsilon_k, \phi)` and log-weights
+:math:`\log w_k = \log p_\theta(x, z_k) - \log q_\phi(z_k \mid x)`, each estimator of the gradient of a bound is
+
+.. math::
+
+    \sum_k \; \underbrace{a_k\, \partial_\theta \log p_\theta(x, z_k)}_{\text{theta channel}}
+    + \underbrace{b_k\, \partial_z \log w(z_k)\, \partial_\phi z_k}_{\text{path channel}}
+    + \underbrace{c_k\, \partial_\phi \log q_\phi(z_k \mid x)}_{\text{score channel}}
+
+with weights a, b, c that depend on :math:`\log w` alone and are held constant. A row is therefore a rule
+``log_w [K, B] -> Weights``; :class:`Row` turns it into a loss. To add an estimator, write its rule
+below: it then exists in the engine, the command line, the tests and the chapters.
+
+Write :math:`\tilde w = \operatorname{softmax}_k \log w` and :math:`\hat L = \log \tfrac1K \sum_k w_k`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vaelib.bounds import iwae, normalised
+from vaelib.errors import InputError
+from vaelib.estimators.base import Estimator, draws, log_joint, log_weight
+from vaelib.posteriors import Latent, Posterior, layers_of, map_latent, stop_gradient
+
+
+class Weights(NamedTuple):
+    """The three channel weights a, b, c of a row, each ``[K, B]``; None in a rule's answer is a channel not used."""
+
+    theta: Tensor
+    path: Tensor | None
+    score: Tensor | None
+
+
+@dataclass(frozen=True)
+class Row(Estimator):
+    """One row of the tableau. Introduced in book/02-score-and-path.ipynb.
+
+    Attributes
+    ----------
+    rule
+        its definition, ``log_w [K, B] -> Weights``.
+    """
+
+    rule: Callable[[Tensor], Weights]
+
+    def weights(self, log_w: Tensor, log_share: Tensor | float = 0.0) -> Weights:
+        """Return the weights a, b, c for ``log_w`` ``[K, B]``; a channel that is not used weighs 0."""
+        self.check(log_w.shape[0])
+        weights = self.rule(log_w + log_share)
+        if isinstance(log_share, Tensor) and self.bound == "elbo":
+            weights = (w if w is None else w * log_share.exp() for w in weights)
+        return Weights(*(torch.zeros_like(log_w) if w is None else w for w in weights))
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a line."""
+        return inspect.getdoc(self.rule) or ""
+
+    @cached_property
+    def example(self) -> Weights:
+        """The rule's weights of three draws, which show the channels that it uses."""
+        return self.rule(torch.arange(3.0).unsqueeze(-1))
+
+    @property
+    def reparameterised(self) -> bool:
+        """Whether the row uses the path channel, and so needs a sample that is differentiable in phi."""
+        return self.example.path is not None
+
+    @cached_property
+    def automatic(self) -> bool:
+        """Whether the row is what automatic differentiation gives with nothing held constant: b = a = -c."""
+        a, b, c = self.example
+        return b is not None and c is not None and torch.equal(b, a) and torch.equal(c, -a)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the row differentiates the bound as one function of log w, with q held constant in it or not."""
+        a, b, c = self.example
+        return self.automatic or (b is not None and torch.equal(b, a) and c is None)
+
+    def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
+        r"""Return ``-bound``, ``[B]``, with the three channels as its gradient, in one pass through the model.
+
+        A row with a path evaluates :math:`\log w` with q held constant and differentiates the bound of it: that is the
+        theta channel, and :math:`a_k\, \partial_z \log w_k` arrives at the sample, where it is scaled by
+        :math:`b_k / a_k` on its way to the encoder. The score channel is :math:`\log q` at a stopped sample with weight
+        :math:`c_k`. A row that is what automatic differentiation gives anyway has nothing to hold constant.
+        """
+        log_share = self.shares(q, draws(eps))
+        if self.automatic:
+            z, log_q = q.sample_and_log_prob(eps)
+            self.check_path(q, z, eps)
+            return -self.value(log_weight(joint, x, z, log_q), log_share)
+
+        z = q.sample(eps)
+        still = map_latent(Tensor.detach, z)
+        score = None if self.example.score is None else q.log_prob_of_sample(still, eps)
+        if self.reparameterised:
+            self.check_path(q, z, eps)
+            z = map_latent(lambda layer: layer.view_as(layer), z)  # what arrives here is log w's alone
+            log_q = q.stop_gradient().log_prob_of_sample(z, eps)
+        else:
+            z, log_q = still, score.detach()
+        log_w = log_weight(joint, x, z, log_q)
+        bound = self.value(log_w, log_share)
+        if self.whole:
+            return -bound
+
+        a, b, c = self.rule(log_w.detach())
+        if b is not None and b is not a:
+            ratio = (b / a).masked_fill(a == 0, 0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
+            for layer in layers_of(z):
+                if layer.requires_grad:  # some layers may be frozen
+                    layer.register_hook(lambda gradient: ratio * gradient)
+        if c is None:
+            return -bound
+        total = (c * score).sum(0)
+        return -(bound + total - total.detach())
+
+    def differentiate_by_channels(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
+        """Return the same loss with a line for each channel: theta, phi through the sample, phi through the density."""
+        log_share = self.shares(q, draws(eps))
+        z = q.sample(eps)
+        self.check_path(q, z, eps)
+        still = map_latent(Tensor.detach, z)
+
+        theta = log_joint(joint, x, still)
+        path = log_weight(stop_gradient(joint), x, z, q.stop_gradient().log_prob_of_sample(z, eps))
+        score = q.log_prob_of_sample(still, eps)
+
+        log_w = (theta - score).detach()
+        a, b, c = self.weights(log_w, log_share.detach() if isinstance(log_share, Tensor) else log_share)
+        total = (a * theta + b * path + c * score).sum(0)
+        return -(self.value(log_w, log_share) + total - total.detach())
+
+    def shares(self, q: Posterior, k: int) -> Tensor | float:
+        """Return what each draw counts, or raise InputError if they are stratified and the row needs equal ones."""
+        log_share = q.log_share(k)
+        if isinstance(log_share, Tensor) and not self.whole:
+            raise InputError(
+                f"estimator '{self.name}' weighs path and score by draws of one q, but a {type(q).__name__} is drawn "
+                f"from component by component: use one of {', '.join(n for n, row in TABLEAU.items() if row.whole)}"
+            )
+        return log_share
+
+    def check_path(self, q: Posterior, z: Latent, eps: Latent) -> None:
+        """Raise InputError if the row has a path, but only the density of q moves with its parameters, not its sample.
+
+        If neither moves, the encoder is frozen, and the model learns by itself.
+        """
+        if not self.reparameterised or any(layer.requires_grad for layer in layers_of(z)):
+            return
+        if q.log_prob_of_sample(z, eps).requires_grad:
+            raise InputError(
+                f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
+                f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
+                "elbo-score-loo, iwae-vimco or rws"
+            )
+
+
+TABLEAU: dict[str, Row] = {}
+"""The tableau, by name."""
+
+
+def row(name: str, bound: str, target: str | None, reference: str, least_k: int = 1):
+    """Enter the decorated rule into :data:`TABLEAU`."""
+
+    def enter(rule: Callable[[Tensor], Weights]) -> Callable[[Tensor], Weights]:
+        TABLEAU[name] = Row(name, bound, target, least_k, reference, rule)
+        return rule
+
+    return enter
+
+
+def uniform(log_w: Tensor) -> Tensor:
+    """Return 1/K for every draw, ``[K, B]``."""
+    return torch.full_like(log_w, 1 / log_w.shape[0])
+
+
+def mean_of_others(log_w: Tensor) -> Tensor:
+    """Return for every draw the mean of the K - 1 other log-weights, ``[K, B]``; -inf if one of them is."""
+    never = log_w == -math.inf
+    possible = log_w.masked_fill(never, 0.0)
+    mean = (possible.sum(0) - possible) / (log_w.shape[0] - 1)
+    return mean.masked_fill(never.sum(0) - never.int() > 0, -math.inf)
+
+
+def signal(bound: Tensor) -> Tensor:
+    """Return the bound, and 0 where it is -inf: draws that are all impossible teach nothing."""
+    return bound.masked_fill(bound == -math.inf, 0.0)
+
+
+@row("elbo-score", bound="elbo", target="elbo", reference="williams1992")
+def elbo_score(log_w: Tensor) -> Weights:
+    """REINFORCE: needs no derivative of the sample, pays for it in variance."""
+    u = uniform(log_w)
+    return Weights(theta=u, path=None, score=u * log_w)
+
+
+@row("elbo-score-loo", bound="elbo", target="elbo", reference="kool2019", least_k=2)
+def elbo_score_loo(log_w: Tensor) -> Weights:
+    """REINFORCE with the other draws' mean as the baseline."""
+    u = uniform(log_w)
+    return Weights(theta=u, path=None, score=u * (log_w - mean_of_others(log_w)))
+
+
+@row("elbo-total", bound="elbo", target="elbo", reference="kingma2014")
+def elbo_total(log_w: Tensor) -> Weights:
+    """The reparameterised gradient as automatic differentiation gives it: path and score (eq. 7)."""
+    u = uniform(log_w)
+    return Weights(theta=u, path=u, score=-u)
+
+
+@row("elbo-path", bound="elbo", target="elbo", reference="roeder2017")
+def elbo_path(log_w: Tensor) -> Weights:
+    """Sticking the landing: the path without the score (eq. 8)."""
+    u = uniform(log_w)
+    return Weights(theta=u, path=u, score=None)
+
+
+@row("iwae-score", bound="iwae", target="iwae", reference="mnih2016")
+def iwae_score(log_w: Tensor) -> Weights:
+    """The score-function gradient of the importance-weighted bound, without a baseline."""
+    w = normalised(log_w)
+    return Weights(theta=w, path=None, score=signal(iwae(log_w)) - w)
+
+
+@row("iwae-vimco", bound="iwae", target="iwae", reference="mnih2016", least_k=2)
+def iwae_vimco(log_w: Tensor) -> Weights:
+    """VIMCO: the baseline is the bound with one weight replaced by the geometric mean of the others."""
+    w = normalised(log_w)
+    own = torch.eye(log_w.shape[0], dtype=torch.bool, device=log_w.device).unsqueeze(-1)
+    without_own = iwae(torch.where(own, mean_of_others(log_w), log_w.unsqueeze(1)))
+    return Weights(theta=w, path=None, score=signal(iwae(log_w)) - signal(without_own) - w)
+
+
+@row("iwae-total", bound="iwae", target="iwae", reference="burda2016")
+def iwae_total(log_w: Tensor) -> Weights:
+    """The importance-weighted autoencoder as automatic differentiation gives it (eq. 10)."""
+    w = normalised(log_w)
+    return Weights(theta=w, path=w, score=-w)
+
+
+@row("iwae-path", bound="iwae", target=None, reference="roeder2017")
+def iwae_path(log_w: Tensor) -> Weights:
+    """Algorithm 4 of "Sticking the Landing": biased for K > 1, although the paper conjectures that it is not."""
+    w = normalised(log_w)
+    return Weights(theta=w, path=w, score=None)
+
+
+@row("iwae-dreg", bound="iwae", target="iwae", reference="tucker2019")
+def iwae_dreg(log_w: Tensor) -> Weights:
+    """Doubly reparameterised: the score term turned into a second path term, which leaves squared weights."""
+    w = normalised(log_w)
+    return Weights(theta=w, path=w.square(), score=None)
+
+
+@row("rws", bound="iwae", target="wake", reference="bornschein2015")
+def rws(log_w: Tensor) -> Weights:
+    """Reweighted wake-sleep, wake phase for both: raise log q where the weights are."""
+    w = normalised(log_w)
+    return Weights(theta=w, path=None, score=w)
+
+
+@row("rws-dreg", bound="iwae", target="wake", reference="tucker2019")
+def rws_dreg(log_w: Tensor) -> Weights:
+    """The wake-phase update of phi, doubly reparameterised."""
+    w = normalised(log_w)
+    return Weights(theta=w, path=w - w.square(), score=None)
+
+
+def elbo_scaled(scale: float) -> Row:
+    r"""Return the row that keeps the score times ``scale``: 0 is ``elbo-path``, 1 is ``elbo-total``.
+
+    Unbiased for every fixed scale, since the score's mean is zero. "Sticking the Landing" counts what is *removed*: its
+    control-variate scale :math:`c^*` is ``1 - scale``. Not in :data:`TABLEAU`, being a family of rows.
+    Introduced in book/02-score-and-path.ipynb.
+    """
+
+    def rule(log_w: Tensor) -> Weights:
+        u = uniform(log_w)
+        return Weights(theta=u, path=u, score=-scale * u)
+
+    return Row(f"elbo-scaled({scale:g})", "elbo", "elbo", 1, "roeder2017", rule)

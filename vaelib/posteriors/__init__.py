@@ -1,0 +1,48 @@
+"""Approximate posteriors q(z given x), and the one operation the whole book turns on: holding their parameters still.
+
+:mod:`~vaelib.posteriors.base` says what a posterior is; :mod:`~vaelib.posteriors.gaussian` and
+:mod:`~vaelib.posteriors.discrete` have ours, :mod:`~vaelib.posteriors.convert` takes over those of others.
+"""
+
+from vaelib.posteriors.base import (
+    LOG_2PI,
+    Latent,
+    Noise,
+    Posterior,
+    draw,
+    layers_of,
+    map_latent,
+    standard_normal_log_prob,
+    times,
+    tracing,
+)
+from vaelib.posteriors.convert import as_posterior, functions_in, ready
+from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
+from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
+from vaelib.posteriors.stopping import stop_gradient
+
+__all__ = [
+    "LOG_2PI",
+    "MAX_STATES",
+    "DiagonalGaussian",
+    "Discrete",
+    "FactorisedBernoulli",
+    "FullGaussian",
+    "HierarchicalGaussian",
+    "Latent",
+    "Mixture",
+    "Noise",
+    "OneHotCategorical",
+    "Posterior",
+    "as_posterior",
+    "draw",
+    "functions_in",
+    "gumbel",
+    "layers_of",
+    "map_latent",
+    "ready",
+    "standard_normal_log_prob",
+    "stop_gradient",
+    "times",
+    "tracing",
+]

@@ -1,0 +1,168 @@
+r"""What a posterior is: the contract that every q of this package keeps, and that a q of your own can be tried on.
+
+=============================  ==========================  ======================================================
+``noise(k, generator)``        eps, ``[K, B, D]``          the noise that samples are made of
+``sample(eps)``                z = t(eps, phi)             differentiable in phi (the *path*), or not at all
+``log_prob(z)``                log q(z given x), ``[K, B]``  differentiable in phi (the *score*) and in z
+``sample_and_log_prob(eps)``   both of one draw            without inverting q, so also where q is narrow
+``stop_gradient()``            the same q                  phi held constant; still differentiable in z
+``map_parameters(f)``          the same kind of q          with f applied to each parameter ``[B, ...]``
+``log_share(k)``               0, or ``[K, B]``            the log of what a draw counts, where not all count alike
+=============================  ==========================  ======================================================
+
+A latent of several stochastic layers is a tuple ``(z1, z2, ...)``, and so is its noise. A posterior that can say the
+mean and the variance of linear functions of z has a method ``linear_moments(weight)`` besides; this is all that an
+exact expectation under a linear decoder asks for (see :mod:`vaelib.estimators.silent`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from vaelib.errors import InputError, whole_number
+
+Latent = Tensor | tuple[Tensor, ...]
+"""A sample or its noise: one tensor ``[K, B, D]``, or one for each stochastic layer."""
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def map_latent(function: Callable[[Tensor], Tensor], z: Latent) -> Latent:
+    """Apply ``function`` to every stochastic layer of ``z``."""
+    return tuple(function(layer) for layer in z) if isinstance(z, tuple) else function(z)
+
+
+def layers_of(z: Latent) -> tuple[Tensor, ...]:
+    """Return the stochastic layers of ``z``, one or more."""
+    return z if isinstance(z, tuple) else (z,)
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    r"""Return :math:`\log \mathcal N(z; 0, I)`, summed over the last axis: ``[..., D] -> [...]``."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * LOG_2PI)
+
+
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """Return ``weight * value``, and 0 wherever the weight is, whatever the value: the 0 log 0 of an entropy."""
+    return weight * value.masked_fill(weight == 0, 0.0)
+
+
+def tracing() -> bool:
+    """Whether tensors have no values to look at: under a transform of ``torch.func``, or while a graph is traced."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_current_dispatch_mode() is not None
+        or torch.compiler.is_compiling()
+    )
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one stochastic layer before it is drawn: "normal" or "uniform" on (0, 1), and its tensor's form."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, kind: str, k: int, tensor: Tensor) -> Noise:
+        """Return the noise of ``k`` draws for each entry of ``tensor`` ``[B, D]``, ``[K, B, D]``."""
+        whole_number("the number of draws k", k, least=1)
+        return cls(kind, (k, *tensor.shape), tensor.dtype, tensor.device)
+
+    def draw(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw it; of the uniform noise none is 0."""
+        options = {"generator": generator, "dtype": self.dtype, "device": self.device}
+        if self.kind == "normal":
+            return torch.randn(self.shape, **options)
+        return torch.rand(self.shape, **options).clamp_min(torch.finfo(self.dtype).tiny)
+
+
+def draw(noise: Noise | tuple[Noise, ...], generator: torch.Generator | None = None) -> Latent:
+    """Draw the noise of every stochastic layer, in their order."""
+    return map_latent(lambda layer: layer.draw(generator), noise)
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+class Posterior:
+    """The base of all posteriors; one of your own inherits what it does not say itself.
+
+    It must define ``noise_like``, ``sample`` and ``log_prob``. A dataclass whose fields are tensors with the
+    observations on axis 0 gets ``map_parameters`` and ``stop_gradient`` for free.
+    """
+
+    strata = 1
+    """Draws come in multiples of this number."""
+
+    detaches = False
+    """Whether stopping it on purpose also holds constant what it should not; no estimator then is what it says."""
+
+    def noise_like(self, k: int) -> Noise | tuple[Noise, ...]:
+        """Return the noise that ``k`` draws are made of, before it is drawn."""
+        raise NotImplementedError
+
+    def noise(self, k: int, generator: torch.Generator | None = None) -> Latent:
+        """Draw the noise for ``k`` draws, ``[K, B, D]``."""
+        return draw(self.noise_like(k), generator)
+
+    def sample(self, eps: Latent) -> Latent:
+        """Return z = t(eps, phi)."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Latent) -> Tensor:
+        """Return log q(z), ``[K, B]``."""
+        raise NotImplementedError
+
+    def log_prob_of_sample(self, z: Latent, eps: Latent) -> Tensor:
+        r"""Return :math:`\log q(z)` at the value that :meth:`sample` makes of ``eps``, ``[K, B]``.
+
+        z may be live or held constant, and so may q: as a function of both it is :meth:`log_prob`. A family that can
+        do without inverting :math:`t` says so here, and its value does not suffer where q is narrow.
+        """
+        return self.log_prob(z)
+
+    def sample_and_log_prob(self, eps: Latent) -> tuple[Latent, Tensor]:
+        """Return z and log q(z), both live in phi."""
+        z = self.sample(eps)
+        return z, self.log_prob_of_sample(z, eps)
+
+    def means(self) -> tuple[Tensor, ...]:
+        """Return where each stochastic layer is centred, ``[B, D]`` each."""
+        return (self.mean,)
+
+    def log_share(self, k: int) -> Tensor | float:
+        """Return the log of what each of ``k`` draws counts: 0, all count alike."""
+        return 0.0
+
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """Return the same kind of posterior with ``function`` applied to each parameter, observations on axis 0.
+
+        Raises
+        ------
+        InputError
+            if the posterior has no parameters to be told.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        if not values or not all(isinstance(value, Tensor) for value in values.values()):
+            raise InputError(
+                f"a {type(self).__name__} does not say which numbers it is made of, so that none can be held constant "
+                "or differentiated: give it a method map_parameters(function)"
+            )
+        return replace(self, **{name: function(value) for name, value in values.items()})
+
+    def stop_gradient(self) -> Any:
+        """Return the same posterior with its parameters held constant."""
+        return self.map_parameters(Tensor.detach)

@@ -1,0 +1,223 @@
+r"""Posteriors that come from outside: taken over, or refused, and each tried once before an estimator relies on it."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributions, nn
+
+from vaelib.errors import InputError
+from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tracing
+from vaelib.posteriors.discrete import FactorisedBernoulli, OneHotCategorical
+from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, Mixture
+
+CONTRACT = (
+    "noise_like", "noise", "sample", "log_prob", "log_prob_of_sample", "sample_and_log_prob", "log_share", "strata",
+    "map_parameters", "detaches",
+)  # fmt: skip
+
+
+class Adapted(Posterior):
+    """A posterior of another class, with what it does not say filled in from :class:`Posterior`."""
+
+    def __init__(self, q: Any) -> None:
+        self.q = q
+        for name in CONTRACT:
+            if hasattr(q, name):
+                setattr(self, name, getattr(q, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["q"], name)
+
+    def stop_gradient(self) -> Posterior:
+        """Return the same posterior with its parameters held constant, as its own class does it."""
+        return as_posterior(self.q.stop_gradient())
+
+
+def as_posterior(q: Any) -> Posterior:
+    """Return a posterior of this package for what an encoder returned.
+
+    Ours stay as they are. The families of ``torch.distributions`` that have a counterpart here are converted:
+    ``Normal`` (also ``Independent``), ``MultivariateNormal``, ``LowRankMultivariateNormal``, ``MixtureSameFamily`` of
+    these, ``Bernoulli`` and ``OneHotCategorical``, each with the observations on its first axis. Another object serves
+    if it has the methods ``noise``, ``sample``, ``log_prob`` and ``stop_gradient`` (:class:`vaelib.posteriors.Posterior`
+    says what they are to do).
+
+    Raises
+    ------
+    InputError
+        for anything else.
+    """
+    if isinstance(q, Posterior):
+        return q
+    if isinstance(q, distributions.Distribution):
+        return convert(q)
+    missing = [
+        name for name in ("noise", "sample", "log_prob", "stop_gradient") if not callable(getattr(q, name, None))
+    ]
+    if missing:
+        raise InputError(
+            f"an encoder must return a posterior, but this one returned a {type(q).__name__}, which has no "
+            f"{' and no '.join(missing)}: return one of vaelib.posteriors, such as DiagonalGaussian(mean, log_std)"
+        )
+    return Adapted(q)
+
+
+@functools.singledispatch
+def convert(q: distributions.Distribution) -> Posterior:
+    """Return our posterior for a distribution of torch, or raise InputError."""
+    raise InputError(
+        f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: return Normal, MultivariateNormal, "
+        "MixtureSameFamily of these, Bernoulli or OneHotCategorical, or a posterior of vaelib.posteriors"
+    )
+
+
+@convert.register
+def _(q: distributions.Normal) -> Posterior:
+    return DiagonalGaussian(*_shaped(q, q.loc, q.scale.log()))
+
+
+@convert.register
+def _(q: distributions.MultivariateNormal) -> Posterior:
+    return FullGaussian(*_shaped(q, q.loc, q.scale_tril, axes=(2, 3)))
+
+
+@convert.register
+def _(q: distributions.LowRankMultivariateNormal) -> Posterior:
+    return FullGaussian(*_shaped(q, q.loc, q.scale_tril, axes=(2, 3)))
+
+
+@convert.register
+def _(q: distributions.Bernoulli) -> Posterior:
+    return FactorisedBernoulli(*_shaped(q, q.logits))
+
+
+@convert.register
+def _(q: distributions.OneHotCategorical) -> Posterior:
+    (logits,) = _shaped(q, q.logits if q.logits.ndim > 2 else q.logits.unsqueeze(1), axes=(3,))
+    return OneHotCategorical(logits)
+
+
+@convert.register
+def _(q: distributions.Independent) -> Posterior:
+    return convert(q.base_dist)
+
+
+@convert.register
+def _(q: distributions.MixtureSameFamily) -> Posterior:
+    parts = q.component_distribution
+    parts = parts.base_dist if isinstance(parts, distributions.Independent) else parts
+    (logits,) = _shaped(q, q.mixture_distribution.logits)
+    if isinstance(parts, distributions.Normal):
+        pairs = zip(parts.loc.unbind(1), parts.scale.log().unbind(1), strict=True)
+        return Mixture(tuple(DiagonalGaussian(mean, log_std) for mean, log_std in pairs), logits.mT)
+    if isinstance(parts, distributions.MultivariateNormal | distributions.LowRankMultivariateNormal):
+        pairs = zip(parts.loc.unbind(1), parts.scale_tril.unbind(1), strict=True)
+        return Mixture(tuple(FullGaussian(mean, scale_tril) for mean, scale_tril in pairs), logits.mT)
+    raise InputError(f"a mixture must have Normal or MultivariateNormal components, not {type(parts).__name__}")
+
+
+def _shaped(q: distributions.Distribution, *parameters: Tensor, axes: tuple[int, ...] = (2, 2)) -> tuple[Tensor, ...]:
+    for parameter, expected in zip(parameters, axes, strict=False):
+        if parameter.ndim != expected:
+            raise InputError(
+                f"the parameters of a {type(q).__name__} must have the observations on axis 0 and the coordinates of z "
+                f"on the next, {expected} axes, but one has the shape {list(parameter.shape)}"
+            )
+    return parameters
+
+
+# --- trying a posterior -----------------------------------------------------------------------------------------------
+
+TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
+"""The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
+
+TRIALS = 64
+"""Draws of a trial: a layer that is random shows in one of them."""
+
+
+def ready(q: Any, eps: Latent | None) -> Posterior:
+    """Return ``q`` as a posterior that an estimator can rely on.
+
+    A posterior that holds modules, or is of a foreign class, is tried once for each mode of these: its log-density must
+    be the same function whenever it is evaluated, which a random layer inside (dropout, RReLU) would not be; and
+    stopping it must leave no way to its parameters, and must leave it the same function of z.
+
+    Raises
+    ------
+    InputError
+        if it is not one, or not.
+    """
+    q = as_posterior(q)
+    parts = list(functions_in(q))
+    if not type(q).__module__.startswith("vaelib.") or isinstance(q, Adapted):
+        parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
+    if not parts or eps is None or tracing():
+        return q
+    owner, mode = parts[0], tuple(map(_mode, parts))
+    if mode not in TRIED.setdefault(owner, set()):
+        try_out(q, eps)
+        TRIED[owner].add(mode)
+    return q
+
+
+def functions_in(value: Any) -> Iterator[Any]:
+    """Yield the modules and functions that a posterior holds, also in tuples, lists and posteriors inside it."""
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from functions_in(part)
+    elif isinstance(value, Posterior):
+        yield from functions_in(
+            list(getattr(value.q if isinstance(value, Adapted) else value, "__dict__", {}).values())
+        )
+    elif isinstance(value, nn.Module) or callable(value) and not isinstance(value, type):
+        yield value
+
+
+def _mode(part: Any) -> Any:
+    """Return what a trial of ``part`` holds for: the kinds and modes of its modules, or the function that it is."""
+    return tuple((type(m), m.training) for m in part.modules()) if isinstance(part, nn.Module) else id(part)
+
+
+def try_out(q: Posterior, eps: Latent) -> None:
+    """Raise InputError unless ``q`` is one function of z, and stopping it holds its parameters and nothing else."""
+    name = type(q.q if isinstance(q, Adapted) else q).__name__
+    few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // q.strata), 0), eps)
+    with torch.random.fork_rng(), torch.enable_grad():
+        z = map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
+        still = q.stop_gradient()
+        first, second = (still.log_prob_of_sample(z, few) for _ in range(2))
+        if not torch.allclose(first, second, rtol=1e-5, atol=1e-5, equal_nan=True):
+            raise InputError(
+                f"the density of this {name} is another one each time it is evaluated, since a random layer such as "
+                "dropout is active in a network inside it: call .eval() on that network, or leave the layer out"
+            )
+        held = map_latent(Tensor.detach, z)
+        if still.log_prob_of_sample(held, few).requires_grad:
+            raise InputError(
+                f"stop_gradient leaves this {name} a way to its parameters, through a function that closes over them: "
+                "make them parameters of a module that is called, or write a method stop_gradient of its own"
+            )
+        if not q.detaches and not _same_slopes(first, q.log_prob_of_sample(z, few), layers_of(z)):
+            raise InputError(
+                f"stop_gradient makes another function of z of this {name}: hold the parameters of its networks "
+                "constant (posteriors.stop_gradient(module)), not their outputs, which move with z"
+            )
+
+
+def _same_slopes(still: Tensor, live: Tensor, z: tuple[Tensor, ...]) -> bool:
+    """Whether two log-densities have the same derivative in z."""
+
+    def slopes(log_q: Tensor) -> list[Tensor]:
+        if not log_q.requires_grad:
+            return [torch.zeros_like(layer) for layer in z]
+        found = torch.autograd.grad(log_q.sum(), z, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(layer) if slope is None else slope for layer, slope in zip(z, found, strict=True)]
+
+    size = [1e-3 * max([1.0, *slope.abs().flatten().tolist()]) for slope in slopes(live)]
+    pairs = zip(slopes(still), slopes(live), size, strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=atol, equal_nan=True) for a, b, atol in pairs)
