@@ -316,7 +316,7 @@ def check_alike(first: Training, other: Training) -> None:
 
 @torch.no_grad()
 def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
-    """Raise InputError unless the stacked model gives two observations of each training the losses it gives them alone."""
+    """Raise InputError unless two observations of each training have the losses in the stack that they have alone."""
     xs = [t.split.batch(slice(0, 2), stream("test", t.recipe.seed, t.device)) for t in trainings]
     qs = [t.model.encoder(x) for t, x in zip(trainings, xs)]
     noise = [q.noise(t.recipe.k, stream("test", t.recipe.seed, t.device, 1)) for t, q in zip(trainings, qs)]

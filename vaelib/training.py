@@ -1,4 +1,4 @@
-r"""The training loop: a :class:`Training` is one record of all that evolves, and :meth:`Training.run` the loop around it.
+r"""The training loop: a :class:`Training` is a record of all that evolves, and :meth:`Training.run` the loop around it.
 
 What a schedule decides is a function of :class:`Progress`; what depends on the data, such as an aggressive phase, is a
 :class:`Hook` with a state of its own. :func:`fit` trains in memory, for a chapter; :func:`vaelib.runs.train` in a
@@ -635,8 +635,8 @@ def check_levels(split: Split, binary: bool) -> None:
         raise InputError("the images have levels that are not finite: leave these images out, or put numbers there")
     if (binary or split.binarisation != "grey") and not 0 <= low <= high <= 1:
         raise InputError(
-            f"the images have levels from {low:g} to {high:g}, but to be black or white, or drawn as such, they must be "
-            "between 0 and 1: divide by the largest possible one, such as 255"
+            f"the images have levels from {low:g} to {high:g}, but to be black or white, or drawn as such, they must "
+            "be between 0 and 1: divide by the largest possible one, such as 255"
         )
     if binary and split.binarisation != "dynamic" and not ((grey == 0) | (grey == 1)).all():
         raise InputError(

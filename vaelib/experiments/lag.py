@@ -218,7 +218,7 @@ class Space:
         optimizer, objective = torch.optim.SGD(model.parameters(), family.recipe.lr), collapse.elbo_kl()
 
         def eps(x: torch.Tensor) -> torch.Tensor:
-            return torch.randn(1, len(x), config["latent"], generator=noise, device=x.device)
+            return model.encoder(x).noise(1, noise)
 
         self.note("trajectory", 0, model, x[:TRAJECTORIES])
         for step in range(1, config["path"] + 1):
