@@ -195,7 +195,7 @@ def test_the_weighted_elbo_is_what_it_says(linear):
     eps = model.encoder(x[:5]).noise(4000, torch.Generator().manual_seed(0))
     few = DiagonalGaussian(posterior.mean[:5], posterior.log_std[:5])
     for beta, weight_shown in ((0.4, 0.4), (1.0, 1.0)):
-        exact = model.joint.expected_log_likelihood(x[:5], few) - weight_shown * few.kl()
+        exact = model.joint.decode.expected_log_likelihood(x[:5], few) - weight_shown * few.kl()
         found = -collapse.elbo_kl(beta).loss(model.joint, few, x[:5], eps)
         spread = model.joint.log_likelihood(x[:5], few.sample(eps)).std(0) / math.sqrt(4000)
         assert ((found - exact).abs() < 4.5 * spread).all()  # 5 of them: wrong once in 29,000

@@ -76,18 +76,19 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
 
 def _stack(modules: Sequence[nn.Module]) -> nn.Module:
     first, name = modules[0], type(modules[0]).__name__
-    for module in modules[1:]:
-        if type(module) is not type(first) or shapes(module) != shapes(first):
-            raise InputError("only models of the same shapes can be stacked; train the others by themselves")
-        if not fast.same(numbers(module), numbers(first)):
-            raise InputError(
-                f"only models that do the same can be stacked, but two of a {name} differ in a setting that is no "
-                "parameter, such as a slope or a bound; train each model by itself"
-            )
-    if type(first) is nn.Linear and first.bias is not None:
-        return StackedLinear(modules)
-    if isinstance(first, MIXING) or [*first.parameters(recurse=False), *first.buffers(recurse=False)]:
+    if any(type(module) is not type(first) or shapes(module) != shapes(first) for module in modules):
+        raise InputError("only models of the same shapes can be stacked; train the others by themselves")
+    linear = type(first) is nn.Linear and first.bias is not None
+    own = [*first.parameters(recurse=False), *first.buffers(recurse=False)]
+    if isinstance(first, MIXING) or own and not linear:
         raise InputError(f"only linear layers can be stacked, but the model has a {name}; train each model by itself")
+    if not all(fast.same(numbers(module), numbers(first)) for module in modules):
+        raise InputError(
+            f"only models that do the same can be stacked, but two of a {name} differ in a setting that is no "
+            "parameter, such as a slope or a bound; train each model by itself"
+        )
+    if linear:
+        return StackedLinear(modules)
     stacked = copy.copy(first)
     stacked._modules = {key: _stack([module._modules[key] for module in modules]) for key in first._modules}
     return stacked
@@ -317,11 +318,12 @@ def check_alike(first: Training, other: Training) -> None:
 @torch.no_grad()
 def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
     """Raise InputError unless two observations of each training have the losses in the stack that they have alone."""
+    model = stack([copy.deepcopy(t.model) for t in trainings])
     xs = [t.split.batch(slice(0, 2), stream("test", t.recipe.seed, t.device)) for t in trainings]
     qs = [t.model.encoder(x) for t, x in zip(trainings, xs)]
     noise = [q.noise(t.recipe.k, stream("test", t.recipe.seed, t.device, 1)) for t, q in zip(trainings, qs)]
     alone = [t.estimator.loss(t.model.joint, q, x, eps) for t, q, x, eps in zip(trainings, qs, xs, noise)]
-    model, x = stack([copy.deepcopy(t.model) for t in trainings]), torch.cat(xs)
+    x = torch.cat(xs)
     together = estimator.loss(model.joint, model.encoder(x), x, join(noise))
     tolerance = 1e4 * torch.finfo(together.dtype).eps
     if not torch.allclose(torch.cat(alone), together, rtol=tolerance, atol=tolerance, equal_nan=True):
