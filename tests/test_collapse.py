@@ -112,6 +112,7 @@ def test_joint_clipping_shortens_the_encoder_s_step():
 
     found = {}
     for joint_clip in (True, False):
+        torch_model.zero_grad()
         training.gradient(torch_model, None, None, None, 5.0, joint_clip, backward)
         found[joint_clip] = torch_model.encoder.weight.grad.item(), torch_model.joint.weight.grad.item()
     training.gradient(torch_model, None, None, None, clip=None, backward=backward)

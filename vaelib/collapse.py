@@ -27,7 +27,7 @@ from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
 from vaelib.estimators import Estimator, LossEstimator
 from vaelib.posteriors import DiagonalGaussian
-from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream
+from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream, train_step
 
 # --- the objective ----------------------------------------------------------------------------------------------------
 
@@ -124,6 +124,7 @@ def aggressive_step(
     """
     batch, before, loss, count = x, math.inf, 0.0, 0
     for steps in range(1, most + 1):
+        optimizer.zero_grad()
         loss = loss - gradient(model, estimator, batch, noise(batch), clip, joint_clip).sum()
         count += units(batch)
         model.joint.zero_grad()
@@ -135,6 +136,7 @@ def aggressive_step(
             before, loss, count = mean, 0.0, 0
         batch = draw()
 
+    optimizer.zero_grad()
     bound = gradient(model, estimator, x, noise(x), clip, joint_clip)
     model.encoder.zero_grad()
     optimizer.step()
@@ -316,17 +318,15 @@ class Aggressive(Hook):
     def update(self, training: Training, x: Tensor) -> Tensor:
         """Learn from one batch and return its mean bound, ``[]``."""
         start, recipe, steps = self.clock(), self.recipe, 1
-        model, estimator, optimizer = training.model, training.estimator, training.optimizer
+        what = (training.model, training.estimator, training.optimizer, x)
         with drawing_from(offspring(training.streams["noise"])):
             if self.active:
                 bound, steps = aggressive_step(
-                    model, estimator, optimizer, x, lambda: random_batch(training), training.noise,
-                    block=recipe.block, most=recipe.most, clip=recipe.clip, joint_clip=recipe.joint_clip,
-                    units=self.units,
+                    *what, lambda: random_batch(training), training.noise, block=recipe.block, most=recipe.most,
+                    clip=recipe.clip, joint_clip=recipe.joint_clip, units=self.units,
                 )  # fmt: skip
             else:
-                bound = gradient(model, estimator, x, training.noise(x), recipe.clip, recipe.joint_clip)
-                optimizer.step()
+                bound = train_step(*what, training.noise(x), recipe.clip, recipe.joint_clip)
         took = self.clock() - start
         self.cost["seconds"] += took
         self.cost["aggressive_seconds"] += took * self.active

@@ -227,12 +227,11 @@ def gradient(
     joint_clip: bool = True,
     backward: Callable[..., Tensor] = backward,
 ) -> Tensor:
-    """Put the gradient of ``-bound.mean()`` into ``.grad`` and return the bound, ``[B]``.
+    """Put the gradient of ``-bound.mean()`` into ``.grad``, where there is none yet, and return the bound, ``[B]``.
 
     ``clip`` limits its global norm, or without ``joint_clip`` that of encoder and decoder each; ``backward`` computes
     it, as :func:`backward` does.
     """
-    model.zero_grad()
     bound = backward(estimator, model, x, eps)
     if clip is not None:
         for part in (model,) if joint_clip else (model.joint, model.encoder):
@@ -247,13 +246,15 @@ def train_step(
     x: Tensor,
     eps: Latent,
     clip: float | None = None,
+    joint_clip: bool = True,
     backward: Callable[..., Tensor] = backward,
 ) -> Tensor:
     """Take one step up the bound and return its mean over the batch ``x``, before the step, ``[]``.
 
-    ``clip`` and ``backward`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
+    ``clip``, ``joint_clip`` and ``backward`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
     """
-    bound = gradient(model, estimator, x, eps, clip, backward=backward)
+    optimizer.zero_grad()
+    bound = gradient(model, estimator, x, eps, clip, joint_clip, backward)
     optimizer.step()
     return bound.mean()
 
@@ -290,7 +291,8 @@ class Hook:
 def plain_step(training: Training, x: Tensor) -> Tensor:
     """Take one step of gradient ascent and return the mean bound, ``[]``."""
     eps, clip = training.noise(x), training.recipe.clip
-    return train_step(training.model, training.estimator, training.optimizer, x, eps, clip, training.backward)
+    model, estimator, optimizer = training.model, training.estimator, training.optimizer
+    return train_step(model, estimator, optimizer, x, eps, clip, backward=training.backward)
 
 
 def random_order(training: Training) -> Tensor:
