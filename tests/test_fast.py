@@ -233,7 +233,7 @@ def test_tracing_draws_nothing():
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, recwarn):
-    def none(*arguments):
+    def none(*arguments, **options):
         raise RuntimeError("No working C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", none)

@@ -35,7 +35,7 @@ class Compiled:
     Parameters
     ----------
     backend
-        of ``torch.compile``.
+        of ``torch.compile``; "eager" runs what was traced as it is, without a compiler.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
@@ -97,7 +97,8 @@ class Trace:
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             gradient(constants, x, eps)  # what is wrong with the model is told here, and not by the compiler
             try:
-                self.function = torch.compile(make_fx(gradient)(constants, x, eps), dynamic=False, backend=backend)
+                graph = make_fx(gradient)(constants, x, eps)
+                self.function = graph if backend == "eager" else torch.compile(graph, dynamic=False, backend=backend)
                 with torch.no_grad():
                     self.function(constants, x, eps)
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
