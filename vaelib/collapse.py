@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import evaluation, objectives
-from vaelib.config import between, positive, true_or_false, whole_number
 from vaelib.data import Sentences, Split
-from vaelib.errors import InputError, choose
-from vaelib.estimators import Estimator, LossEstimator, every
+from vaelib import estimators as known
+from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
+from vaelib.estimators import Estimator, LossEstimator
 from vaelib.posteriors import DiagonalGaussian
 from vaelib.training import Trainer, stream
 
@@ -82,7 +82,7 @@ WEIGHTS: dict[str, Callable[[float, Recipe], float]] = {"constant": constant, "l
 
 def aggressive_step(
     model: nn.Module,
-    estimator: Estimator | LossEstimator,
+    estimator: Estimator,
     optimizer: torch.optim.Optimizer,
     x: Tensor,
     draw: Callable[[], Tensor],
@@ -139,7 +139,7 @@ def aggressive_step(
 
 def gradient(
     model: nn.Module,
-    estimator: Estimator | LossEstimator,
+    estimator: Estimator,
     x: Tensor,
     eps: Tensor,
     clip: float | None = 5.0,
@@ -147,7 +147,7 @@ def gradient(
 ) -> Tensor:
     """Put the clipped gradient of ``-bound.mean()`` into ``.grad`` and return the bound, ``[B]``."""
     model.zero_grad()
-    bound = objectives.backward(estimator, model.joint, model.encoder, x, eps)
+    bound = objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
     if clip is not None:
         for part in (model,) if joint_clip else (model.joint, model.encoder):
             nn.utils.clip_grad_norm_(part.parameters(), clip)
@@ -213,10 +213,6 @@ class SemiAmortised(nn.Module):
         self._joint = (joint,)  # no child of this module: its parameters are the decoder's
         self.steps, self.lr, self.momentum, self.clip, self.generator = steps, lr, momentum, clip, generator
 
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the noise for ``k`` samples of each observation, ``[K, B, D]``."""
-        return self.encoder.noise(k, x, generator)
-
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Return the improved posterior for ``x``."""
         learning = torch.is_grad_enabled()
@@ -236,7 +232,7 @@ class SemiAmortised(nn.Module):
     def elbo(self, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         """Return the batch's mean ELBO at a posterior, ``[]``."""
         posterior = DiagonalGaussian(mean, 0.5 * log_variance)
-        eps = self.encoder.noise(1, x, self.generator)
+        eps = posterior.noise(1, self.generator)
         return -elbo_kl(self.weight).loss(self._joint[0], posterior, x, eps).mean()
 
 
@@ -315,7 +311,7 @@ class Recipe:
         choose("weight", self.weight, WEIGHTS)
         choose("rule", self.rule, RULES)
         if self.estimator is not None:
-            choose("estimator", self.estimator, every()).check(self.k)
+            known.get(self.estimator).check(self.k)
             if (self.weight, self.beta, self.free_bits) != ("constant", 1.0, 0.0):
                 raise InputError(
                     f"estimator '{self.estimator}' has no weight on the KL and no free bits: leave these out, or it"
@@ -410,10 +406,10 @@ class Training(Trainer):
         return self.step if self.plateau["decays"] == self.recipe.decays else super().total_steps
 
     @property
-    def estimator(self) -> Estimator | LossEstimator:
+    def estimator(self) -> Estimator:
         """What this step climbs."""
         recipe = self.recipe
-        return every()[recipe.estimator] if recipe.estimator else elbo_kl(self.weight, recipe.free_bits)
+        return known.get(recipe.estimator) if recipe.estimator else elbo_kl(self.weight, recipe.free_bits)
 
     @property
     def weight(self) -> float:
@@ -431,7 +427,7 @@ class Training(Trainer):
     def update(self, x: Tensor) -> Tensor:
         """Learn from one batch and return its mean bound, ``[]``."""
         start, recipe, steps = self.clock(), self.recipe, 1
-        estimator, noise = self.estimator, lambda x: self.model.encoder.noise(recipe.k, x, self.streams["noise"])
+        estimator, noise = self.estimator, lambda x: self.model.encoder(x).noise(recipe.k, self.streams["noise"])
         if recipe.svi_steps:
             self.model.encoder.weight = self.weight
         with own_randomness(self.streams["noise"]):
@@ -545,7 +541,8 @@ def measure(
     """
     estimator, loss, kl = elbo_kl(), 0.0, 0.0
     for batch in x.split(batch_size):
-        posterior, eps = model.encoder(batch), model.encoder.noise(1, batch, generator)
+        posterior = model.encoder(batch)
+        eps = posterior.noise(1, generator)
         loss += estimator.loss(model.joint, posterior, batch, eps).double().sum().item()
         kl += posterior.kl().double().sum().item()
     return {

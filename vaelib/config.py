@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, positive, true_or_false, whole_number
 
 DEVICES = {"auto": "a GPU if there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
 
@@ -104,7 +104,7 @@ class Config(Recipe):
         if self.binarisation is not None:
             choose("binarisation", self.binarisation, data.BINARISATIONS)
         choose("model", self.model, models.MODELS)
-        choose("estimator", self.estimator, estimators.every()).check(self.k)
+        choose("estimator", self.estimator, estimators.ESTIMATORS).check(self.k)
         choose("device", self.device, DEVICES)
         true_or_false("compile", self.compile)
         if not isinstance(self.sizes, Mapping):
@@ -115,26 +115,3 @@ class Config(Recipe):
             positive("checkpoint_seconds", self.checkpoint_seconds)
 
 
-def whole_number(name: str, value: Any, least: int) -> None:
-    """Raise InputError unless ``value`` is a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, but is {value!r}")
-
-
-def true_or_false(name: str, value: Any) -> None:
-    """Raise InputError unless ``value`` is one of these."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be true or false, but is {value!r}")
-
-
-def between(name: str, value: Any, least: float, most: float) -> None:
-    """Raise InputError unless ``value`` is a finite number from ``least`` to ``most``."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most or value == math.inf:
-        limits = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise InputError(f"{name} must be a number {limits}, but is {value!r}")
-
-
-def positive(name: str, value: Any) -> None:
-    """Raise InputError unless ``value`` is a positive number."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a positive number, but is {value!r}")

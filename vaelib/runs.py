@@ -30,7 +30,8 @@ from torch import Tensor
 
 from vaelib import __version__, data, evaluation, models, objectives
 from vaelib.bounds import BOUNDS
-from vaelib.config import Config, whole_number
+from vaelib.config import Config
+from vaelib.errors import whole_number
 from vaelib.data import Images
 from vaelib.data.files import whole
 from vaelib.errors import InputError

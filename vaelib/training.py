@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vaelib import fast, objectives
+from vaelib import objectives
 from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError, choose
-from vaelib.estimators import Estimator, LossEstimator, every
+from vaelib import estimators as known
+from vaelib.estimators import Estimator
+
 from vaelib.posteriors import Latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
@@ -138,7 +140,7 @@ def train_step(
     does. Introduced in book/01-elbo-forms.ipynb.
     """
     optimizer.zero_grad()
-    bound = backward(estimator, model.joint, model.encoder, x, eps)
+    bound = backward(estimator, model.joint, model.encoder(x), x, eps)
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
@@ -170,7 +172,7 @@ class Loop:
     step: int
     steps_per_epoch: int
     seconds: float
-    captured: fast.Captured | None = None
+    captured = None
     captures = False
 
     @property
@@ -269,7 +271,7 @@ class Trainer(Loop):
         self,
         model: nn.Module,
         split: Split,
-        estimator: Estimator | LossEstimator | Callable[[float], Estimator | LossEstimator],
+        estimator: Estimator | Callable[[float], Estimator],
         recipe: Recipe,
         compile: bool = False,
     ) -> None:
@@ -277,7 +279,7 @@ class Trainer(Loop):
             raise InputError("an estimator that changes from step to step cannot be compiled: leave out compile")
         self.model, self.split, self.recipe = model, split, recipe
         self.estimator_at = estimator if callable(estimator) else lambda done: estimator
-        self.backward = fast.Compiled() if compile else objectives.backward
+        self.backward = objectives.backward
         self.estimator = self.estimator_at(0.0)
         check_fit(model, split, self.estimator, recipe)
         device = split.grey.device
@@ -308,7 +310,8 @@ class Trainer(Loop):
     def update(self, x: Tensor) -> Tensor:
         """Learn from one batch and return its mean bound, ``[]``."""
         self.estimator = self.estimator_at(self.step / self.total_steps)
-        eps = self.model.encoder.noise(self.recipe.k, x, self.streams["noise"])
+        q = self.model.encoder(x)
+        eps = q.noise(self.recipe.k, self.streams["noise"])
         return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip, self.backward)
 
     def generators(self) -> list[torch.Generator]:
@@ -415,7 +418,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
     return changed
 
 
-def check_fit(model: nn.Module, split: Split, estimator: Estimator | LossEstimator, recipe: Recipe) -> None:
+def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Recipe) -> None:
     """Raise InputError if these do not go together."""
     estimator.check(recipe.k)
     if recipe.batch_size > len(split):
@@ -429,8 +432,8 @@ def check_fit(model: nn.Module, split: Split, estimator: Estimator | LossEstimat
     mode = model.training
     try:
         with torch.enable_grad():
-            eps = model.eval().encoder.noise(recipe.k, x, stream("test", 0, x.device))
-            objectives.surrogate(estimator, model.joint, model.encoder, x, eps)
+            q = model.eval().encoder(x)
+            estimator.loss(model.joint, q, x, q.noise(recipe.k, stream("test", 0, x.device)))
     except RuntimeError as error:
         raise InputError(
             f"the model cannot take these images of {x.shape[1]} pixels ({error}): build it with data_dim={x.shape[1]}"
@@ -442,7 +445,7 @@ def check_fit(model: nn.Module, split: Split, estimator: Estimator | LossEstimat
 def fit(
     model: nn.Module,
     split: Split,
-    estimator: Estimator | LossEstimator | Callable[[float], Estimator | LossEstimator] | str = "elbo-path",
+    estimator: Estimator | Callable[[float], Estimator] | str = "elbo-path",
     progress: bool = False,
     compile: bool = False,
     **recipe: Any,
@@ -454,5 +457,5 @@ def fit(
     book/01-elbo-forms.ipynb.
     """
     if isinstance(estimator, str):
-        estimator = choose("estimator", estimator, every())
+        estimator = known.get(estimator)
     return Trainer(model, split, estimator, Recipe(**recipe), compile).run(progress=progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vaelib.config import whole_number
+from vaelib.errors import whole_number
 from vaelib.data.files import File, fetch
 from vaelib.errors import InputError, choose
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaelib.config import whole_number
+from vaelib.errors import whole_number
 from vaelib.errors import InputError, choose
 
 Plain = str | int | float | None

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from vaelib.config import DEVICES, positive, whole_number
+from vaelib.config import DEVICES
+from vaelib.errors import positive, whole_number
 from vaelib.errors import InputError, choose
 from vaelib.experiments import EXPERIMENTS, find, results
 from vaelib.experiments.experiment import Task
