@@ -385,7 +385,16 @@ def test_one_pass_knows_only_its_own_sample():
     assert torch.equal(q.log_prob(z), q.drawn.log_q)
     with pytest.raises(InputError, match="one_pass=False"):
         q.log_prob(z + 1e-3)
-    assert isinstance(q.stop_gradient(), OnePassFlow) and q.stop_gradient().log_prob(z).shape == (3, 1)
+    still = q.stop_gradient()
+    assert isinstance(still, OnePassFlow) and still.log_prob(z).shape == (3, 1)
+    conditional = conditional_encoder(one_pass=True)(torch.ones(2, 3, dtype=DTYPE))
+    eps = conditional.noise(4)
+    parameters = list(conditional.flow.layers.parameters())
+    for _ in range(2):  # before it has drawn, and after; it may draw again, held constant
+        _, log_q = conditional.stop_gradient().sample_and_log_prob(eps)
+        found = torch.autograd.grad(log_q.sum(), parameters, allow_unused=True)  # z alone is a leaf
+        assert all(slope is None for slope in found)
+        conditional.sample(eps)
 
 
 # --- in a model
@@ -538,6 +547,7 @@ def test_mapping_the_parameters_moves_the_gaussian_and_the_context(one_pass):
     assert type(mapped) is type(q) and again.layers is flow.layers
     parameters = [(f.base.mean, f.base.log_std, f.context) for f in (again, flow)]
     assert all(torch.equal(mine, 2 * before) for mine, before in zip(*parameters, strict=True))
+    torch.testing.assert_close(flow.context, torch.cat((flow.base.mean, flow.base.log_std), -1))
     plain = encoder_of(["coupling"], one_pass=one_pass)(X)
     assert plain.map_parameters(torch.clone).noise(3).shape == (3, 1, 2)
 
