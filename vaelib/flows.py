@@ -417,7 +417,7 @@ class FlowEncoder(nn.Module):
     Parameters
     ----------
     base
-        an encoder that returns a diagonal Gaussian, such as :class:`vaelib.models.mlp.GaussianMLP`, or
+        an encoder that returns a diagonal Gaussian, such as :class:`vaelib.models.GaussianMLP`, or
         :class:`StandardNormal`.
     layers
         the layers, the first applied first.
