@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from vaelib.bounds import BOUNDS
+from vaelib.models import DetachedOutputs
 from vaelib.objectives import Objective
 from vaelib.posteriors import DiagonalGaussian, HierarchicalGaussian, Latent, map_latent, standard_normal_log_prob
 
@@ -86,17 +87,12 @@ class TwoLayerEncoder(nn.Module):
 
     def forward(self, x):
         mean = self.mean.expand_as(x)
-        return self.posterior(DiagonalGaussian(mean, self.log_std.expand_as(mean)), self.second)
-
-
-class DetachedOutputs(HierarchicalGaussian):
-    """The wrong way to stop two layers: hold the second layer's mean and scale constant, not its parameters."""
-
-    def stop_gradient(self):
-        return DetachedOutputs(self.first.stop_gradient(), lambda z1: self.second(z1).stop_gradient())
+        return self.posterior(DiagonalGaussian(mean, self.log_std.expand_as(mean)), (self.second,))
 
 
 class DetachedTwoLayerEncoder(TwoLayerEncoder):
+    """The wrong way to stop two layers: hold the second layer's mean and scale constant, not its parameters."""
+
     posterior = DetachedOutputs
 
 
