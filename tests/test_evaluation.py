@@ -1,13 +1,18 @@
 """The log-likelihood against the exact one, its memory, its error bar; active units; in float64."""
 
 import copy
+import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from vaelib import evaluation, models
 from vaelib.errors import InputError
-from vaelib.evaluation import StreamingLogMeanExp
+from vaelib.evaluation import Largest, StreamingLogMeanExp
+from vaelib.models.text import lstm_vae
+from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob
 
 
 @pytest.fixture
@@ -60,6 +65,31 @@ def test_chunks_do_not_change_the_value(chunk):
     torch.testing.assert_close(stream.standard_error, (w.square().sum(0) - 0.01).clamp_min(0).sqrt())
 
 
+def test_impossible_draws_and_a_single_one():
+    stream = StreamingLogMeanExp()
+    stream.add(torch.full((2, 1), -torch.inf))
+    assert stream.value == -torch.inf
+    stream.add(torch.zeros(2, 1))
+    torch.testing.assert_close(stream.value, torch.tensor([0.5]).log())  # two of four
+    torch.testing.assert_close(stream.standard_error, torch.tensor([0.5]))
+    one = StreamingLogMeanExp()
+    one.add(torch.zeros(1, 3))
+    assert (one.value == 0).all() and one.standard_error.isnan().all()  # one draw says nothing about its error
+    broken = StreamingLogMeanExp()
+    broken.add(torch.tensor([[0.0], [math.nan]]))
+    assert broken.value.isnan() and broken.standard_error.isnan()
+
+
+def test_equal_weights_have_no_error_in_single_precision_either():
+    """The sum of squares less 1 / K: a small difference of two numbers that are nearly the same."""
+    log_w = -100 + 1e-4 * torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    stream = StreamingLogMeanExp()
+    stream.add(log_w)
+    assert stream.value.dtype == stream.standard_error.dtype == torch.float32
+    exact = log_w.double().softmax(0).square().sum(0).sub(0.01).sqrt()
+    torch.testing.assert_close(stream.standard_error.double(), exact, rtol=1e-3, atol=0)
+
+
 def test_memory_does_not_grow_with_the_number_of_samples(toy):
     """The largest tensor that the model is ever given is [chunk, batch_size, D]."""
     model, x = toy
@@ -72,8 +102,185 @@ def test_memory_does_not_grow_with_the_number_of_samples(toy):
 
 def test_bad_numbers_are_named(toy):
     for kwargs in ({"samples": 0}, {"chunk": 0}, {"batch_size": -1}):
-        with pytest.raises(InputError, match=f"{next(iter(kwargs))} must be at least 1"):
+        with pytest.raises(InputError, match=f"{next(iter(kwargs))} must be a whole number of at least 1"):
             evaluation.log_likelihood(*toy, **kwargs)
+    with pytest.raises(InputError, match="chunk must be a whole number of at least 1"):
+        evaluation.mutual_information(toy[0].encoder, toy[1], chunk=0)
+
+
+def largest(run):
+    """The size of the largest tensor on the way."""
+    with Largest() as seen:
+        run()
+    return seen.size
+
+
+def heavy_models():
+    """Models whose decoders make much of a draw, with six observations each."""
+    generator = torch.Generator().manual_seed(0)
+    short, long = [1, 3, 2] + 12 * [0], [1, *range(3, 16), 2]
+    text = torch.tensor([short, short, long, short, long, long])
+    language = lstm_vae(300, generator, latent=2, embedding=4, hidden=5)
+    pixelcnn = models.build("pixelcnn", 36, generator=generator, latent=2, maps=8, layers=3, encoder_maps=2, hidden=4)
+    images = torch.rand(6, 36, generator=generator).round()
+    deep = models.build("mlp-4", 36, generator=generator, latent=8, hidden=50, hidden2=4)
+    mixture = models.build("mlp-1-mixture", 36, generator=generator, latent=2, hidden=50, components=3)
+    return {
+        "text": (language, text),
+        "pixelcnn": (pixelcnn, images),
+        "deep": (deep, images),
+        "mixture": (mixture, images),
+    }
+
+
+@pytest.mark.parametrize(("name", "limit"), [("text", 2**15), ("pixelcnn", 2**13), ("deep", 1200), ("mixture", 1200)])
+def test_no_tensor_on_the_way_is_larger_than_the_limit_and_pieces_give_the_same_numbers(name, limit, monkeypatch):
+    """As the first sentence is a short one, what it takes says little of the others."""
+    model, x = heavy_models()[name]
+
+    def ask():
+        noise = torch.Generator().manual_seed(1)
+        return evaluation.log_likelihood(model, x, 30, 12, noise, return_standard_error=True)
+
+    whole, unbounded = ask(), largest(ask)
+    monkeypatch.setattr(evaluation, "AT_ONCE", limit)
+    pieces = ask()
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert largest(ask) <= limit < unbounded / 1.5
+    calls = []
+    handle = model.joint.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[0]))
+    ask()
+    handle.remove()
+    assert len(calls) < {"text": 60, "pixelcnn": 60, "deep": 12, "mixture": 14}[name]  # however large the weights
+    monkeypatch.setattr(evaluation, "AT_ONCE", 1)  # one draw of one observation is the least that can be done
+    torch.testing.assert_close(ask()[0], whole[0], rtol=1e-5, atol=1e-5)
+
+
+MEMORY = """
+import resource, sys, torch
+from vaelib import evaluation, models
+from vaelib.models.text import lstm_vae
+generator = torch.Generator().manual_seed(0)
+if sys.argv[1] == "text":
+    words = torch.randint(3, 10_002, (100, 77), generator=generator)
+    x = torch.cat([torch.ones(100, 1, dtype=torch.long), words, torch.full((100, 1), 2)], 1)
+    x[0, 2:] = torch.tensor([2] + [0] * 76)
+    model = lstm_vae(10_002, generator, latent=32, embedding=16, hidden=16, dropout=0.0)
+else:
+    x = torch.rand(100, 784, generator=generator).round()
+    model = models.build("pixelcnn", 784, generator=generator, latent=2, maps=16, layers=3, encoder_maps=2, hidden=4)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(1.5 * 2**30),) * 2)
+joint, calls = model.joint.forward, []
+def forward(x, z):  # the trial and the first piece show the memory
+    calls.append(z.shape)
+    return joint(x, z) if len(calls) < 3 else torch.zeros(z.shape[:2])
+model.joint.forward = forward
+values = evaluation.log_likelihood(model, x, samples=100, generator=generator)
+print(max(shape[0] * shape[1] for shape in calls), bool(values.isfinite().all()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts memory as Linux does")
+@pytest.mark.parametrize("model", ["text", "images"])
+def test_the_defaults_fit_in_memory(model):
+    """100 observations by 100 draws, of which one tensor would have 30 GB (sentences) or five of 0.5 GB each be alive
+    at once (images): in 1.5 GB more than what the libraries take."""
+    command = [sys.executable, "-c", MEMORY, model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    most, finite = done.stdout.split()
+    assert finite == "True" and 1 < int(most) < 10_000
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    """With as many draws as observations [K, B, 1] against [K, B] makes a square of wrong numbers."""
+    x = torch.randn(6, 1, generator=torch.Generator().manual_seed(0))
+    encoder = models.LinearEncoder(torch.full((1, 1), 0.5), torch.zeros(1), torch.full((1,), -0.3))
+
+    class Unsummed(DiagonalGaussian):
+        def log_prob_of_sample(self, z, eps):
+            return -0.5 * eps.square()
+
+        def sample_and_log_prob(self, eps):
+            z = self.sample(eps)
+            return z, self.log_prob_of_sample(z, eps)
+
+        def log_prob(self, z):
+            return -0.5 * (z - self.mean).square()
+
+    def joint(x, z):
+        return standard_normal_log_prob(z) + standard_normal_log_prob(x - z)
+
+    class Model:
+        def __init__(self, joint, encoder):
+            self.joint, self.encoder = joint, encoder
+
+    def unsummed_joint(x, z):
+        return -0.5 * (z.square() + (x - z).square())
+
+    def unsummed_encoder(x):
+        q = encoder(x)
+        return Unsummed(q.mean, q.log_std)
+
+    assert evaluation.log_likelihood(Model(joint, encoder), x, 12).shape == (6,)  # a model need not be a module
+    for samples in (6, 12, 1):
+        with pytest.raises(InputError, match=r"joint\(x, z\) must return .* of the shape \[K, B\]"):
+            evaluation.log_likelihood(Model(unsummed_joint, encoder), x, samples)
+        with pytest.raises(InputError, match=r"log_prob\(z\) must return .* of the shape \[K, B\]"):
+            evaluation.log_likelihood(Model(joint, unsummed_encoder), x, samples)
+    with pytest.raises(InputError, match=r"log_prob\(z\) must return .* of the shape \[K, B\] = \[6, 6\]"):
+        evaluation.mutual_information(unsummed_encoder, x)
+    one_for_all = Model(joint, lambda x: encoder(x[:1]))
+    with pytest.raises(InputError, match=r"log q\(z\) of the shape \[K, B\] = \[4, 6\]"):
+        evaluation.log_likelihood(one_for_all, x, 4)
+
+
+def test_grey_values_have_no_bernoulli_density():
+    model = models.build("mlp-1", 16, generator=torch.Generator().manual_seed(0), hidden=8, latent=3)
+    binary = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)).round()
+    assert (evaluation.log_likelihood(model, binary, 10) < 0).all()
+    for wrong in (binary * 255, 2 * binary - 1, 0.7 * binary, binary.fill_diagonal_(math.nan)):
+        with pytest.raises(InputError, match="pixels of 0 and 1"):
+            evaluation.log_likelihood(model, wrong, 10)
+
+
+def test_nothing_is_concluded_from_nothing(toy):
+    model, x = toy
+    with pytest.raises(InputError, match=r"no observations to evaluate: x has the shape \[0, 6\]"):
+        evaluation.log_likelihood(model, x[:0])
+    assert evaluation.log_likelihood(model, x.index_fill(0, torch.tensor([3]), math.nan), 5)[3].isnan()
+    for wrong in (x[:0], x.index_fill(0, torch.tensor([3]), math.nan)):  # not: no unit is active
+        with pytest.raises(InputError, match="it is not finite"):
+            evaluation.active_units(model.encoder, wrong)
+    with pytest.raises(InputError, match="needs 2 observations at least"):
+        evaluation.mutual_information(model.encoder, x[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_values_have_the_data_s_precision(toy, dtype):
+    model, x = toy
+    model, x = model.to(dtype), x.to(dtype)
+    for values in evaluation.log_likelihood(model, x, 3, return_standard_error=True):
+        assert values.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "mlp-1", "mlp-2", "mlp-4", "mlp-1-mixture", "mlp-1-flow", "cosine", "guided"]
+)
+def test_one_of_everything(name):
+    sizes = {"hidden": 1, "hidden2": 1, "latent": 1, "latent2": 1, "components": 1, "features": 1, "flow_hidden": 1}
+    known = models.MODELS[name].__kwdefaults__
+    if name == "mlp-1-flow":
+        sizes["latent"] = 2  # a coupling needs two halves
+    model = models.build(
+        name, 1, generator=torch.Generator().manual_seed(0), **{key: sizes[key] for key in sizes.keys() & known}
+    )
+    x = torch.ones(1, 1)
+    value, error = evaluation.log_likelihood(model, x, 1, 1, return_standard_error=True)
+    assert value.shape == (1,) and value.isfinite() and error.isnan()
+    assert evaluation.active_units(model.encoder, x) == [0] * (1 if name not in ("mlp-2", "mlp-4") else int(name[-1]))
 
 
 def test_active_units_counts_layers_and_sees_collapse(toy):
@@ -86,6 +293,13 @@ def test_active_units_counts_layers_and_sees_collapse(toy):
     deep = models.build("mlp-2", 6, latent=5, latent2=3).double()
     assert evaluation.active_units(deep.encoder, x, threshold=-1.0) == [5, 3]
     assert evaluation.active_units(deep.encoder, x, threshold=1e9) == [0, 0]
+
+
+def test_active_units_are_counted_by_their_variance():
+    """Means of variance 0.0081 and 0.0121 about 5, below and above the threshold of 0.01."""
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).unsqueeze(-1)
+    mean = 5 + sign * torch.tensor([0.09, 0.11])
+    assert evaluation.active_units(lambda x: DiagonalGaussian(mean, torch.zeros(4, 2)), torch.ones(4, 1)) == [1]
 
 
 def gaussian_encoder(log_stds, x):
@@ -140,6 +354,33 @@ def test_the_minibatch_estimate_is_capped_and_the_whole_set_s_is_not(normal):
         draws = torch.tensor([evaluation.mutual_information(encoder, normal, batch_size, generator) for _ in range(8)])
         cap = torch.tensor(float(batch_size)).log()
         assert draws.mean() < cap + 5 * draws.std() / 8**0.5 and draws.mean() > cap - 0.3 and draws.mean() < exact - 1
+
+
+def test_mutual_information_is_the_mean_over_its_own_definition(normal):
+    """Term by term with torch.distributions, for minibatches of different sizes: 30, 30 and 10."""
+    encoder, _ = gaussian_encoder((-1.0, 0.0), normal)
+    x, total = normal[:70], 0.0
+    generator = torch.Generator().manual_seed(0)
+    for batch in x.split(30):
+        q = encoder(batch)
+        z = q.sample(q.noise(1, generator))[0]
+        normals = torch.distributions.Normal(q.mean, q.log_std.exp())
+        for i, own in enumerate(z):
+            others = normals.log_prob(own).sum(-1)
+            total += -normals.entropy()[i].sum() - others.exp().mean().log()
+    found = evaluation.mutual_information(encoder, x, 30, torch.Generator().manual_seed(0))
+    assert found == pytest.approx((total / 70).item(), rel=1e-10)
+
+
+def test_a_narrow_posterior_knows_its_own_samples(normal):
+    """In float32 at sigma = 1e-7 a sample of a mean near 1 says nothing of its noise; I is log N, as for all q."""
+    x = normal[:200]
+    exact = math.log(200)
+    for dtype in (torch.float64, torch.float32):
+        encoder, _ = gaussian_encoder((-16.0, -16.0), x.to(dtype))
+        generator = torch.Generator().manual_seed(0)
+        found = torch.tensor([evaluation.mutual_information(encoder, x.to(dtype), None, generator) for _ in range(8)])
+        assert (found.mean() - exact).abs() < 5 * found.std() / 8**0.5 + 0.01
 
 
 def test_no_information_is_none(normal):

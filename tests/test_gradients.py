@@ -24,27 +24,15 @@ from toys import (
 
 from vaelib import checks, gradients, models, objectives
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS, Estimator, Weights, elbo_scaled
+from vaelib.estimators import TABLEAU, LossEstimator, Row, Weights, elbo_scaled
 from vaelib.gradients import Moments
-from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture
+from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture, standard_normal_log_prob
 
 X = ONE_LAYER[3]
-ROWS = [e.name for e in ESTIMATORS.values()]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-class Free(torch.nn.Module):
-    """An encoder that returns one posterior, whatever x is."""
-
-    def __init__(self, posterior) -> None:
-        super().__init__()
-        self.posterior = posterior
-
-    def forward(self, x):
-        return self.posterior
 
 
 def batch_model(name="linear", observations=3, **sizes):
@@ -54,13 +42,13 @@ def batch_model(name="linear", observations=3, **sizes):
     return model.joint, model.encoder, x
 
 
-def naive(estimator, joint, encoder, x, noise, wanted):
-    """One draw, one backward pass, one row."""
+def naive(estimator, joint, posterior, x, noise, wanted):
+    """One draw, one backward pass, one row of gradients."""
     rows = []
     for eps in noise:
         for p in wanted:
             p.grad = None
-        objectives.backward(ESTIMATORS[estimator], joint, encoder, x, eps)
+        objectives.backward(TABLEAU[estimator], joint, posterior(), x, eps)
         rows.append(torch.cat([-p.grad.flatten() if p.grad is not None else 0 * p.flatten() for p in wanted]))
     return torch.stack(rows).detach()
 
@@ -148,7 +136,7 @@ def test_what_the_moments_do_not_have_is_said():
 # --- the gradients ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", TABLEAU)
 def test_gradients_of_the_posterior_are_those_of_a_loop(name):
     joint, encoder, x = batch_model()
     q = encoder(x)
@@ -156,9 +144,8 @@ def test_gradients_of_the_posterior_are_those_of_a_loop(name):
     mine = gradients.draws(name, joint, encoder, x, draws=6, k=3, generator=seeded())
     block = gradients.ROWS // 9
     noise = q.noise(3 * block, seeded()).unflatten(0, (block, 3))[:6]
-    loop = 3 * naive(
-        name, joint, lambda _: DiagonalGaussian(mean, log_std), x, noise, [mean, log_std]
-    )  # 3 observations
+    loop = naive(name, joint, lambda: DiagonalGaussian(mean, log_std), x, noise, [mean, log_std])
+    loop *= 3  # observations: each has its own bound here, and not their mean
     torch.testing.assert_close(mine, loop, rtol=1e-12, atol=1e-12)
 
 
@@ -178,7 +165,7 @@ def test_gradients_of_weights_are_those_of_a_loop(name, wrt, loop_from, monkeypa
         if wrt in (part, "weights")
         for p in module.parameters()
     ]
-    loop = naive(name, joint, encoder, x, list(zip(*noise)), wanted)
+    loop = naive(name, joint, lambda: encoder(x), x, list(zip(*noise)), wanted)
     torch.testing.assert_close(mine, loop, rtol=1e-12, atol=1e-12)
 
 
@@ -207,7 +194,7 @@ def test_measure_is_the_moments_of_draws_and_all_rows_see_the_same_noise():
 def test_the_mean_is_the_exact_gradient(name):
     joint, encoder = OneLayerJoint(), OneLayerEncoder()
     eps, weight = quadrature(1, 2, nodes=60)
-    truth = torch.cat(exact_gradient(ESTIMATORS[name].bound, joint, encoder, X, eps, weight))
+    truth = torch.cat(exact_gradient(TABLEAU[name].bound, joint, encoder, X, eps, weight))
     moments = gradients.measure([name], joint, encoder, X, draws=40_000, k=2, wrt="weights", generator=seeded())[name]
     assert ((moments.mean - truth).abs() < 4 * moments.standard_error).all()
     assert not ((moments.mean + truth).abs() < 4 * moments.standard_error).any()  # of the wrong sign
@@ -242,7 +229,7 @@ def test_a_million_draws_fit_in_the_memory_of_a_few(monkeypatch):
     moments = gradients.measure(["elbo-path"], Watched(), OneLayerEncoder(), X, draws=10**6, generator=seeded())[
         "elbo-path"
     ]
-    assert moments.count == 10**6 and sum(seen) == 10**6
+    assert moments.count == 10**6 and sum(seen) == 10**6 + 1  # the first is a trial
     assert max(seen) <= gradients.ROWS
     assert moments.standard_error.max() < 0.001
 
@@ -261,7 +248,7 @@ def test_gradients_of_many_weights_come_a_few_at_a_time(monkeypatch):
 
 
 def test_every_posterior_can_be_taken_apart():
-    """The mean over observations of their own gradients is that of the batch, for parameters they do not share."""
+    """The gradient in a posterior's numbers, observation by observation, for parameters they do not share."""
     mean, log_std = (torch.randn(3, 2, generator=seeded(i), dtype=DTYPE) for i in range(2))
     scale = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=DTYPE)
     joint, _, x = batch_model()
@@ -274,45 +261,51 @@ def test_every_posterior_can_be_taken_apart():
         (Mixture((first, second), logits), 24 + 6),
     ]:
         batch = x[: len(posterior.mean)]
-        draws = gradients.draws("elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded())
-        alone = gradients.draws("elbo-path", joint, Free(posterior), batch, draws=4, k=2, generator=seeded(), chunk=1)
+        draws = gradients.draws("elbo-path", joint, posterior, batch, draws=4, k=2, generator=seeded())
+        alone = gradients.draws("elbo-path", joint, posterior, batch, draws=4, k=2, generator=seeded(), chunk=1)
         assert draws.shape == (4, size)
         torch.testing.assert_close(draws, alone, rtol=1e-12, atol=1e-12)
     step = 1e-6  # the logit of the first component, for the second observation, by finite differences
-    eps = Mixture((first, second), logits).noise(2, seeded())
+    eps = Mixture((first, second), logits).noise(2 * (gradients.ROWS // 6), seeded())[:2]
     bounds = []
     for sign in (1, -1):
         moved = logits.clone()
         moved[0, 1] += sign * step
-        objective = objectives.Objective(ESTIMATORS["elbo-total"], joint, Free(Mixture((first, second), moved)))
-        bounds.append(-objective(x, eps)[1])
+        bounds.append(-TABLEAU["elbo-total"].loss(joint, Mixture((first, second), moved), x, eps)[1])
     exact = ((bounds[0] - bounds[1]) / (2 * step)).item()
-    block = gradients.ROWS // 6
-
-    class Fixed(Mixture):
-        def noise(self, k, generator=None):
-            return eps.repeat(block, 1, 1)
-
-    mixture = Free(Fixed((first, second), logits))
-    gradients.BATCH_AXIS[Fixed, "logits"] = 1
-    mine = gradients.draws("elbo-total", joint, mixture, x, draws=1, k=2)[0, 24:].reshape(3, 2)[1, 0].item()
-    del gradients.BATCH_AXIS[Fixed, "logits"]
-    assert mine == pytest.approx(exact, rel=1e-6)
+    mixture = Mixture((first, second), logits)
+    draw = gradients.draws("elbo-total", joint, mixture, x, draws=1, k=2, generator=seeded())[0]
+    assert draw[24:].reshape(3, 2)[1, 0].item() == pytest.approx(exact, rel=1e-6)
 
 
-def test_recurrent_layers_are_differentiated_in_a_loop():
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN, torch.nn.GRUCell])
+def test_what_vmap_has_no_rule_for_is_done_draw_by_draw(layer, monkeypatch):
     class Recurrent(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.lstm, self.head = torch.nn.LSTM(1, 3, batch_first=True), torch.nn.Linear(3, 2)
+            self.layer, self.head = layer(1, 3), torch.nn.Linear(3, 2)
 
         def forward(self, x):
-            mean, log_std = self.head(self.lstm(x.unsqueeze(-1))[0][:, -1]).chunk(2, -1)
-            return DiagonalGaussian(mean, log_std)
+            states = self.layer(x)
+            states = states[0] if isinstance(states, tuple) else states
+            return DiagonalGaussian(*self.head(states).chunk(2, -1))
 
     encoder, x = Recurrent().double(), torch.ones(2, 1, dtype=DTYPE)
-    draws = gradients.draws("elbo-path", OneLayerJoint(), encoder, x, draws=3, wrt="encoder", generator=seeded())
+    options = {"draws": 3, "wrt": "encoder"}
+    draws = gradients.draws("elbo-path", OneLayerJoint(), encoder, x, generator=seeded(), **options)
     assert draws.shape == (3, sum(p.numel() for p in encoder.parameters())) and draws.abs().max() > 0
+    monkeypatch.setattr(gradients, "LOOP_FROM", 0)
+    loop = gradients.draws("elbo-path", OneLayerJoint(), encoder, x, generator=seeded(), **options)
+    torch.testing.assert_close(draws, loop, rtol=1e-12, atol=1e-12)
+
+
+def test_an_error_of_the_model_s_own_reaches_the_caller():
+    def joint(x, z):
+        raise RuntimeError("my own fault")
+
+    for wrt in ("posterior", "encoder"):
+        with pytest.raises(RuntimeError, match="my own fault"):
+            gradients.draws("elbo-path", joint, OneLayerEncoder(), X, draws=2, wrt=wrt)
 
 
 def test_a_frozen_network_is_measured_like_any_other(monkeypatch):
@@ -328,11 +321,175 @@ def test_a_frozen_network_is_measured_like_any_other(monkeypatch):
     assert not any(p.requires_grad or p.grad is not None for part in frozen for p in part.parameters())
 
 
-def test_the_model_is_left_as_it_was():
-    joint, encoder = TwoLayerJoint(), TwoLayerEncoder()
-    for wrt in gradients.WRT:
-        gradients.measure(["elbo-path"], joint, encoder, TWO_LAYERS[3], draws=4, wrt=wrt, repeats=1)
-    assert all(p.grad is None and p.requires_grad for m in (joint, encoder) for p in m.parameters())
+class Restless(torch.nn.Module):
+    """A linear layer behind dropout and a batch norm."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(inputs), torch.nn.Linear(inputs, outputs)
+        ).double()
+
+    def forward(self, z):
+        return self.layers(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+
+
+class RestlessEncoder(Restless):
+    def forward(self, x):
+        return DiagonalGaussian(*super().forward(x).chunk(2, -1))
+
+
+class RestlessJoint(Restless):
+    def forward(self, x, z):
+        return standard_normal_log_prob(z) + standard_normal_log_prob(x - super().forward(z))
+
+
+class Callable:
+    """Not a module, but it holds one."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, *inputs):
+        return self.network(*inputs)
+
+
+def restless():
+    """Networks with random layers and running statistics in training mode, but for one part; and observations."""
+    torch.manual_seed(3)
+    joint, encoder = RestlessJoint(2, 5), RestlessEncoder(5, 4)
+    encoder.layers[1].eval()
+    return joint, encoder, torch.randn(4, 5, generator=seeded(), dtype=DTYPE)
+
+
+@pytest.mark.parametrize("given", ["modules", "methods", "objects"])
+@pytest.mark.parametrize("wrt", gradients.WRT)
+def test_networks_are_measured_in_evaluation_mode_and_left_as_they_were(wrt, given):
+    """Also those that come as bound methods or in objects of another class, where they have no weights to ask for."""
+    joint, encoder, x = restless()
+    if given != "modules" and wrt != "posterior":
+        return
+    wrapped = {
+        "modules": (joint, encoder),
+        "methods": (joint.forward, encoder.forward),
+        "objects": (Callable(joint), Callable(encoder)),
+    }[given]
+    before = copy.deepcopy((joint.state_dict(), encoder.state_dict()))
+    modes = [m.training for part in (joint, encoder) for m in part.modules()]
+    random = torch.get_rng_state()
+    found = gradients.draws("elbo-path", *wrapped, x, draws=3, k=2, wrt=wrt, generator=seeded())
+    again = gradients.draws("elbo-path", *wrapped, x, draws=3, k=2, wrt=wrt, generator=seeded())
+    gradients.bias_test("elbo-path", "elbo-total", *wrapped, x, draws=3, wrt=wrt, generator=seeded())
+    gradients.measure(["elbo-path"], joint, encoder, x, draws=3, wrt=wrt, generator=seeded(), repeats=1)
+    assert torch.equal(found, again)  # without dropout
+    assert modes == [m.training for part in (joint, encoder) for m in part.modules()]
+    assert all(p.grad is None and p.requires_grad for part in (joint, encoder) for p in part.parameters())
+    for part, values in zip((joint, encoder), before, strict=True):
+        assert all(torch.equal(value, values[name]) for name, value in part.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    frozen = copy.deepcopy(joint).eval(), copy.deepcopy(encoder).eval()
+    torch.testing.assert_close(
+        found, gradients.draws("elbo-path", *frozen, x, draws=3, k=2, wrt=wrt, generator=seeded())
+    )
+
+
+@pytest.mark.parametrize("loop_from", [0, 2**30], ids=["loop", "vmap"])
+def test_tied_weights_are_one_parameter(loop_from, monkeypatch):
+    """The encoder's mean is W' x and the decoder's W z: whatever the gradient is taken in, W has but one of it."""
+    monkeypatch.setattr(gradients, "LOOP_FROM", loop_from)
+    w = torch.nn.Parameter(torch.randn(6, 2, generator=seeded(), dtype=DTYPE))
+
+    class TiedJoint(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.b = w, torch.nn.Parameter(torch.zeros(6, dtype=DTYPE))
+
+        def forward(self, x, z):
+            return standard_normal_log_prob(z) + standard_normal_log_prob(x - z @ self.w.mT - self.b)
+
+    class TiedEncoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.s = w, torch.nn.Parameter(torch.zeros(2, dtype=DTYPE))
+
+        def forward(self, x):
+            return DiagonalGaussian(x @ self.w, self.s.expand(len(x), 2))
+
+    joint, encoder = TiedJoint(), TiedEncoder()
+    x = torch.randn(4, 6, generator=seeded(1), dtype=DTYPE)
+    first = encoder(x).noise(gradients.ROWS // 4, seeded(2))[:1]
+    objectives.backward(TABLEAU["elbo-total"], joint, encoder(x), x, first)
+    for wrt, size in {"encoder": 14, "joint": 18, "weights": 20}.items():
+        found = gradients.draws("elbo-total", joint, encoder, x, draws=2, wrt=wrt, generator=seeded(2))
+        assert found.shape == (2, size)
+        torch.testing.assert_close(found[0, :12], -w.grad.flatten(), rtol=1e-12, atol=1e-12)
+    tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).double()
+    tied[1].weight = tied[0].weight  # twice in one network
+    encoder = lambda x: DiagonalGaussian(x[:, :2], torch.zeros_like(x[:, :2]))  # noqa: E731
+    joint = models.Joint(models.GaussianDecoder(tied, torch.tensor(0.0, dtype=DTYPE)))
+    found = gradients.draws("elbo-total", joint, encoder, x[:, :2], draws=2, wrt="joint", generator=seeded(2))
+    objectives.backward(TABLEAU["elbo-total"], joint, encoder(x), x[:, :2], first)
+    assert found.shape == (2, 1 + 4 + 2 + 2)
+    truth = torch.cat([p.grad.flatten() for p in joint.parameters()])
+    torch.testing.assert_close(found[0], -truth, rtol=1e-12, atol=1e-12)
+
+
+def test_a_joint_that_is_a_closure_gets_no_gradient():
+    model, encoder = OneLayerJoint(), OneLayerEncoder()
+    for wrt in ("posterior", "encoder"):
+        truth = gradients.draws("elbo-path", model, encoder, X, draws=3, wrt=wrt, generator=seeded())
+        found = gradients.draws("elbo-path", lambda x, z: model(x, z), encoder, X, draws=3, wrt=wrt, generator=seeded())
+        assert torch.equal(truth, found) and not found.requires_grad
+    assert model.theta.grad is None
+    with pytest.raises(InputError, match="the joint has no parameters"):
+        gradients.draws("elbo-path", lambda x, z: model(x, z), encoder, X, draws=3, wrt="joint")
+
+
+def test_a_fixed_posterior_stands_in_for_an_encoder():
+    """One of ours, with modules in it, or of torch; the gradient may be taken in its numbers, or in the model's."""
+    joint, x = TwoLayerJoint(), TWO_LAYERS[3]
+    encoder = TwoLayerEncoder()
+    q = encoder(x)
+    for wrt in ("posterior", "joint"):
+        truth = gradients.draws("elbo-path", joint, encoder, x, draws=3, wrt=wrt, generator=seeded())
+        found = gradients.draws("elbo-path", joint, q, x, draws=3, wrt=wrt, generator=seeded())
+        assert torch.equal(truth, found)
+    assert all(p.grad is None for part in (joint, encoder) for p in part.parameters())
+    for wrt in ("encoder", "weights"):
+        with pytest.raises(InputError, match="the encoder has no parameters"):
+            gradients.draws("elbo-path", joint, q, x, draws=3, wrt=wrt)
+    normal = torch.distributions.Normal(torch.ones(1, 1, dtype=DTYPE), torch.ones(1, 1, dtype=DTYPE))
+    ours = DiagonalGaussian(normal.loc, normal.scale.log())
+    truth, found = (
+        gradients.draws("elbo-path", OneLayerJoint(), one, X, draws=3, generator=seeded()) for one in (ours, normal)
+    )
+    assert torch.equal(truth, found)
+    above = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1)).double()
+    layer = models.GaussianMLP((1,), 1).double()
+
+    class Above(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.above, self.layer = above, layer
+
+        def forward(self, z):
+            return self.layer(self.above(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
+
+    fixed = models.HierarchicalEncoder(models.GaussianMLP((1,), 1).double(), Above())(x)
+    gradients.draws("elbo-path", joint, fixed, x, draws=3, generator=seeded())
+    assert above.training and above[0].running_mean == 0
+
+
+def test_weights_that_a_hook_computes_can_be_measured():
+    """Weight norm in torch's first edition puts a tensor that has been computed where the parameter was."""
+    joint, encoder, x = batch_model("mlp-1", hidden=4)
+    torch.nn.utils.weight_norm(encoder.mean)
+    for wrt in ("posterior", "encoder"):
+        eps = encoder(x).noise(gradients.ROWS // 3, seeded())[:1]
+        found = gradients.draws("elbo-path", joint, encoder, x, draws=2, wrt=wrt, generator=seeded())
+        if wrt == "encoder":
+            truth = naive("elbo-path", joint, lambda: encoder(x), x, [eps], list(encoder.parameters()))
+            torch.testing.assert_close(found[:1], truth, rtol=1e-12, atol=1e-12)
 
 
 def test_two_layers_and_the_trap_of_detached_outputs():
@@ -423,7 +580,7 @@ def test_the_bias_test_finds_a_slip_of_sign_and_a_small_bias():
 
     models_and_data, wrong = (
         (OneLayerJoint(), OneLayerEncoder(), X),
-        Estimator("wrong", "iwae", "iwae", 1, "", slip),
+        Row("wrong", "iwae", "iwae", 1, "", slip),
     )
     assert gradients.bias_test(wrong, "iwae-dreg", *models_and_data, draws=2000, k=2, generator=seeded()).biased
     assert not gradients.bias_test(
@@ -434,8 +591,15 @@ def test_the_bias_test_finds_a_slip_of_sign_and_a_small_bias():
         u = torch.full_like(log_w, 1.02 / log_w.shape[0])
         return Weights(u, u, None)
 
-    more = Estimator("more", "elbo", "elbo", 1, "", two_percent_more)  # found, since the two share their noise
-    assert gradients.bias_test(more, "elbo-path", *models_and_data, draws=2000, generator=seeded()).biased
+    def two_percent_more_of_all(log_w):
+        u = torch.full_like(log_w, 1.02 / log_w.shape[0])
+        return Weights(u, u, -u)
+
+    for rule in (two_percent_more, two_percent_more_of_all):  # found, since the two share their noise
+        more = Row("more", "elbo", "elbo", 1, "", rule)
+        for wrt in ("posterior", "joint"):
+            found = gradients.bias_test(more, "elbo-path", *models_and_data, draws=2000, wrt=wrt, generator=seeded())
+            assert found.biased
 
 
 def test_rounding_is_no_bias():
@@ -445,7 +609,7 @@ def test_rounding_is_no_bias():
     for dtype in (torch.float32, torch.float64):
         found = gradients.bias_test(same, "iwae-total", joint.to(dtype), encoder.to(dtype), x.to(dtype), draws=50, k=1)
         assert found.standard_error.min() > 0
-    shifted = Estimator(
+    shifted = Row(
         "shifted",
         "elbo",
         "elbo",
@@ -464,16 +628,20 @@ def test_rounding_is_no_bias():
     [
         ({"wrt": "weight"}, r"no set of parameters \(wrt\) is called 'weight', did you mean 'weights'"),
         ({"estimators": ["elbo-pat"]}, "did you mean 'elbo-path'"),
-        ({"estimators": "elbo-path"}, "must be a list"),
+        ({"estimators": "elbo-path"}, r"must be a list, such as \['elbo-path'\], but is one alone"),
+        ({"estimators": TABLEAU["elbo-path"]}, r"must be a list, such as \['elbo-path'\], but is one alone"),
+        ({"estimators": []}, "there are no estimators to measure"),
         (
             {"estimators": ["elbo-path", elbo_scaled(0.5), elbo_scaled(0.5)]},
             r"two estimators share a name \(elbo-path, ",
         ),
         ({"estimators": ["iwae-vimco"]}, "needs k >= 2 draws, but k is 1"),
         ({"estimators": ["elbo-score-loo"], "wrt": "encoder"}, "needs k >= 2 draws, but k is 1"),
-        ({"draws": 1}, "at least 2 draws, but draws is 1"),
-        ({"k": 0}, "k must be at least 1"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"draws": 1}, "draws must be a whole number of at least 2, but is 1"),
+        ({"draws": 0}, "draws must be a whole number of at least 2, but is 0"),
+        ({"k": 0}, "k must be a whole number of at least 1, but is 0"),
+        ({"chunk": 0}, "chunk must be a whole number of at least 1, but is 0"),
+        ({"repeats": -1}, "repeats must be a whole number of at least 0, but is -1"),
     ],
 )
 def test_bad_use_is_refused_in_a_sentence(changes, message):
@@ -488,7 +656,102 @@ def test_a_model_without_weights_and_an_error_rate_that_is_none():
         def forward(self, x, z):
             return -0.5 * z.square().sum(-1) + 0 * x.sum(-1)
 
-    with pytest.raises(InputError, match="joint without parameters"):
-        gradients.draws("elbo-path", Target(), OneLayerEncoder(), X, draws=2, wrt="joint")
+    for wrt in ("joint", "weights"):
+        with pytest.raises(InputError, match="the joint has no parameters"):
+            gradients.draws("elbo-path", Target(), OneLayerEncoder(), X, draws=2, wrt=wrt)
     with pytest.raises(InputError, match="error_rate"):
         gradients.bias_test("elbo-path", "elbo-total", Target(), OneLayerEncoder(), X, draws=10, error_rate=5)
+    with pytest.raises(InputError, match="nothing to train, whose time"):
+        gradients.measure(["elbo-path"], Target(), OneLayerEncoder()(X), X, draws=2, repeats=1)
+
+
+def test_nothing_is_concluded_from_nothing():
+    """No observations, one draw, gradients that are not finite, a posterior without a number."""
+
+    class Broken(OneLayerJoint):
+        def forward(self, x, z):
+            return super().forward(x, z) + torch.where(x > 1, math.nan, 0.0).sum(-1)
+
+    laboratory = (OneLayerJoint(), OneLayerEncoder(), X)
+    for draws in (1, 0):
+        with pytest.raises(InputError, match=f"draws must be a whole number of at least 2, but is {draws}"):
+            gradients.bias_test("elbo-path", "elbo-total", *laboratory, draws=draws)
+    with pytest.raises(InputError, match="no observations in x"):
+        gradients.measure(["elbo-path"], *laboratory[:2], X[:0], draws=2)
+    with pytest.raises(InputError, match="draws must be a whole number of at least 1, but is 0"):
+        gradients.draws("elbo-path", *laboratory, draws=0)
+    x = torch.tensor([[0.0], [2.0]], dtype=DTYPE)
+    broken = LossEstimator("broken", "elbo", None, 1, "", lambda joint, q, x, eps: (q.mean * x / 0).sum(-1))
+    with pytest.raises(InputError, match=r"the gradient of 'elbo-score' is not finite in 2 of 4 coordinates"):
+        gradients.measure(["elbo-path", "elbo-score"], Broken(), OneLayerEncoder(), x, draws=3)
+    with pytest.raises(InputError, match="2 of 4 coordinates have no finite t statistic"):
+        gradients.bias_test("elbo-score", "elbo-path", Broken(), OneLayerEncoder(), x, draws=3)
+    for pair in ((broken, "elbo-path"), ("elbo-path", broken)):
+        with pytest.raises(InputError, match="have no finite t statistic"):
+            gradients.bias_test(*pair, *laboratory, draws=3)
+    empty = DiagonalGaussian(torch.empty(1, 0, dtype=DTYPE), torch.empty(1, 0, dtype=DTYPE))
+    with pytest.raises(InputError, match="DiagonalGaussian has no numbers that a gradient could be taken in"):
+        gradients.draws("elbo-path", laboratory[0], empty, X, draws=2)
+
+
+@pytest.mark.parametrize("difference", [torch.empty(0), torch.tensor([0.0, math.nan]), torch.tensor([math.inf])])
+def test_a_verdict_is_of_finite_numbers(difference):
+    with pytest.raises(InputError, match="a bias test needs finite gradients"):
+        gradients.BiasTest(difference, torch.ones_like(difference), 100, 0.01)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    moments = Moments().add(torch.ones(4, 3))
+    for wrong in (torch.ones(4, 1), torch.ones(3), torch.ones(0, 3), torch.ones(4, 3, 1), torch.tensor(1.0)):
+        with pytest.raises(InputError, match=r"draws must be of the shape \[S, 3\], .* not"):
+            moments.add(wrong)
+    with pytest.raises(InputError, match=r"draws must be of the shape \[S, P\], .* not \[3\]"):
+        Moments().add(torch.ones(3))
+
+    def unsummed(x, z):
+        return -0.5 * z.square() + 0 * x
+
+    def one_for_all(x, z):
+        return unsummed(x, z).sum((-1, -2)).unsqueeze(-1)
+
+    x = torch.ones(2, 1, dtype=DTYPE)
+    for joint in (unsummed, one_for_all):
+        for measure in (gradients.draws, lambda one, *args, **kwargs: gradients.measure([one], *args, **kwargs)):
+            with pytest.raises(InputError, match=r"of the shape \[K, B\] = \[1, 2\]"):
+                measure("elbo-path", joint, OneLayerEncoder(), x, draws=2)
+    with pytest.raises(InputError, match=r"log q\(z\) of the shape \[K, B\] = \[1, 2\]"):  # one q for two observations
+        gradients.draws("elbo-path", OneLayerJoint(), OneLayerEncoder()(x[:1]), x, draws=2)
+
+
+def test_bonferroni_shares_the_error_rate_among_the_coordinates():
+    """The probability of a false alarm in P independent coordinates is the rate that was asked for, not P times it."""
+    for coordinates in (1, 10, 1000):
+        test = gradients.BiasTest(torch.zeros(coordinates), torch.ones(coordinates), 10**6, 0.05)
+        beyond = math.erfc(test.threshold / math.sqrt(2))
+        assert beyond == pytest.approx(0.05 / coordinates, rel=1e-9)
+    near = torch.zeros(1000)
+    near[7] = 3.0  # beyond 1.96, within 4.06
+    assert not gradients.BiasTest(near, torch.ones(1000), 10**6, 0.05).biased
+    assert gradients.BiasTest(-1.5 * near, torch.ones(1000), 10**6, 0.05).biased
+
+
+@pytest.mark.parametrize("wrt", gradients.WRT)
+def test_one_of_everything(wrt):
+    """K = B = D = X = 1, two draws."""
+    model = models.build("mlp-1", 1, generator=seeded(), hidden=1, latent=1)
+    x = torch.ones(1, 1)
+    measured = gradients.measure(["elbo-path", "iwae-dreg"], model.joint, model.encoder, x, draws=2, wrt=wrt)
+    assert all(moments.mean.isfinite().all() and moments.count == 2 for moments in measured.values())
+    assert gradients.bias_test("elbo-path", "elbo-total", model.joint, model.encoder, x, draws=2, wrt=wrt).draws == 2
+
+
+def test_sentences_have_a_laboratory_too():
+    """Observations need not be floating-point numbers; the precision is that of the gradients."""
+    from vaelib.models.text import lstm_vae
+
+    model = lstm_vae(7, seeded(), latent=2, embedding=3, hidden=4)  # with dropout
+    x = torch.tensor([[1, 3, 4, 2], [1, 5, 2, 0]])
+    for wrt in gradients.WRT:
+        assert not gradients.bias_test(
+            "elbo-path", "elbo-total", model.joint, model.encoder, x, draws=20, wrt=wrt, generator=seeded()
+        ).biased

@@ -2,6 +2,7 @@ r"""What a trained model is worth: its log-likelihood and how much of its latent
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +14,15 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from vaelib.errors import InputError, whole_number
-from vaelib.estimators.base import draws, log_joint
-from vaelib.posteriors import Latent, as_posterior, map_latent, ready
+from vaelib.estimators.base import draws, log_joint, log_posterior, log_weight
+from vaelib.posteriors import Latent, as_posterior, map_latent, modules_in, ready
 
 
 class StreamingLogMeanExp:
     r"""The log of a mean of exponentials, and its standard error, from values that arrive in chunks.
 
     Keeps, for each observation, the largest log-weight m so far and the sums of :math:`e^{\log w - m}` and of its
-    square; nothing overflows, and memory does not grow with the number of values.
+    square, in float64; nothing overflows, and memory does not grow with the number of values.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class StreamingLogMeanExp:
 
     def add(self, log_w: Tensor) -> None:
         """Take in ``log_w`` ``[k, B]``."""
+        self.dtype, log_w = log_w.dtype, log_w.double()
         peak = log_w.amax(0)
         if self.count:
             peak = torch.maximum(peak, self.peak)
@@ -46,12 +48,16 @@ class StreamingLogMeanExp:
     @property
     def value(self) -> Tensor:
         r"""The estimate :math:`\log \tfrac1K \sum_k w_k`, ``[B]``."""
-        return self.peak + (self.total / self.count).log()
+        return (self.peak + (self.total / self.count).log()).to(self.dtype)
 
     @property
     def standard_error(self) -> Tensor:
-        r"""Its standard error by the delta method, :math:`\sqrt{\sum_k \tilde w_k^2 - 1/K}`, ``[B]``."""
-        return (self.squares / self.total.square() - 1 / self.count).clamp_min(0).sqrt()
+        r"""Its standard error by the delta method, :math:`\sqrt{\sum_k \tilde w_k^2 - 1/K}`, ``[B]``.
+
+        Of one draw it is NaN: nothing is known about it.
+        """
+        error = (self.squares / self.total.square() - 1 / self.count).clamp_min(0).sqrt()
+        return (error if self.count > 1 else torch.full_like(error, math.nan)).to(self.dtype)
 
 
 @torch.no_grad()
@@ -71,8 +77,8 @@ def log_likelihood(
     .. math:: \log p(x) \approx \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad z_k \sim q(z \mid x)
 
     The estimate is a lower bound in expectation, of the model in evaluation mode. The weights stream through ``chunk``
-    at a time, and the model sees no more of them at once than :data:`AT_ONCE` allows, so that memory is bounded whatever
-    the model is. Used throughout the book; introduced in book/01-elbo-forms.ipynb.
+    at a time, and the model sees no more of them at once than :data:`AT_ONCE` allows, so that memory is bounded
+    whatever the model is. Used throughout the book; introduced in book/01-elbo-forms.ipynb.
 
     Parameters
     ----------
@@ -88,7 +94,14 @@ def log_likelihood(
         return ``(values, standard_errors)``, the Monte Carlo error of each value by the delta method.
     progress
         show a progress bar.
+
+    Raises
+    ------
+    InputError
+        if there is nothing to evaluate, or the densities do not have the shape ``[K, B]``.
     """
+    if not len(x):
+        raise InputError("there are no observations to evaluate: x has the shape " + str(list(x.shape)))
     for name, value in {"samples": samples, "chunk": chunk, "batch_size": batch_size}.items():
         whole_number(name, value, least=1)
     values, errors = [], []
@@ -102,7 +115,8 @@ def log_likelihood(
                 eps = q.noise(min(step, samples - start), generator)
                 z, log_q = ready(q, eps).sample_and_log_prob(eps)
                 most = most or draws_at_once(model.joint, batch, z)
-                estimate.add(log_joint_in_pieces(model.joint, batch, z, most) - log_q + q.log_share(draws(eps)))
+                joint = functools.partial(log_joint_in_pieces, model.joint, most)
+                estimate.add(log_weight(joint, batch, z, log_q) + q.log_share(draws(eps)))
             values.append(estimate.value)
             errors.append(estimate.standard_error)
     return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)
@@ -113,13 +127,17 @@ AT_ONCE = 2**25
 
 
 def draws_at_once(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> int:
-    """Return for how many draws ``joint`` keeps to :data:`AT_ONCE`: one of one observation is made, and measured."""
+    """Return for how many draws ``joint`` keeps to :data:`AT_ONCE`: one of one observation is made, and measured.
+
+    It is the observation with the fewest zeros, which are the padding of a sentence: the longest one.
+    """
+    i = int(x.reshape(len(x), -1).count_nonzero(1).argmax())
     with Largest() as largest:
-        log_joint(joint, x[:1], map_latent(lambda layer: layer[:1, :1], z))
+        log_joint(joint, x[i : i + 1], map_latent(lambda layer: layer[:1, i : i + 1], z))
     return max(1, AT_ONCE // largest.size)
 
 
-def log_joint_in_pieces(joint: Callable[..., Tensor], x: Tensor, z: Latent, most: int) -> Tensor:
+def log_joint_in_pieces(joint: Callable[..., Tensor], most: int, x: Tensor, z: Latent) -> Tensor:
     """Return ``joint(x, z)``, ``[K, B]``, from at most ``most`` draws of all observations together at a time."""
     columns = min(len(x), most)
     rows = max(1, most // columns)
@@ -132,20 +150,22 @@ def log_joint_in_pieces(joint: Callable[..., Tensor], x: Tensor, z: Latent, most
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that is made."""
+    """Notes the size of the largest tensor that is made, views of others left out."""
 
     size = 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        self.size = max([self.size, *(part.numel() for part in tree_leaves(made) if isinstance(part, Tensor))])
+        given, new = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), made))
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.size = max([self.size, *(t.numel() for t in new if t.untyped_storage().data_ptr() not in known)])
         return made
 
 
 @contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
     """Put modules into evaluation mode, and each of their parts back into its own."""
-    modes = [(m, m.training) for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    modes = [(module, module.training) for part in parts for module in modules_in(part)]
     try:
         for module, _ in modes:
             module.training = False
@@ -172,7 +192,13 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
         layers = map(
             torch.cat, zip(*[as_posterior(encoder(batch)).means() for batch in x.split(batch_size)], strict=True)
         )
-    return [int(((means - means.mean(0)).square().mean(0) > threshold).sum()) for means in layers]
+    variances = [(means - means.mean(0)).square().mean(0) for means in layers]
+    if not all(variance.isfinite().all() for variance in variances):
+        raise InputError(
+            f"units are counted by the variance of their means over x, but over these {len(x)} observations it is not "
+            "finite: look at x and at what the encoder makes of it"
+        )
+    return [int((variance > threshold).sum()) for variance in variances]
 
 
 @torch.no_grad()
@@ -219,6 +245,7 @@ def mutual_information(
             f"mutual information needs 2 observations at least to compare, but there are {len(x)}"
             + ("" if batch_size is None else f" in batches of {batch_size}")
         )
+    whole_number("chunk", chunk, least=1)
     with evaluating(encoder):
         total = sum(_information(encoder, batch, generator, chunk) for batch in x.split(batch_size or len(x)))
     return total / len(x)
@@ -226,18 +253,18 @@ def mutual_information(
 
 def _information(encoder: nn.Module, x: Tensor, generator: torch.Generator | None, chunk: int) -> float:
     """Return the sum of the estimate's terms over ``x``, whose aggregate is its own."""
-    z, entropy, log_sum = [], 0.0, None
     parts = x.split(chunk)
     posteriors = [as_posterior(encoder(part)) for part in parts]
-    for posterior in posteriors:
-        if not hasattr(posterior, "entropy"):
-            raise InputError(
-                f"{type(posterior).__name__} has no entropy in closed form, which the estimate starts from"
-            )
-        z.append(posterior.sample(posterior.noise(1, generator))[0])
-        entropy += posterior.entropy().double().sum().item()
-    z = torch.cat(z).unsqueeze(1)  # [N, 1, D], against each posterior's [b, D]
-    for posterior in posteriors:
-        log_q = posterior.log_prob(z).double().logsumexp(1)
-        log_sum = log_q if log_sum is None else torch.logaddexp(log_sum, log_q)
+    samples, entropy = [], 0.0
+    for q in posteriors:
+        if not hasattr(q, "entropy"):
+            raise InputError(f"{type(q).__name__} has no entropy in closed form, which the estimate starts from")
+        samples.append(q.sample_and_log_prob(q.noise(1, generator)))
+        entropy += q.entropy().double().sum().item()
+    z = torch.cat([sample[0] for sample, _ in samples]).unsqueeze(1)  # [N, 1, D], against each posterior's [b, D]
+    log_sum, start = z.new_full((len(x),), -math.inf, dtype=torch.float64), 0
+    for part, q, (_, own) in zip(parts, posteriors, samples, strict=True):
+        log_q = log_posterior(q.log_prob(z), part, z)
+        log_q[start : start + len(part)].diagonal().copy_(own[0])  # without inverting q, which may be narrow
+        log_sum, start = torch.logaddexp(log_sum, log_q.double().logsumexp(1)), start + len(part)
     return -entropy - (log_sum - math.log(len(x))).sum().item()

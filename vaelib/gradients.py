@@ -18,8 +18,8 @@ Which parameters the gradient is taken in is a key of :data:`WRT`:
 =============  ============================================================================  ==========================
 
 All estimators see one and the same q: the networks are copied and measured in evaluation mode, without dropout and with
-the running statistics of batch norms, and what was given is left as it was. In the place of the encoder a posterior
-serves too, where the gradient is taken in its numbers.
+the running statistics of batch norms, and what was given is left as it was; but what a plain function closes over is
+out of reach, and used as it is. In the place of the encoder a posterior serves too.
 
 The question "which estimator?" is best asked with ``wrt="posterior"``: what lies below, the encoder, is the same for
 all of them, and the draws then run side by side as one large batch, many times faster. The modules of a posterior, such
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributions, nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ from vaelib.errors import InputError, choose, whole_number
 from vaelib.estimators import Estimator
 from vaelib.estimators.base import draws as count
 from vaelib.objectives import Objective
-from vaelib.posteriors import Latent, Posterior, as_posterior, map_latent
+from vaelib.posteriors import Latent, Posterior, as_posterior, map_latent, modules_in
 
 ROWS = 8192
 """Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
@@ -78,8 +78,17 @@ class Moments:
         self.seconds: float | None = None
 
     def add(self, draws: Tensor) -> Moments:
-        """Take in ``draws`` ``[S, P]`` and return the moments themselves."""
+        """Take in ``draws`` ``[S, P]``, and return the moments themselves.
+
+        Raises
+        ------
+        InputError
+            for another shape, also than that of the draws before.
+        """
         draws = draws.detach()
+        if draws.ndim != 2 or not len(draws) or (self.count and draws.shape[1:] != self.anchor.shape):
+            width = len(self.anchor) if self.count else "P"
+            raise InputError(f"draws must be of the shape [S, {width}], S of them at a time, not {list(draws.shape)}")
         if self.count == 0:
             self.anchor = draws.double().mean(0)
             self.powers, self.norms = (self.anchor.new_zeros(shape) for shape in ((4, draws.shape[1]), (2,)))
@@ -234,8 +243,9 @@ def draws(
     For as many as fit in memory; :func:`measure` streams. Two calls with equal generators see the same noise.
     Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
     """
+    whole_number("draws", draws, least=1)
     lab = Laboratory(joint, encoder, x, k, wrt)
-    (one,) = lab.per_draw([estimator]).values()
+    (one,) = lab.per_draw([known.get(estimator)])
     return torch.cat([one.gradients(eps) for eps in lab.noise(draws, generator, chunk, one.size)])
 
 
@@ -282,22 +292,28 @@ def measure(
     Raises
     ------
     InputError
-        for a name that does not exist, fewer than 2 draws, or a k for which a row is not defined.
+        for a name that does not exist, no estimators, fewer than 2 draws, a k for which a row is not defined, or a
+        gradient that is not finite.
     """
     whole_number("draws", draws, least=2)
-    lab = Laboratory(joint, encoder, x, k, wrt)
-    each = lab.per_draw(estimators)
-    moments = {name: Moments() for name in each}
-    size = max((one.size for one in each.values()), default=1)
+    whole_number("repeats", repeats, least=0)
+    lab, found = Laboratory(joint, encoder, x, k, wrt), named(estimators)
+    each, moments = lab.per_draw(found), [Moments() for _ in found]
     with tqdm(total=draws, desc="gradients", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in lab.noise(draws, generator, chunk, size):
-            for name, one in each.items():
-                moments[name].add(one.gradients(eps))
+        for eps in lab.noise(draws, generator, chunk, each[0].size):
+            for one, sums in zip(each, moments, strict=True):
+                sums.add(one.gradients(eps))
             bar.update(count(eps))
+    for estimator, sums in zip(found, moments, strict=True):
+        if bad := int((~sums.mean.isfinite()).sum()):
+            raise InputError(
+                f"the gradient of '{estimator.name}' is not finite in {bad} of {len(sums.mean)} coordinates: look at "
+                "the model's bound first"
+            )
     if repeats:
-        for name, seconds in lab.seconds(estimators, repeats).items():
-            moments[name].seconds = seconds
-    return moments
+        for sums, seconds in zip(moments, lab.seconds(found, repeats), strict=True):
+            sums.seconds = seconds
+    return {estimator.name: sums for estimator, sums in zip(found, moments, strict=True)}
 
 
 def bias_test(
@@ -334,17 +350,16 @@ def bias_test(
     if not 0 < error_rate < 1:
         raise InputError(f"error_rate must be between 0 and 1, but is {error_rate}")
     whole_number("draws", draws, least=2)
-    first, second = (known.get(one) for one in (estimator, reference))
     lab = Laboratory(joint, encoder, x, k, wrt)
-    ours, theirs = (lab.per_draw([one])[one.name] for one in (first, second))
-    difference, size, precision = Moments(), Moments(), torch.finfo(x.dtype).eps
+    ours, theirs = lab.per_draw([known.get(estimator), known.get(reference)])
+    difference, size = Moments(), Moments()
     with tqdm(total=draws, desc="bias", unit="draw", disable=not progress, leave=False) as bar:
         for eps in lab.noise(draws, generator, chunk, ours.size):
             g = theirs.gradients(eps)
             difference.add(ours.gradients(eps) - g)
             size.add(g.abs())
             bar.update(count(eps))
-    rounding = 100 * precision * size.mean.clamp_min(1)  # of two ways to compute the same number
+    rounding = 100 * torch.finfo(g.dtype).eps * size.mean.clamp_min(1)  # of two ways to compute the same number
     return BiasTest(difference.mean, torch.maximum(difference.standard_error, rounding), draws, error_rate)
 
 
@@ -368,46 +383,28 @@ class Laboratory:
 
     def __init__(self, joint: Callable[..., Tensor], encoder: Any, x: Tensor, k: int, wrt: str) -> None:
         whole_number("k", k, least=1)
+        if not len(x):
+            raise InputError("there are no observations in x: a gradient needs one at least")
         self.differentiate = choose("set of parameters (wrt)", wrt, WRT)
-        both: dict[int, Any] = {}  # one copy of what the two share
-        self.joint, self.encoder = (
-            copy.deepcopy(part, both).eval() if isinstance(part, nn.Module) else part for part in (joint, encoder)
-        )
-        self.x, self.k = x, k
-        with torch.no_grad():
-            self.q = self.encode()
+        copies: dict[int, Any] = {}  # one for what the two share
+        self.joint, self.x, self.k = own(joint, copies), x, k
+        if isinstance(encoder, Posterior) or not callable(encoder):
+            self.q = as_posterior(own(as_posterior(encoder).map_parameters(Tensor.detach), copies))
+            self.encoder = lambda x: self.q
+        else:
+            self.encoder = own(encoder, copies)
+            with torch.no_grad():
+                self.q = as_posterior(self.encoder(x))
 
-    def encode(self) -> Posterior:
-        """Return the posterior of x."""
-        fixed = isinstance(self.encoder, Posterior | distributions.Distribution)
-        return as_posterior(self.encoder if fixed else self.encoder(self.x))
-
-    def per_draw(self, estimators: Iterable[Estimator | str]) -> dict[str, PerDraw]:
+    def per_draw(self, estimators: list[Estimator]) -> list[PerDraw]:
         """Return how to get each estimator's gradient for each draw; every estimator is tried once."""
         eps = self.q.noise(self.k, torch.Generator(self.x.device).manual_seed(0))
-        found = {}
-        for estimator in self.named(estimators):
+        for estimator in estimators:
             estimator.loss(self.joint, self.q, self.x, eps)
-            found[estimator.name] = self.differentiate(self, estimator)
-        return found
-
-    @staticmethod
-    def named(estimators: Iterable[Estimator | str]) -> list[Estimator]:
-        """Return the estimators, whose names must differ."""
-        if isinstance(estimators, str):
-            raise InputError(f"estimators must be a list, such as ['{estimators}'], but is one name")
-        found = [known.get(one) for one in estimators]
-        names = [one.name for one in found]
-        if len(set(names)) < len(names):
-            raise InputError(
-                f"two estimators share a name ({', '.join(names)}): give one its own by "
-                "dataclasses.replace(estimator, name=...)"
-            )
-        return found
+        return [self.differentiate(self, estimator) for estimator in estimators]
 
     def noise(self, draws: int, generator: torch.Generator | None, chunk: int | None, size: int) -> Iterator[Latent]:
         """Yield the noise of all draws, ``[S, K, B, D]``; it is drawn in blocks that do not depend on ``chunk``."""
-        whole_number("draws", draws, least=1)
         whole_number("chunk", 1 if chunk is None else chunk, least=1)
         block = max(1, ROWS // (self.k * len(self.x)))
         chunk = min(chunk or block, block, max(1, GRADIENTS // size))
@@ -417,24 +414,50 @@ class Laboratory:
                 last = min(first + chunk, draws - start, block)
                 yield map_latent(lambda e, first=first, last=last: e[first:last], eps)
 
-    def seconds(self, estimators: Iterable[Estimator | str], repeats: int) -> dict[str, float]:
+    def seconds(self, estimators: list[Estimator], repeats: int) -> list[float]:
         """Return the median time of a training gradient of each estimator, measured in turns."""
-        found = self.named(estimators)
-        parameters = [
-            p for part in (self.joint, self.encoder) if isinstance(part, nn.Module) for p in part.parameters()
-        ]
-        parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        parts = [part for part in (self.joint, self.encoder) if isinstance(part, nn.Module)]
+        parameters = [p for p in nn.ModuleList(parts).parameters() if p.requires_grad]
+        if not parameters:
+            raise InputError("there is nothing to train, whose time could be taken: leave out repeats")
         eps = self.q.noise(self.k, torch.Generator(self.x.device).manual_seed(0))
-        times: dict[str, list[float]] = {one.name: [] for one in found}
+        times: list[list[float]] = [[] for _ in estimators]
         for _ in range(repeats + 1):  # the first round warms up
-            for one in found:
+            for estimator, series in zip(estimators, times, strict=True):
                 _wait(self.x.device)
                 start = time.perf_counter()
-                loss = one.loss(self.joint, self.encode(), self.x, eps).mean()
-                torch.autograd.grad(loss, parameters, allow_unused=True)
+                _gradient(estimator.loss(self.joint, self.encoder(self.x), self.x, eps).mean(), parameters)
                 _wait(self.x.device)
-                times[one.name].append(time.perf_counter() - start)
-        return {name: statistics.median(series[1:]) for name, series in times.items()}
+                series.append(time.perf_counter() - start)
+        return [statistics.median(series[1:]) for series in times]
+
+
+def named(estimators: Iterable[Estimator | str]) -> list[Estimator]:
+    """Return the estimators, one or more, whose names must differ."""
+    if isinstance(estimators, str | Estimator):
+        raise InputError(f"estimators must be a list, such as ['{known.get(estimators).name}'], but is one alone")
+    found = [known.get(one) for one in estimators]
+    names = [one.name for one in found]
+    if not found:
+        raise InputError("there are no estimators to measure: give one at least, such as ['elbo-path']")
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"two estimators share a name ({', '.join(names)}): give one its own by "
+            "dataclasses.replace(estimator, name=...)"
+        )
+    return found
+
+
+def own(part: Any, copies: dict[int, Any]) -> Any:
+    """Return a copy, in evaluation mode, of a network or of what holds networks; a plain function as it is."""
+    modules = list(modules_in(part))
+    for value in [value for module in modules for value in vars(module).values()]:
+        if isinstance(value, Tensor) and not value.is_leaf:  # what a hook has made of the parameters
+            copies[id(value)] = value.detach()
+    part = copy.deepcopy(part, copies)
+    for module in modules:
+        copies[id(module)].training = False
+    return part
 
 
 def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
@@ -455,38 +478,45 @@ def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
 
     sizes: list[int] = []
     lab.q.map_parameters(lambda parameter: sizes.append(parameter.numel()) or parameter)
+    if not sum(sizes):
+        raise InputError(f"this {type(lab.q).__name__} has no numbers that a gradient could be taken in")
     return PerDraw(gradients, sum(sizes))
 
 
 def _of_weights(*parts: str) -> Callable[..., PerDraw]:
-    """``vmap`` over draws for few weights; one backward pass after the other for many, or for recurrent layers."""
+    """``vmap`` over draws for few weights; one backward pass after the other for many, and where there is no rule."""
 
     def per_draw(lab: Laboratory, estimator: Estimator) -> PerDraw:
+        objective = Objective(estimator, lab.joint, lab.encoder)
+        wanted = set()
         for part in parts:
-            if not any(True for _ in getattr(getattr(lab, part), "parameters", list)()):
+            network = getattr(lab, part)
+            own_weights = {id(p) for p in network.parameters()} if isinstance(network, nn.Module) else set()
+            if not own_weights:
                 raise InputError(f"the {part} has no parameters: there is nothing to differentiate")
-        objective = Objective(estimator, lab.joint, lab.encoder).requires_grad_()
-        wanted = {id(p) for part in parts for p in getattr(lab, part).parameters()}
+            wanted |= own_weights
         everything = {name: p.detach() for name, p in objective.named_parameters()}
-        leaves = {name: p for name, p in objective.named_parameters() if id(p) in wanted}
-        chosen = {name: everything[name] for name in leaves}
-        size = sum(p.numel() for p in leaves.values())
+        weights = {name: everything[name] for name, p in objective.named_parameters() if id(p) in wanted}
+        size = sum(p.numel() for p in weights.values())
 
         def bound(weights: dict[str, Tensor], eps: Latent) -> Tensor:
             return -functional_call(objective, {**everything, **weights}, (lab.x, eps)).mean()
 
-        def side_by_side(eps: Latent) -> Tensor:
-            gradient = vmap(grad(bound), in_dims=(None, map_latent(lambda _: 0, eps)))(chosen, eps)
-            return torch.cat([gradient[name].reshape(count(eps), -1) for name in chosen], dim=1)
-
         def one_by_one(eps: Latent) -> Tensor:
-            rows = []
+            rows, leaves = [], {name: p.detach().requires_grad_() for name, p in weights.items()}
             for s in range(count(eps)):
-                loss = objective(lab.x, map_latent(lambda e, s=s: e[s], eps)).mean()
-                rows.append(torch.cat([part.flatten() for part in _gradient(loss, list(leaves.values()))]))
-            return torch.stack(rows).neg_()
+                value = bound(leaves, map_latent(lambda e, s=s: e[s], eps))
+                rows.append(torch.cat([part.flatten() for part in _gradient(value, list(leaves.values()))]))
+            return torch.stack(rows)
 
-        recurrent = any(isinstance(part, nn.RNNBase) for part in objective.modules())  # no rule in vmap
+        def side_by_side(eps: Latent) -> Tensor:
+            try:
+                gradient = vmap(grad(bound), in_dims=(None, map_latent(lambda _: 0, eps)))(weights, eps)
+            except RuntimeError:
+                return one_by_one(eps)
+            return torch.cat([gradient[name].reshape(count(eps), -1) for name in weights], dim=1).detach()
+
+        recurrent = any(isinstance(part, nn.RNNBase) for part in objective.modules())  # slow under vmap, or no rule
         return PerDraw(one_by_one if recurrent or size >= LOOP_FROM else side_by_side, size)
 
     return per_draw

@@ -46,8 +46,8 @@ class Bernoulli:
         check_pixels(x, self.logits)
         if not tracing() and not torch.equal(x * x, x):
             raise InputError(
-                f"a Bernoulli likelihood is for pixels of 0 and 1, but these go from {x.min():g} to {x.max():g} and are "
-                "not all 0 or 1: binarise them (--binarisation dynamic or fixed), or take a Gaussian likelihood"
+                f"a Bernoulli likelihood is for pixels of 0 and 1, but these go from {x.min():g} to {x.max():g} and "
+                "are not all 0 or 1: binarise them (--binarisation dynamic or fixed), or take a Gaussian likelihood"
             )
         x = x.expand_as(self.logits)
         return -F.binary_cross_entropy_with_logits(self.logits, x, reduction="none").sum(-1)

@@ -140,7 +140,12 @@ def log_weight(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_q: Tensor
     InputError
         if one of the two has another shape.
     """
-    return log_joint(joint, x, z) - _shaped("log_prob(z)", "log q(z)", log_q, x, z)
+    return log_joint(joint, x, z) - log_posterior(log_q, x, z)
+
+
+def log_posterior(log_q: Tensor, x: Tensor, z: Latent) -> Tensor:
+    """Return ``log_q``, or raise InputError if it is not of the shape ``[K, B]``."""
+    return _shaped("log_prob(z)", "log q(z)", log_q, x, z)
 
 
 def _shaped(function: str, what: str, value: Tensor, x: Tensor, z: Latent) -> Tensor:

@@ -177,6 +177,41 @@ def expected_cosines(q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: 
     return (mean + phase).cos() * (-0.5 * variance).exp()
 
 
+def covariances_of_cosines(
+    q: DiagonalGaussian | FullGaussian, weight: Tensor, phase: Tensor, i: Tensor, j: Tensor
+) -> Tensor:
+    r"""Return :math:`\operatorname{Cov}_q[\cos u_i, \cos u_j]` of :math:`u = W z + b` for some pairs, ``[B, P]``.
+
+    With the means m and the covariance C of u it is :math:`\tfrac12 e^{-(C_{ii} + C_{jj}) / 2}
+    [\cos(m_i + m_j) (e^{-C_{ij}} - 1) + \cos(m_i - m_j) (e^{C_{ij}} - 1)]`: no difference of two large numbers, also
+    where q is narrow.
+
+    Parameters
+    ----------
+    weight, phase
+        W ``[J, D]`` and b ``[J]``.
+    i, j
+        the pairs, ``[P]`` each.
+
+    Raises
+    ------
+    InputError
+        for a posterior that is not one Gaussian.
+    """
+    _one_gaussian(q, "the covariance of two cosines", "a decoder that is linear in z")
+    mean, variance = q.linear_moments(weight)
+    mean, half = mean + phase, -0.5 * (variance[:, i] + variance[:, j])
+    covariance = (q.linear_moments(weight[i] + weight[j])[1] - q.linear_moments(weight[i] - weight[j])[1]) / 4
+
+    def grown(c: Tensor) -> Tensor:
+        """Return e^half (e^c - 1), whose factors may not fit where c is large."""
+        over, under = c.clamp_min(0), c.clamp_max(0)
+        return torch.where(c < 0, half.exp() * under.expm1(), -(half + over).exp() * (-over).expm1())
+
+    total, gap = (mean[:, i] + mean[:, j]).cos(), (mean[:, i] - mean[:, j]).cos()
+    return 0.5 * (total * grown(-covariance) + gap * grown(covariance))
+
+
 def elbo(joint: Callable[..., Tensor], x: Tensor, q) -> Tensor:
     r"""Return the ELBO :math:`\mathbb E_q[\log p(x \mid z)] - \mathrm{KL}(q \,\|\, p(z))` in closed form, ``[B]``.
 

@@ -33,6 +33,9 @@ from vaelib.errors import InputError
 from vaelib.estimators.base import Estimator, draws, log_joint, log_weight
 from vaelib.posteriors import Latent, Posterior, layers_of, map_latent, stop_gradient
 
+THREE = torch.arange(3.0).unsqueeze(-1)
+"""Log-weights of three draws, ``[3, 1]``."""
+
 
 class Weights(NamedTuple):
     """The three channel weights a, b, c of a row, each ``[K, B]``; None in a rule's answer is a channel not used."""
@@ -70,7 +73,7 @@ class Row(Estimator):
     @cached_property
     def example(self) -> Weights:
         """The rule's weights of three draws, which show the channels that it uses."""
-        return self.rule(torch.arange(3.0).unsqueeze(-1))
+        return self.rule(THREE)
 
     @property
     def reparameterised(self) -> bool:
@@ -78,24 +81,26 @@ class Row(Estimator):
         return self.example.path is not None
 
     @cached_property
+    def whole(self) -> bool:
+        """Whether the row differentiates its bound as one function of log w, with q held constant in it or not."""
+        a, b, c = self.example
+        slope = torch.func.grad(lambda log_w: self.value(log_w).sum())(THREE)
+        path = b is not None and torch.equal(b, a) and torch.allclose(a, slope)
+        return path and (c is None or torch.equal(c, -a))
+
+    @property
     def automatic(self) -> bool:
         """Whether the row is what automatic differentiation gives with nothing held constant: b = a = -c."""
-        a, b, c = self.example
-        return b is not None and c is not None and torch.equal(b, a) and torch.equal(c, -a)
-
-    @cached_property
-    def whole(self) -> bool:
-        """Whether the row differentiates the bound as one function of log w, with q held constant in it or not."""
-        a, b, c = self.example
-        return self.automatic or (b is not None and torch.equal(b, a) and c is None)
+        return self.whole and self.example.score is not None
 
     def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         r"""Return ``-bound``, ``[B]``, with the three channels as its gradient, in one pass through the model.
 
-        A row with a path evaluates :math:`\log w` with q held constant and differentiates the bound of it: that is the
-        theta channel, and :math:`a_k\, \partial_z \log w_k` arrives at the sample, where it is scaled by
-        :math:`b_k / a_k` on its way to the encoder. The score channel is :math:`\log q` at a stopped sample with weight
-        :math:`c_k`. A row that is what automatic differentiation gives anyway has nothing to hold constant.
+        A row with a path evaluates :math:`\log w` with q held constant and differentiates
+        :math:`\sum_k a_k \log w_k`: that is the theta channel, and :math:`a_k\, \partial_z \log w_k` arrives at the
+        sample, where it is scaled by :math:`b_k / a_k` on its way to the encoder. The score channel is :math:`\log q`
+        at a stopped sample with weight :math:`c_k`. A row that is what automatic differentiation gives anyway has
+        nothing to hold constant.
         """
         log_share = self.shares(q, draws(eps))
         if self.automatic:
@@ -113,20 +118,20 @@ class Row(Estimator):
         else:
             z, log_q = still, score.detach()
         log_w = log_weight(joint, x, z, log_q)
-        bound = self.value(log_w, log_share)
         if self.whole:
-            return -bound
+            return -self.value(log_w, log_share)
 
-        a, b, c = self.rule(log_w.detach())
+        seen = log_w.detach()
+        a, b, c = self.rule(seen)
+        total = (a * log_w.masked_fill(log_w == -math.inf, 0.0)).sum(0)
         if b is not None and b is not a:
             ratio = (b / a).masked_fill(a == 0, 0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
             for layer in layers_of(z):
                 if layer.requires_grad:  # some layers may be frozen
                     layer.register_hook(lambda gradient: ratio * gradient)
-        if c is None:
-            return -bound
-        total = (c * score).sum(0)
-        return -(bound + total - total.detach())
+        if c is not None:
+            total = total + (c * score).sum(0)
+        return -(self.value(seen, log_share) + total - total.detach())
 
     def differentiate_by_channels(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         """Return the same loss with a line for each channel: theta, phi through the sample, phi through the density."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vaelib.estimators.silent import expected_cosines, expected_log_prob
+from vaelib.estimators.silent import covariances_of_cosines, expected_cosines, expected_log_prob
 from vaelib.layers import linear, tanh_layers
 from vaelib.likelihoods import Bernoulli, Gaussian
 from vaelib.posteriors import LOG_2PI, DiagonalGaussian, FullGaussian
@@ -92,10 +92,9 @@ class LinearDecoder(nn.Module):
 class CosineDecoder(nn.Module):
     r"""The decoder :math:`\mathcal N(A \cos(W z + c) + b, \operatorname{diag} s^2)`: nonlinear in z, and silent.
 
-    It is linear in features whose first two moments are known under a Gaussian:
-    :math:`\cos u_i \cos u_j = \tfrac12 [\cos(u_i + u_j) + \cos(u_i - u_j)]`, and the sum and difference are again
-    linear in z (:func:`expected_cosines`). So the closed form costs :math:`J^2` cosines an observation for J features,
-    where a draw costs J. Introduced in book/03-silent-gradients.ipynb.
+    It is linear in features whose means and covariances are known under a Gaussian
+    (:func:`vaelib.estimators.silent.covariances_of_cosines`). So the closed form costs :math:`J^2` cosines an
+    observation for J features, where a draw costs J. Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
@@ -118,16 +117,13 @@ class CosineDecoder(nn.Module):
         r"""Return the exact :math:`\EE_q[\log p(x \mid z)]`, ``[B]``.
 
         With features f and whitened :math:`r = (x - b) / s`, :math:`A' = A / s`, the expected square error is
-        :math:`|r|^2 - 2\, r^\top A' \EE[f] + \sum_{ij} (A'^\top A')_{ij}\, \EE[f_i f_j]`.
+        :math:`|r - A' \EE[f]|^2 + \sum_{ij} (A'^\top A')_{ij} \operatorname{Cov}[f_i, f_j]`, where nothing cancels
+        (:func:`vaelib.estimators.silent.covariances_of_cosines`).
         """
         scale = (-self.log_std).exp().expand_as(self.bias)
-        residual, weight = (x - self.bias) * scale, self.weight * scale.unsqueeze(-1)
+        weight = self.weight * scale.unsqueeze(-1)
+        residual = (x - self.bias) * scale - expected_cosines(q, self.frequency, self.phase) @ weight.mT
         i, j = torch.triu_indices(len(self.phase), len(self.phase), device=x.device)
-        products = 0.5 * sum(
-            expected_cosines(q, self.frequency[i] + sign * self.frequency[j], self.phase[i] + sign * self.phase[j])
-            for sign in (1, -1)
-        )
         gram = (weight.mT @ weight)[i, j] * torch.where(i == j, 1.0, 2.0).to(x)  # a pair stands for both orders
-        features = expected_cosines(q, self.frequency, self.phase)
-        square = residual.square().sum(-1) - 2 * ((residual @ weight) * features).sum(-1) + products @ gram
+        square = residual.square().sum(-1) + covariances_of_cosines(q, self.frequency, self.phase, i, j) @ gram
         return -0.5 * square + scale.log().sum() - 0.5 * len(self.bias) * LOG_2PI

@@ -110,6 +110,8 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
     :math:`W = U (\Lambda - s^2 I)^{1/2}`. This choice of W makes the exact posterior's covariance diagonal.
     Introduced in book/01-elbo-forms.ipynb.
 
+    The smallest eigenvalues are what counts, for which float32 has no digits: computed in float64.
+
     Raises
     ------
     InputError
@@ -120,17 +122,20 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussian:
             f"latent_dim must be between 1 and {x.shape[1] - 1} for data of {x.shape[1]} dimensions, but is "
             f"{latent_dim}"
         )
-    mean = x.mean(0)
-    eigenvalues, eigenvectors = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
+    mean = x.double().mean(0)
+    centred = x.double() - mean
+    eigenvalues, eigenvectors = torch.linalg.eigh(centred.mT @ centred / len(x))
     eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
     variance = eigenvalues[latent_dim:].mean()
-    if not variance > x.shape[1] * torch.finfo(x.dtype).eps * eigenvalues[0]:
+    rounding = max(torch.finfo(mean.dtype).eps, torch.finfo(x.dtype).eps ** 2)  # here, and of the data themselves
+    if not variance > x.shape[1] * rounding * eigenvalues[0]:
         raise InputError(
             f"{latent_dim} dimensions explain these {len(x)} observations without a rest, so that there is no noise "
             "to fit: take fewer dimensions, or more observations"
         )
     scale = (eigenvalues[:latent_dim] - variance).clamp_min(0).sqrt()
-    return LinearGaussian(eigenvectors[:, :latent_dim] * scale, mean, 0.5 * variance.log())
+    parts = eigenvectors[:, :latent_dim] * scale, mean, 0.5 * variance.log()
+    return LinearGaussian(*(part.to(x.dtype) for part in parts))
 
 
 def exact_encoder(joint: LinearGaussian) -> LinearEncoder:

@@ -16,7 +16,7 @@ from vaelib.posteriors.base import (
     times,
     tracing,
 )
-from vaelib.posteriors.convert import as_posterior, functions_in, ready
+from vaelib.posteriors.convert import as_posterior, functions_in, modules_in, ready
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
@@ -40,6 +40,7 @@ __all__ = [
     "gumbel",
     "layers_of",
     "map_latent",
+    "modules_in",
     "ready",
     "standard_normal_log_prob",
     "stop_gradient",

@@ -44,8 +44,8 @@ def as_posterior(q: Any) -> Posterior:
     Ours stay as they are. The families of ``torch.distributions`` that have a counterpart here are converted:
     ``Normal`` (also ``Independent``), ``MultivariateNormal``, ``LowRankMultivariateNormal``, ``MixtureSameFamily`` of
     these, ``Bernoulli`` and ``OneHotCategorical``, each with the observations on its first axis. Another object serves
-    if it has the methods ``noise``, ``sample``, ``log_prob`` and ``stop_gradient`` (:class:`vaelib.posteriors.Posterior`
-    says what they are to do).
+    if it has the methods ``noise``, ``sample``, ``log_prob`` and ``stop_gradient``
+    (:class:`vaelib.posteriors.Posterior` says what they are to do).
 
     Raises
     ------
@@ -181,6 +181,15 @@ def functions_in(value: Any) -> Iterator[Any]:
         )
     elif isinstance(value, nn.Module) or callable(value) and not isinstance(value, type):
         yield value
+
+
+def modules_in(value: Any) -> Iterator[nn.Module]:
+    """Yield the modules of a network, of a posterior, and of a method or callable object that holds some."""
+    for found in functions_in(value):
+        inside = () if isinstance(found, nn.Module) else getattr(found, "__dict__", {}).values()
+        for part in (found, getattr(found, "__self__", None), *inside):
+            if isinstance(part, nn.Module):
+                yield from part.modules()
 
 
 def _mode(part: Any) -> Any:

@@ -146,12 +146,13 @@ class OneHotCategorical(Posterior):
     def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the mean :math:`\sum_g m_g` and variance of each row of W z, ``[B, X]``.
 
-        The variance is :math:`\sum_g [\sum_c \pi_{gc} w_{gc}^2 - m_g^2]` with the group means
+        The variance is :math:`\sum_{gc} \pi_{gc} (w_{gc} - m_g)^2` with the group means
         :math:`m_g = \sum_c \pi_{gc} w_{gc}`.
         """
-        grouped = weight.unflatten(-1, self.logits.shape[-2:])
-        group_means = torch.einsum("bgc,xgc->bgx", self.logits.softmax(-1), grouped)
-        return group_means.sum(-2), self.mean @ weight.square().mT - group_means.square().sum(-2)
+        share, grouped = self.logits.softmax(-1), weight.unflatten(-1, self.logits.shape[-2:])
+        group_means = torch.einsum("bgc,xgc->bxg", share, grouped)
+        off = grouped - group_means.unsqueeze(-1)
+        return group_means.sum(-1), torch.einsum("bgc,bxgc->bx", share, off.square())
 
     def support(self) -> Tensor:
         """Return every value of z once, ``[C^G, 1, G C]``, or raise InputError if there are more than 4,096."""
