@@ -522,8 +522,8 @@ def test_evaluate_needs_a_run_and_sense(finished, tmp_path):
     assert not (tmp_path / "nothing").exists()
     run_dir = copy_of(finished, tmp_path)
     for bad, sentence in (
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"samples": 0}, "samples must be a whole number of at least 1"),
+        ({"chunk": 0}, "chunk must be a whole number of at least 1"),
         ({"limit": 0}, "limit must be a whole number of at least 2"),
         ({"seed": -1}, "seed must be"),
         ({"device": "tpu"}, "no device is called 'tpu'"),

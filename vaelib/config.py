@@ -22,6 +22,13 @@ def setting(default: Any, text: str) -> Any:
     return field(**made, metadata={"help": text})
 
 
+def names(recipe: Any, *fields: str) -> None:
+    """Raise InputError unless these fields of a recipe are names, whatever they are names of."""
+    for name in fields:
+        if not isinstance(value := getattr(recipe, name), str):
+            raise InputError(f"{name} must be a name, but is {value!r}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train, whatever the model and the data; the defaults are Burda et al.'s (2016) at their first stage.
@@ -59,6 +66,7 @@ class Recipe:
             if (value := getattr(self, name)) is not None or name != "clip":
                 positive(name, value)
         true_or_false("shuffle", self.shuffle)
+        names(self, "schedule", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,9 @@ class Config(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names(
+            self, "data", "model", "estimator", "device", *(["binarisation"] if self.binarisation is not None else [])
+        )
         true_or_false("compile", self.compile)
         if not isinstance(self.sizes, Mapping):
             raise InputError(f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}")
