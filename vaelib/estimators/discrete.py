@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib.bounds import divergence, log_sum_exp
+from vaelib.bounds import divergence
 from vaelib.errors import InputError, positive
 from vaelib.estimators.base import LossEstimator, log_joint, log_weight
 from vaelib.posteriors import Discrete, FactorisedBernoulli, as_posterior, times
@@ -55,7 +55,7 @@ def log_marginal(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor
     InputError
         as for :func:`exact_elbo`.
     """
-    return log_sum_exp(log_joint(joint, x, every_value(q, x)[1]))
+    return log_joint(joint, x, every_value(q, x)[1]).logsumexp(0)
 
 
 def exact(joint: Callable[..., Tensor], q: Discrete, x: Tensor, eps: Tensor | None) -> Tensor:
