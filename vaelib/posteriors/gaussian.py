@@ -42,16 +42,10 @@ class Gaussian(Posterior):
     def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
         r"""Return :math:`\log q(z)` of the sample of ``eps``, ``[K, B]``, where :math:`L^{-1}(z - \mu)` is eps itself.
 
-        With a bar for what is held constant, :math:`L^{-1}(z - \mu) = \varepsilon
-        + L^{-1} [(z - \bar z) + (\bar\mu + \bar L \varepsilon) - (\mu + L \varepsilon)]`; the bracket is 0, and only
-        its derivatives count.
+        It is written :math:`\varepsilon + L^{-1} [z - (\mu + L \varepsilon)]`: the bracket is 0, and only its derivatives
+        count.
         """
-        residual = (z - z.detach()) + (self.stop_gradient().sample(eps) - self.sample(eps))
-        return standard_normal_log_prob(eps + self.whiten(residual)) - self.log_det()
-
-    def log_prob_near(self, centre: Tensor, offset: Tensor) -> Tensor:
-        r"""Return :math:`\log q(c + o)` from the residual :math:`(c - \mu) + o`, which keeps its digits."""
-        return standard_normal_log_prob(self.whiten((centre - self.mean) + offset)) - self.log_det()
+        return standard_normal_log_prob(eps + self.whiten(z - self.sample(eps))) - self.log_det()
 
     def sample_and_log_prob(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return z and :math:`\log q(z) = \log \mathcal N(\varepsilon; 0, I) - \log\det L`, both live in phi."""
