@@ -226,7 +226,7 @@ def _loss(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor | None) -> Ten
 ELBO = LossEstimator(
     "elbo-silent", "elbo", "elbo", 1, "shao2025", _loss, "For linear Gaussian decoders: no draws, the closed form."
 )
-"""The silent gradient as an estimator, ``objectives.backward(silent.ELBO, joint, encoder, x, None)``: without noise."""
+"""The silent gradient as an estimator: ``objectives.backward(silent.ELBO, joint, q, x, None)``, without noise."""
 
 
 # --- beside a nonlinear decoder ---------------------------------------------------------------------------------------

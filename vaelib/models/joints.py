@@ -121,7 +121,7 @@ class Guided(nn.Module):
         the model, with any decoder.
     guide
         a joint density whose expected log-likelihood has a closed form, such as
-        :class:`vaelib.models.LinearGaussian` or a joint made of a :class:`vaelib.silent.LinearDecoder`.
+        :class:`vaelib.models.LinearGaussian` or a joint made of a :class:`vaelib.models.LinearDecoder`.
     """
 
     def __init__(self, joint: nn.Module, guide: nn.Module) -> None:
