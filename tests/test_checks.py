@@ -1,5 +1,6 @@
 """Every check must be able to fail, and fail when it should."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +110,13 @@ def test_nothing_passes_by_a_shape_that_broadcasts():
 def test_a_statement_is_true_or_false_and_nothing_else(value):
     with pytest.raises(AssertionError):
         checks.holds(value, "it is so")
+
+
+@pytest.mark.parametrize("of", [bool, torch.tensor, np.bool_, lambda t: torch.tensor([t]), lambda t: np.array([[t]])])
+def test_a_statement_may_be_a_tensor_or_an_array_of_one(of):
+    checks.holds(of(True), "it is so")
+    with pytest.raises(AssertionError, match="does not hold"):
+        checks.holds(of(False), "it is so")
 
 
 def test_a_variance_of_few_draws_has_no_error_to_go_by():

@@ -8,6 +8,7 @@ are in units of standard errors: a coordinate whose claim is true fails a two-si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -158,7 +159,7 @@ def equivalent(first: Tensor, second: Tensor, within: float, what: str = "mean")
 
 def holds(condition: bool | Tensor, what: str) -> None:
     """Check a plain statement: True, or a tensor or array of one True."""
-    value = condition.item() if getattr(condition, "ndim", None) == 0 else condition
+    value = condition.item() if math.prod(getattr(condition, "shape", (0,))) == 1 else condition
     assert isinstance(value, bool), f"{what}: a statement is True or False, not {value!r}"
     assert value, f"does not hold: {what}"
     print(f"ok: {what}")

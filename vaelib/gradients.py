@@ -271,8 +271,10 @@ def measure(
     ----------
     estimators
         rows of the tableau or their names; all of them see the same noise.
-    joint, encoder, x
+    joint, x
         as for :func:`vaelib.objectives.backward`.
+    encoder
+        called as ``encoder(x)``, returns q; or q itself, where the gradient is taken in its numbers.
     draws
         how many gradients of each, at least 2.
     k
