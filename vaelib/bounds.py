@@ -38,13 +38,16 @@ def iwae(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
 
 def log_sum_exp(log_w: Tensor) -> Tensor:
     r"""Return :math:`\log \sum_k w_k`, ``[K, B] -> [B]``, whose derivatives are 0 where all w are."""
-    possible = (log_w > -math.inf).any(0)
-    return log_w.masked_fill(~possible, 0.0).logsumexp(0).masked_fill(~possible, -math.inf)
+    if not log_w.requires_grad:
+        return log_w.logsumexp(0)
+    least = torch.finfo(log_w.dtype).min
+    found = log_w.clamp_min(least).logsumexp(0)
+    return found.masked_fill(found < 0.5 * least, -math.inf)
 
 
 def normalised(log_w: Tensor) -> Tensor:
     r"""Return the weights :math:`\tilde w = \operatorname{softmax}_k \log w`, ``[K, B]``; 0 where all w are."""
-    return (log_w - log_w.logsumexp(0).clamp_min(torch.finfo(log_w.dtype).min)).exp()
+    return log_w.softmax(0).masked_fill(log_w == -math.inf, 0.0)
 
 
 BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"elbo": elbo, "iwae": iwae}

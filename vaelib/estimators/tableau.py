@@ -123,9 +123,9 @@ class Row(Estimator):
 
         seen = log_w.detach()
         a, b, c = self.rule(seen)
-        total = (a * log_w.masked_fill(log_w == -math.inf, 0.0)).sum(0)
+        total = (a * signal(log_w)).sum(0)
         if b is not None and b is not a:
-            ratio = (b / a).masked_fill(a == 0, 0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
+            ratio = (b / a).nan_to_num(0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
             for layer in layers_of(z):
                 if layer.requires_grad:  # some layers may be frozen
                     layer.register_hook(lambda gradient: ratio * gradient)
@@ -202,7 +202,7 @@ def mean_of_others(log_w: Tensor) -> Tensor:
 
 
 def signal(bound: Tensor) -> Tensor:
-    """Return the bound, and 0 where it is -inf: draws that are all impossible teach nothing."""
+    """Return a bound, or what a draw adds to one, and 0 where it is -inf: what is impossible teaches nothing."""
     return bound.masked_fill(bound == -math.inf, 0.0)
 
 
@@ -210,14 +210,14 @@ def signal(bound: Tensor) -> Tensor:
 def elbo_score(log_w: Tensor) -> Weights:
     """REINFORCE: needs no derivative of the sample, pays for it in variance."""
     u = uniform(log_w)
-    return Weights(theta=u, path=None, score=u * log_w)
+    return Weights(theta=u, path=None, score=u * signal(log_w))
 
 
 @row("elbo-score-loo", bound="elbo", target="elbo", reference="kool2019", least_k=2)
 def elbo_score_loo(log_w: Tensor) -> Weights:
     """REINFORCE with the other draws' mean as the baseline."""
     u = uniform(log_w)
-    return Weights(theta=u, path=None, score=u * (log_w - mean_of_others(log_w)))
+    return Weights(theta=u, path=None, score=u * (signal(log_w) - signal(mean_of_others(log_w))))
 
 
 @row("elbo-total", bound="elbo", target="elbo", reference="kingma2014")
