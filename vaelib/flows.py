@@ -316,10 +316,9 @@ def push(flow: Flow, eps: Tensor) -> Drawn:
 
     It starts from :math:`F_0 = -(z_0 - \mu) / \sigma^2 = -\varepsilon / \sigma`. Introduced in book/06-flows.ipynb.
     """
-    z = flow.base.sample(eps)
+    z, log_q = flow.base.sample_and_log_prob(eps)
     if not z.requires_grad:
         z.requires_grad_()  # a Gaussian without parameters; the layers' slopes in z are wanted all the same
-    log_q = flow.base.log_prob(z)
     force = (-eps * (-flow.base.log_std).exp()).detach()
     for layer in flow.layers:
         z, log_det, force = layer.push(z, force, flow.context)
@@ -420,7 +419,7 @@ class FlowEncoder(nn.Module):
     Parameters
     ----------
     base
-        an encoder that returns a diagonal Gaussian, such as :class:`vaelib.models.mlp.GaussianMLP`, or
+        an encoder that returns a diagonal Gaussian, such as :class:`vaelib.models.GaussianMLP`, or
         :class:`StandardNormal`.
     layers
         the layers, the first applied first.
