@@ -96,6 +96,7 @@ class Kept:
 
 def megabytes(take: Callable[[], None], encoder: FlowEncoder) -> float:
     """Return the peak of what autograd keeps while ``take`` runs, in 10^6 bytes."""
+    take()  # the first one also tries the posterior, once and for all
     graph = Graph({p.untyped_storage().data_ptr() for p in encoder.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(graph.pack, lambda kept: kept.tensor):
         take()
