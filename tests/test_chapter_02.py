@@ -12,7 +12,8 @@ from torch import nn
 from toys import DTYPE, TWO_LAYERS, DetachedTwoLayerEncoder, TwoLayerEncoder, TwoLayerJoint
 
 from vaelib import checks, gradients, objectives, plots
-from vaelib.estimators import ESTIMATORS, Estimator, Weights, elbo_scaled
+from vaelib.errors import InputError
+from vaelib.estimators import TABLEAU, Row, Weights, elbo_scaled
 from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_tools"))
@@ -43,7 +44,7 @@ TARGET = Target(MEAN, STD)
 
 
 def draws(row, q, count=20_000, **options):
-    return gradients.draws(row, TARGET, lambda x: q, X, draws=count, generator=seeded(), **options)
+    return gradients.draws(row, TARGET, q, X, draws=count, generator=seeded(), **options)
 
 
 def at_ratio(rho, shift=0.0):
@@ -129,10 +130,57 @@ def test_a_schedule_that_ends_before_the_score_is_gone_does_not_land():
             row = elbo_scaled(max(last, 1 - step / 100))
             optimizer.zero_grad()
             eps = torch.randn(1, 1, 2, generator=generator, dtype=DTYPE)
-            objectives.backward(row, TARGET, lambda x, m=mean, s=log_std: DiagonalGaussian(m, s), X, eps)
+            objectives.backward(row, TARGET, DiagonalGaussian(mean, log_std), X, eps)
             optimizer.step()
         ends[last] = ((mean - MEAN) ** 2 + (log_std - STD.log()) ** 2).sum().item()
     assert ends[0.0] < 1e-16 and ends[0.3] > 1e-6
+
+
+def one_pass(row, q, eps, scale=lambda a, b: b / a, still=torch.Tensor.detach, taken=torch.Tensor.detach):
+    """The chapter's loss of a row; ``scale``, ``still`` and ``taken`` are where one can slip."""
+    z = q.sample(eps)
+    log_w = TARGET(X, z) - q.stop_gradient().log_prob(z)
+    a, b, c = row.weights(log_w.detach())
+    z.register_hook(lambda slope: scale(a, b).unsqueeze(-1) * slope)
+    score = (c * q.log_prob(still(z))).sum(0)
+    return -(row.value(log_w) + score - taken(score))
+
+
+def test_a_row_is_a_loss_in_one_pass_and_each_slip_shows():
+    own = [value.clone().requires_grad_() for value in (MEAN + 0.3, STD.log() - 0.4)]
+    q = DiagonalGaussian(*own)
+    eps = q.noise(3, seeded())
+    log_w = TARGET(X, q.sample(eps)) - q.log_prob(q.sample(eps))
+
+    def slopes(loss):
+        return torch.cat(torch.autograd.grad(loss.sum(), own), -1)
+
+    for row in TABLEAU.values():
+        truth = slopes(objectives.reference(row, TARGET, q, X, eps))
+        checks.same(slopes(row.loss(TARGET, q, X, eps)), truth)
+        checks.same(slopes(one_pass(row, q, eps)), truth)
+        checks.same(row.loss(TARGET, q, X, eps), -row.value(log_w))
+        a, b, c = row.weights(log_w.detach())
+        if not torch.equal(a, b):
+            with pytest.raises(AssertionError):
+                checks.same(slopes(one_pass(row, q, eps, scale=lambda a, b: torch.ones_like(a))), truth)
+        if c.any() and b.any():  # without a path, the hook stops what would come through a live sample
+            with pytest.raises(AssertionError):
+                checks.same(slopes(one_pass(row, q, eps, still=lambda z: z)), truth)
+        if c.any():
+            with pytest.raises(AssertionError):
+                checks.same(one_pass(row, q, eps, taken=torch.zeros_like), -row.value(log_w))
+
+
+def test_a_posterior_that_is_detached_unawares_is_refused():
+    class Unaware(DetachedTwoLayerEncoder.posterior):
+        detaches = False
+
+    class UnawareEncoder(DetachedTwoLayerEncoder):
+        posterior = Unaware
+
+    with pytest.raises(InputError, match="another function of z"):
+        gradients.draws("elbo-path", TwoLayerJoint(), UnawareEncoder.exact(), TWO_LAYERS[3], draws=2)
 
 
 def test_detached_outputs_fail_the_checks_that_stopped_parameters_pass():
@@ -152,7 +200,7 @@ def test_detached_outputs_fail_the_checks_that_stopped_parameters_pass():
 def test_the_bias_test_of_the_chapter_needs_a_bias():
     q = at_ratio(0.4)
     for row, biased in (("iwae-path", True), ("iwae-dreg", False)):
-        found = gradients.bias_test(row, "iwae-total", TARGET, lambda x: q, X, k=5, draws=4000, generator=seeded())
+        found = gradients.bias_test(row, "iwae-total", TARGET, q, X, k=5, draws=4000, generator=seeded())
         assert found.biased is biased
 
 
@@ -163,11 +211,11 @@ def test_a_slip_of_sign_in_the_score_is_unbiased_but_seen_in_the_variance():
         u = torch.full_like(log_w, 1 / log_w.shape[0])
         return Weights(u, u, u)
 
-    q, wrong = at_ratio(0.8), Estimator("slip", "elbo", "elbo", 1, "", slip)
+    q, wrong = at_ratio(0.8), Row("slip", "elbo", "elbo", 1, "", slip)
     checks.unbiased(draws(wrong, q) - draws("elbo-path", q), 0.0)
     with pytest.raises(AssertionError):
         checks.unbiased(squares(draws(wrong, q)), scaled_variance(1.0, q))
-    assert ESTIMATORS["elbo-total"].rule(torch.zeros(1, 1)).score < 0
+    assert TABLEAU["elbo-total"].rule(torch.zeros(1, 1)).score < 0
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -177,11 +225,11 @@ def test_the_laboratory_can_be_drawn():
     q, measured = at_ratio(0.8), {}
     for k in (1, 2, 5):
         for name, m in gradients.measure(
-            ["iwae-total", "iwae-dreg"], TARGET, lambda x: q, X, k=k, draws=50, generator=seeded()
+            ["iwae-total", "iwae-dreg"], TARGET, q, X, k=k, draws=50, generator=seeded()
         ).items():
             measured.setdefault(name, []).append(m)
             m.seconds = 0.5
-    found = gradients.bias_test("iwae-dreg", "iwae-total", TARGET, lambda x: q, X, k=5, draws=50, generator=seeded())
+    found = gradients.bias_test("iwae-dreg", "iwae-total", TARGET, q, X, k=5, draws=50, generator=seeded())
     for draw in (
         lambda axes: plots.variance_along(axes, [1, 2, 5], measured),
         lambda axes: plots.snr(axes, [1, 2, 5], measured),

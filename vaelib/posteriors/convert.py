@@ -142,7 +142,7 @@ TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
 """The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
 
 TRIALS = 64
-"""Draws of a trial: a layer that is random shows in one of them."""
+"""Draws of a trial, for all observations together: a layer that is random shows in one of them."""
 
 
 def ready(q: Any, eps: Latent | None) -> Posterior:
@@ -200,7 +200,8 @@ def _mode(part: Any) -> Any:
 def try_out(q: Posterior, eps: Latent) -> None:
     """Raise InputError unless ``q`` is one function of z, and stopping it holds its parameters and nothing else."""
     name = type(q.q if isinstance(q, Adapted) else q).__name__
-    few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // q.strata), 0), eps)
+    rows = q.strata * layers_of(eps)[0].shape[1]
+    few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
     with torch.random.fork_rng(), torch.enable_grad():
         z = map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
         still = q.stop_gradient()
