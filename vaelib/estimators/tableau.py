@@ -161,7 +161,7 @@ class Row(Estimator):
         """
         if not self.reparameterised or any(layer.requires_grad for layer in layers_of(z)):
             return
-        if q.log_prob_of_sample(z, eps).requires_grad:
+        if q.density_moves(z, eps):
             raise InputError(
                 f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
                 f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
@@ -196,23 +196,24 @@ def mean_of_others(log_w: Tensor) -> Tensor:
     return mean.masked_fill(never.sum(0) - never.int() > 0, -math.inf)
 
 
-def signal(bound: Tensor) -> Tensor:
-    """Return the bound, and 0 where it is -inf: draws that are all impossible teach nothing."""
-    return bound.masked_fill(bound == -math.inf, 0.0)
+def signal(value: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
+    """Return the value less the baseline, and 0 where one of them is -inf: what is impossible teaches nothing."""
+    difference = value - baseline
+    return difference.masked_fill((value == -math.inf) | (difference == math.inf), 0.0)
 
 
 @row("elbo-score", bound="elbo", target="elbo", reference="williams1992")
 def elbo_score(log_w: Tensor) -> Weights:
     """REINFORCE: needs no derivative of the sample, pays for it in variance."""
     u = uniform(log_w)
-    return Weights(theta=u, path=None, score=u * log_w)
+    return Weights(theta=u, path=None, score=u * signal(log_w))
 
 
 @row("elbo-score-loo", bound="elbo", target="elbo", reference="kool2019", least_k=2)
 def elbo_score_loo(log_w: Tensor) -> Weights:
     """REINFORCE with the other draws' mean as the baseline."""
     u = uniform(log_w)
-    return Weights(theta=u, path=None, score=u * (log_w - mean_of_others(log_w)))
+    return Weights(theta=u, path=None, score=u * signal(log_w, mean_of_others(log_w)))
 
 
 @row("elbo-total", bound="elbo", target="elbo", reference="kingma2014")
@@ -242,7 +243,7 @@ def iwae_vimco(log_w: Tensor) -> Weights:
     w = normalised(log_w)
     own = torch.eye(log_w.shape[0], dtype=torch.bool, device=log_w.device).unsqueeze(-1)
     without_own = iwae(torch.where(own, mean_of_others(log_w), log_w.unsqueeze(1)))
-    return Weights(theta=w, path=None, score=signal(iwae(log_w)) - signal(without_own) - w)
+    return Weights(theta=w, path=None, score=signal(iwae(log_w), without_own) - w)
 
 
 @row("iwae-total", bound="iwae", target="iwae", reference="burda2016")

@@ -19,7 +19,7 @@ from vaelib.posteriors.stopping import PLUMBING
 
 CONTRACT = (
     "noise_like", "noise", "sample", "log_prob", "log_prob_of_sample", "sample_and_log_prob", "log_share", "strata",
-    "map_parameters", "detaches",
+    "density_moves", "map_parameters", "detaches",
 )  # fmt: skip
 
 
