@@ -385,6 +385,7 @@ def test_a_frozen_model_leaves_the_encoder_its_gradient(estimator, name):
         ("mlp-1", "encoder.log_std"),
         ("mlp-1-mixture", "encoder.logits"),
         ("mlp-1-mixture", "encoder.mean"),
+        ("mlp-1-mixture", "encoder.hidden"),
     ],
 )
 @rows()
