@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaelib import bounds, discrete, models, objectives
+from vaelib import bounds, discrete, models
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
+from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, Mixture
 
 FLOATS = st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12)
@@ -74,15 +74,69 @@ def test_the_kl_form_knows_the_model_s_prior():
         bounds.estimate("kl", "elbo", models.Joint(decode), x, q, z)
 
 
-def test_a_mixture_is_averaged_by_its_shares_or_not_at_all():
-    joint = models.build("linear", 5, latent=2).double().joint
+def test_a_mixture_is_averaged_by_its_shares():
+    """The bounds of stratified draws, written out with the weights C pi; and without them they are others."""
+    joint = models.build("linear", 5, latent=2, generator=torch.Generator().manual_seed(0)).double().joint
     x = torch.zeros(1, 5, dtype=torch.float64)
     parts = tuple(DiagonalGaussian(torch.full((1, 2), m).double(), torch.zeros(1, 2).double()) for m in (0.0, 3.0))
     q = Mixture(parts, torch.tensor([[4.0], [0.0]], dtype=torch.float64))
     eps = q.noise(4, torch.Generator().manual_seed(0))
-    with pytest.raises(InputError, match="Mixture count by their shares: use objectives.mixture_bound"):
-        bounds.estimate("monte-carlo", "iwae", joint, x, q, q.sample(eps))
-    assert objectives.mixture_bound(ESTIMATORS["iwae-path"], joint, q, x, eps).isfinite()
+    z = q.sample(eps)
+    log_w, shares = joint(x, z) - q.log_prob(z), 2 * q.logits.softmax(0).repeat_interleave(2, 0)
+    truth = {"elbo": (shares * log_w).mean(0), "iwae": (shares * log_w.exp()).mean(0).log()}
+    for bound, value in truth.items():
+        torch.testing.assert_close(bounds.estimate("monte-carlo", bound, joint, x, q, z), value)
+        assert (bounds.BOUNDS[bound](log_w) - value).abs() > 0.1
+    torch.testing.assert_close(-TABLEAU["iwae-path"].loss(joint, q, x, eps), truth["iwae"])
     bits = Mixture(tuple(FactorisedBernoulli(torch.zeros(1, 2).double().requires_grad_()) for _ in range(2)), q.logits)
     with pytest.raises(InputError, match="'elbo-path' is reparameterised"):
-        objectives.mixture_bound(ESTIMATORS["elbo-path"], joint, bits, x, torch.full((4, 1, 2), 0.5).double())
+        TABLEAU["elbo-path"].loss(joint, bits, x, torch.full((4, 1, 2), 0.5).double())
+
+
+def test_the_importance_weighted_bound_is_for_log_weights_alone():
+    """The entropy and KL forms have no log w; the values that would come out bound nothing."""
+    joint = models.build("linear", 5, latent=2, generator=torch.Generator().manual_seed(0)).double().joint
+    x, q = torch.zeros(1, 5).double(), DiagonalGaussian(torch.zeros(1, 2).double(), torch.zeros(1, 2).double())
+    z = q.sample(q.noise(4, torch.Generator().manual_seed(0)))
+    for form in ("entropy", "kl"):
+        with pytest.raises(InputError, match=f"the form '{form}' takes an expectation out of log w"):
+            bounds.estimate(form, "iwae", joint, x, q, z)
+        torch.testing.assert_close(
+            bounds.estimate(form, "elbo", joint, x, q, z), bounds.FORMS[form](joint, x, q, z).mean(0)
+        )
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("log_w", "elbo", "iwae"),
+    [
+        ([0.0, -INF], -INF, -math.log(2)),
+        ([-INF, -INF], -INF, -INF),
+        ([-INF], -INF, -INF),
+        ([INF, 0.0], INF, INF),
+        ([-1e4, -1e4], -1e4, -1e4),
+    ],
+)
+def test_impossible_draws_weigh_nothing_and_leave_no_nan(log_w, elbo, iwae):
+    log_w = torch.tensor(log_w).unsqueeze(-1).requires_grad_()
+    torch.testing.assert_close(bounds.elbo(log_w), torch.tensor([elbo]))
+    value = bounds.iwae(log_w)
+    torch.testing.assert_close(value, torch.tensor([iwae]))
+    if math.isfinite(elbo) or elbo == -INF:
+        slope = torch.autograd.grad(value.sum(), log_w)[0]
+        assert slope.isfinite().all() and abs(slope.sum() - (0 if iwae == -INF else 1)) < 1e-3
+        weights = bounds.normalised(log_w.detach())
+        torch.testing.assert_close(weights, slope)
+
+
+def test_a_share_of_zero_counts_nothing_whatever_its_draw():
+    log_w = torch.tensor([[0.3], [-INF], [INF]]).requires_grad_()
+    log_share = torch.tensor([[math.log(3)], [-INF], [-INF]]).requires_grad_()
+    value = bounds.elbo(log_w, log_share)
+    torch.testing.assert_close(value, torch.tensor([0.3]))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value.sum(), [log_w, log_share]))
+    value = bounds.iwae(log_w[:2], log_share[:2])
+    torch.testing.assert_close(value, torch.tensor([0.3 + math.log(3 / 2)]))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value.sum(), [log_w, log_share]))

@@ -1,9 +1,11 @@
 """Likelihoods against torch.distributions; in float64."""
 
+import pytest
 import torch
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal
 
+from vaelib.errors import InputError
 from vaelib.likelihoods import Bernoulli, Gaussian
 
 
@@ -33,3 +35,31 @@ def test_samples_have_the_right_mean():
     draws = Gaussian(logits, torch.tensor(0.3)).sample(generator)
     assert ((draws.mean(0) - logits[0]).abs() < 4 * draws.std(0) / 20_000**0.5).all()
     assert (draws.std(0) / torch.tensor(0.3).exp() - 1).abs().max() < 4 / (2 * 20_000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "x", [[0.0, 255.0], [0.0, 0.5], [-1.0, 1.0], [0.0, float("nan")], [float("inf"), 1.0], [0.0, 1.0 + 1e-6]], ids=str
+)
+def test_pixels_that_are_not_0_or_1_have_no_bernoulli_density(x):
+    """Levels, grey values, NaN: log p of them would be a number, and bound nothing."""
+    likelihood = Bernoulli(torch.zeros(3, 1, 2))
+    with pytest.raises(InputError, match="for pixels of 0 and 1, but these go from"):
+        likelihood.log_prob(torch.tensor([x]))
+    torch.testing.assert_close(likelihood.log_prob(torch.tensor([[0.0, 1.0]])), torch.full((3, 1), -2 * 0.6931472))
+
+
+@pytest.mark.parametrize("make", [Bernoulli, lambda m: Gaussian(m, torch.zeros(()))], ids=["Bernoulli", "Gaussian"])
+def test_another_number_of_pixels_is_refused(make):
+    """One pixel would broadcast over all, and so would one output of the decoder over all pixels."""
+    for output, pixels in ((5, 1), (1, 5), (5, 4)):
+        with pytest.raises(InputError, match=f"makes {output} pixels, but x has {pixels}: build .* data_dim={pixels}"):
+            make(torch.zeros(3, 2, output)).log_prob(torch.ones(2, pixels))
+
+
+def test_the_density_of_grey_values_is_at_the_values_themselves():
+    """...not at rounded ones: a scale of 0.1 tells 0.4 from 0."""
+    x = torch.tensor([[0.4, 0.6]])
+    expected = Normal(torch.zeros(2), 0.1).log_prob(x).sum(-1)
+    torch.testing.assert_close(
+        Gaussian(torch.zeros(1, 1, 2), torch.tensor(0.1).log()).log_prob(x), expected.unsqueeze(0)
+    )

@@ -20,8 +20,8 @@ from toys import (
 
 from vaelib import bounds, checks, data, evaluation, gradients, models, objectives, training
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
-from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture
+from vaelib.estimators import TABLEAU
+from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture, standard_normal_log_prob
 
 GRID = torch.linspace(-9, 9, 6001, dtype=DTYPE).reshape(-1, 1, 1)
 STEP = (GRID[1] - GRID[0]).item()
@@ -83,7 +83,8 @@ def expected(name, joint, encoder):
     """The estimator's expected gradient: the draws of the components enter one by one, so they may share a node."""
     weight = (-0.5 * GRID.square() - 0.5 * math.log(2 * math.pi)).exp().flatten() * STEP
     eps = GRID.reshape(1, -1, 1).expand(3, -1, -1)
-    loss = weight @ objectives.surrogate(ESTIMATORS[name], joint, encoder, X.expand(len(weight), -1), eps)
+    many = X.expand(len(weight), -1)
+    loss = weight @ TABLEAU[name].loss(joint, encoder(many), many, eps)
     return [-g for g in torch.autograd.grad(loss, list(encoder.parameters()))]
 
 
@@ -118,7 +119,7 @@ def test_draws_that_cannot_be_shared_equally_are_refused(mixture):
             attempt()
     encoder = models.GaussianMixtureMLP((5, 4), 2, components=3)
     with pytest.raises(InputError, match="multiple of 3, but is 1"):
-        encoder.noise(1, torch.zeros(2, 5))
+        encoder(torch.zeros(2, 5)).noise(1)
 
 
 def test_weights_off_the_simplex_are_refused(mixture):
@@ -137,9 +138,61 @@ def test_a_component_of_weight_zero_is_not_there():
     mean = torch.tensor([[[0.0]], [[5.0]]], dtype=DTYPE)
     components = tuple(DiagonalGaussian(m, torch.zeros_like(m)) for m in mean)
     weights = torch.tensor([[1.0], [0.0]], dtype=DTYPE, requires_grad=True)
-    q = Mixture.from_weights(components, weights)
-    torch.testing.assert_close(q.log_prob(GRID), components[0].log_prob(GRID))
-    assert q.mean.item() == 0
+    for q in (
+        Mixture.from_weights(components, weights),
+        Mixture(components, torch.tensor([[0.7], [-math.inf]]).double()),
+    ):
+        torch.testing.assert_close(q.log_prob(GRID), components[0].log_prob(GRID))
+        assert q.mean.item() == 0 and q.log_weights.flatten().tolist() == [0.0, -math.inf]
+
+
+@pytest.mark.parametrize("made", ["weights", "logits", "masked logits"])
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]], ids=str)
+@pytest.mark.parametrize("name", [name for name, row in TABLEAU.items() if row.whole])
+def test_a_weight_of_zero_leaves_bound_and_gradient_as_without_the_component(name, weights, made):
+    """The bound of the components that are there, whose draws are the same; the others, and their weights, get 0."""
+    means = torch.arange(float(len(weights)), dtype=DTYPE, requires_grad=True)
+    pi = torch.tensor(weights, dtype=DTYPE).unsqueeze(1).requires_grad_()
+    alive = pi.detach().squeeze(1) > 0
+    eps, x = randn(2 * len(weights), 1, 2), torch.zeros(1, 1, dtype=DTYPE)
+
+    def prior(x, z):
+        return standard_normal_log_prob(z)
+
+    parts = tuple(DiagonalGaussian(m.expand(1, 2), torch.zeros(1, 2, dtype=DTYPE)) for m in means)
+    if made == "weights":
+        q = Mixture.from_weights(parts, pi)
+    elif made == "logits":
+        q = Mixture(parts, pi.detach().log().requires_grad_())
+    else:
+        raw = torch.zeros_like(pi).requires_grad_()
+        q = Mixture(parts, raw.masked_fill(~alive.unsqueeze(1), -math.inf))
+    bound = objectives.backward(TABLEAU[name], prior, q, x, eps)
+    leaves = [means, *[leaf for leaf in (pi, q.logits) if leaf.is_leaf and leaf.grad is not None]]
+    assert all(leaf.grad.isfinite().all() for leaf in leaves) and (means.grad[~alive] == 0).all()
+    for leaf in leaves[1:]:
+        assert (leaf.grad[~alive] == 0).all()
+
+    few = torch.tensor([m for m, here in zip(range(len(weights)), alive) if here], dtype=DTYPE, requires_grad=True)
+    rest = Mixture(
+        tuple(DiagonalGaussian(m.expand(1, 2), torch.zeros(1, 2, dtype=DTYPE)) for m in few),
+        torch.zeros(len(few), 1, dtype=DTYPE),
+    )
+    kept = torch.cat([e for e, here in zip(eps.chunk(len(weights)), alive) if here])
+    truth = objectives.backward(TABLEAU[name], prior, rest, x, kept)
+    torch.testing.assert_close(bound, truth)
+    torch.testing.assert_close(means.grad[alive], few.grad)
+
+
+def test_a_mixture_of_a_weight_zero_trains_on_in_float32_and_is_evaluated():
+    """From logits, as an encoder makes them: -inf in one observation and not in the other."""
+    logits = torch.tensor([[0.0, -math.inf], [0.3, 0.0]], requires_grad=True)
+    parts = tuple(DiagonalGaussian(torch.zeros(2, 1) + m, torch.zeros(2, 1)) for m in (0.0, 1.0))  # they do not learn
+    q, x = Mixture(parts, logits), torch.ones(2, 1)
+    for row in (row for row in TABLEAU.values() if row.whole):
+        loss = row.loss(lambda x, z: -z.square().sum(-1), q, x, randn(4, 2, 1).float())
+        (slope,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isfinite().all() and slope.isfinite().all() and slope[0, 1] == 0
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -191,7 +244,8 @@ def test_the_weights_need_their_live_share(encoder):
     deaf = Deaf((-0.9, 0.2, 1.4), (-0.7, 0.1, -1.0), (1.5, -1.0, 0.2))
     truth = torch.autograd.grad(on_the_grid(Squared(), encoder(X)), encoder.logits)[0]
     eps, _ = quadrature(1, 1, 5)
-    objectives.backward(ESTIMATORS["elbo-path"], Squared(), deaf, X.expand(5, -1), eps.expand(3, -1, -1))
+    many = X.expand(5, -1)
+    objectives.backward(TABLEAU["elbo-path"], Squared(), deaf(many), many, eps.expand(3, -1, -1))
     assert deaf.logits.grad is None and truth.abs().max() > 0.1
 
 
@@ -207,9 +261,7 @@ def test_path_has_no_variance_at_the_exact_mixture_posterior(family):
             return q.log_prob(z) - 1.7
 
     for row, quiet in (("elbo-path", True), ("elbo-total", False), ("iwae-path", True), ("iwae-total", False)):
-        draws = gradients.draws(
-            row, Exact(), lambda x: q, X, draws=200, k=10, generator=torch.Generator().manual_seed(0)
-        )
+        draws = gradients.draws(row, Exact(), q, X, draws=200, k=10, generator=torch.Generator().manual_seed(0))
         if quiet:
             checks.no_variance(draws)
             assert draws.abs().max() < 1e-10
@@ -223,9 +275,9 @@ def test_the_engine_the_reference_and_algorithm_3_are_one(encoder):
     x = torch.tensor([[1.5], [0.7]], dtype=DTYPE)
     for name in ("elbo-path", "elbo-total", "iwae-total"):
         encoder.zero_grad()
-        value = objectives.backward(ESTIMATORS[name], Squared(), encoder, x, eps)
+        value = objectives.backward(TABLEAU[name], Squared(), encoder(x), x, eps)
         fast = [p.grad.clone() for p in encoder.parameters()]
-        loss = objectives.surrogate(ESTIMATORS[name], Squared(), encoder, x, eps)
+        loss = objectives.reference(TABLEAU[name], Squared(), encoder(x), x, eps)
         torch.testing.assert_close(value, -loss.detach())
         torch.testing.assert_close(fast, list(torch.autograd.grad(loss.mean(), list(encoder.parameters()))))
     q, pi = encoder(x), encoder(x).log_weights.exp()
@@ -233,7 +285,7 @@ def test_the_engine_the_reference_and_algorithm_3_are_one(encoder):
     for c, component in enumerate(q.components):  # as printed in the paper
         z = component.sample(eps[2 * c : 2 * c + 2])
         total = total + pi[c] * (Squared()(x, z) - q.stop_gradient().log_prob(z)).mean(0)
-    value = -objectives.surrogate(ESTIMATORS["elbo-path"], Squared(), encoder, x, eps)
+    value = -TABLEAU["elbo-path"].loss(Squared(), q, x, eps)
     torch.testing.assert_close(total, value)
     torch.testing.assert_close(
         torch.autograd.grad(total.sum(), list(encoder.parameters())),
@@ -251,10 +303,7 @@ def test_the_stratified_importance_weighted_bound_is_one(encoder):
         z = q.sample(eps)
         log_w = Squared()(many, z) - q.log_prob(z)
         mean_weight = weight @ (q.log_share(3) + log_w).exp().mean(0)
-        elbo, iwae = (
-            -weight @ objectives.surrogate(ESTIMATORS[name], Squared(), encoder, many, eps)
-            for name in ("elbo-path", "iwae-total")
-        )
+        elbo, iwae = (-weight @ TABLEAU[name].loss(Squared(), q, many, eps) for name in ("elbo-path", "iwae-total"))
         without = weight @ log_w.exp().mean(0)
     torch.testing.assert_close(mean_weight.log(), log_p_x.squeeze(), rtol=0, atol=1e-3)
     assert elbo + 0.05 < iwae < log_p_x - 0.01
@@ -262,14 +311,20 @@ def test_the_stratified_importance_weighted_bound_is_one(encoder):
 
 
 def test_rows_that_do_not_fit_a_mixture_are_refused(encoder):
-    for name in ESTIMATORS:
+    assert [name for name, row in TABLEAU.items() if row.whole] == [
+        "elbo-total",
+        "elbo-path",
+        "iwae-total",
+        "iwae-path",
+    ]
+    for name, row in TABLEAU.items():
         eps = randn(3, 1, 1)
-        if name in objectives.MIXTURE_ROWS:
-            objectives.backward(ESTIMATORS[name], Squared(), encoder, X, eps)
+        if row.whole:
+            objectives.backward(row, Squared(), encoder(X), X, eps)
         else:
-            for engine in (objectives.backward, objectives.surrogate):
+            for engine in (objectives.backward, objectives.reference):
                 with pytest.raises(InputError, match=f"'{name}' .* use one of elbo-total, elbo-path"):
-                    engine(ESTIMATORS[name], Squared(), encoder, X, eps)
+                    engine(row, Squared(), encoder(X), X, eps)
 
 
 def test_the_log_likelihood_counts_every_draw_by_its_share(encoder):
@@ -284,7 +339,6 @@ def test_the_log_likelihood_counts_every_draw_by_its_share(encoder):
 
         class Encoder(nn.Module):
             forward = staticmethod(make)
-            noise = staticmethod(lambda k, x, g: make(x).noise(k, g))
 
         model = models.VAE(Squared(), Encoder(), binary=False)
         value, error = evaluation.log_likelihood(
@@ -340,6 +394,9 @@ class Coins:
     def __init__(self, logits):
         self.logits = logits
 
+    def noise(self, k, generator=None):
+        return torch.rand(k, *self.logits.shape, generator=generator, dtype=DTYPE)
+
     def sample(self, eps):
         return (eps < self.logits.sigmoid()).to(eps.dtype)
 
@@ -359,15 +416,15 @@ class CoinEncoder(nn.Module):
         return Coins(self.logits.expand_as(x))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("estimator", TABLEAU.values(), ids=lambda e: e.name)
 def test_a_discrete_posterior_is_refused_by_the_reparameterised_rows_alone(estimator):
     joint, encoder, x = OneLayerJoint(), CoinEncoder(), ONE_LAYER[3]
     eps = torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
-    for engine in (objectives.backward, objectives.surrogate):
+    for engine in (objectives.backward, objectives.reference):
         if estimator.reparameterised:
             with pytest.raises(InputError, match=f"'{estimator.name}' is reparameterised.* such as elbo-score-loo"):
-                engine(estimator, joint, encoder, x, eps)
+                engine(estimator, joint, encoder(x), x, eps)
             assert joint.theta.grad is None  # refused before anything was added
         else:
-            engine(estimator, joint, encoder, x, eps)
+            engine(estimator, joint, encoder(x), x, eps)
             joint.zero_grad()

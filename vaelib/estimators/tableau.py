@@ -166,7 +166,7 @@ class Row(Estimator):
         """
         if not self.reparameterised or any(layer.requires_grad for layer in layers_of(z)):
             return
-        if q.log_prob_of_sample(z, eps).requires_grad:
+        if q.density_moves(z, eps):
             raise InputError(
                 f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
                 f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
@@ -201,9 +201,10 @@ def mean_of_others(log_w: Tensor) -> Tensor:
     return mean.masked_fill(never.sum(0) - never.int() > 0, -math.inf)
 
 
-def signal(bound: Tensor) -> Tensor:
-    """Return a bound, or what a draw adds to one, and 0 where it is -inf: what is impossible teaches nothing."""
-    return bound.masked_fill(bound == -math.inf, 0.0)
+def signal(value: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
+    """Return the value less the baseline, and 0 where one of them is -inf: what is impossible teaches nothing."""
+    difference = value - baseline
+    return difference.masked_fill((value == -math.inf) | (difference == math.inf), 0.0)
 
 
 @row("elbo-score", bound="elbo", target="elbo", reference="williams1992")
@@ -217,7 +218,7 @@ def elbo_score(log_w: Tensor) -> Weights:
 def elbo_score_loo(log_w: Tensor) -> Weights:
     """REINFORCE with the other draws' mean as the baseline."""
     u = uniform(log_w)
-    return Weights(theta=u, path=None, score=u * (signal(log_w) - signal(mean_of_others(log_w))))
+    return Weights(theta=u, path=None, score=u * signal(log_w, mean_of_others(log_w)))
 
 
 @row("elbo-total", bound="elbo", target="elbo", reference="kingma2014")
@@ -247,7 +248,7 @@ def iwae_vimco(log_w: Tensor) -> Weights:
     w = normalised(log_w)
     own = torch.eye(log_w.shape[0], dtype=torch.bool, device=log_w.device).unsqueeze(-1)
     without_own = iwae(torch.where(own, mean_of_others(log_w), log_w.unsqueeze(1)))
-    return Weights(theta=w, path=None, score=signal(iwae(log_w)) - signal(without_own) - w)
+    return Weights(theta=w, path=None, score=signal(iwae(log_w), without_own) - w)
 
 
 @row("iwae-total", bound="iwae", target="iwae", reference="burda2016")

@@ -134,6 +134,10 @@ class Posterior:
         """
         return self.log_prob(z)
 
+    def density_moves(self, z: Latent, eps: Latent) -> bool:
+        """Whether log q(z) moves with parameters whose gradient a path has to bring."""
+        return self.log_prob_of_sample(z, eps).requires_grad
+
     def sample_and_log_prob(self, eps: Latent) -> tuple[Latent, Tensor]:
         """Return z and log q(z), both live in phi."""
         z = self.sample(eps)

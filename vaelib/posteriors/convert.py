@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from vaelib.errors import InputError
 from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tracing
 from vaelib.posteriors.discrete import FactorisedBernoulli, OneHotCategorical
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, Mixture
+from vaelib.posteriors.stopping import PLUMBING
 
 CONTRACT = (
     "noise_like", "noise", "sample", "log_prob", "log_prob_of_sample", "sample_and_log_prob", "log_share", "strata",
-    "map_parameters", "detaches",
+    "density_moves", "map_parameters", "detaches",
 )  # fmt: skip
 
 
@@ -141,6 +143,9 @@ def _shaped(q: distributions.Distribution, *parameters: Tensor, axes: tuple[int,
 TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
 """The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
 
+CONTENT = PLUMBING | {"_parameters", "_buffers", "_modules"}
+"""What every module has; the rest are its settings, such as the rate of a dropout."""
+
 TRIALS = 64
 """Draws of a trial, for all observations together: a layer that is random shows in one of them."""
 
@@ -163,7 +168,7 @@ def ready(q: Any, eps: Latent | None) -> Posterior:
         parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
     if not parts or eps is None or tracing():
         return q
-    owner, mode = parts[0], tuple(map(_mode, parts))
+    owner, mode = parts[0], _mode(parts)
     if mode not in TRIED.setdefault(owner, set()):
         try_out(q, eps)
         TRIED[owner].add(mode)
@@ -192,9 +197,40 @@ def modules_in(value: Any) -> Iterator[nn.Module]:
                 yield from part.modules()
 
 
-def _mode(part: Any) -> Any:
-    """Return what a trial of ``part`` holds for: the kinds and modes of its modules, or the function that it is."""
-    return tuple((type(m), m.training) for m in part.modules()) if isinstance(part, nn.Module) else id(part)
+def _mode(parts: list[Any]) -> tuple[Any, ...]:
+    """Return what a trial of ``parts`` holds for: classes, modes and settings of the modules, and the functions."""
+    found, seen, rest = [], set(), list(parts)
+    while rest:
+        part = rest.pop()
+        if type(part) in (bool, float, str):  # whole numbers may count calls
+            found.append(part)
+        elif isinstance(part, nn.Module):
+            if id(part) not in seen:
+                seen.add(id(part))
+                content = part.__dict__
+                found += type(part), part.training
+                rest += content["_modules"].values()
+                if len(content) > len(CONTENT):
+                    rest += [content[name] for name in content if name not in CONTENT]
+        elif isinstance(part, dict | list | tuple):
+            rest += part.values() if isinstance(part, dict) else part
+        elif callable(part):
+            found.append(id(part))
+    return tuple(found)
+
+
+@contextmanager
+def _undisturbed(q: Posterior) -> Iterator[None]:
+    """Leave torch's generator and the buffers of the modules inside ``q`` as they were."""
+    modules = [part for part in functions_in(q) if isinstance(part, nn.Module)]
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def try_out(q: Posterior, eps: Latent) -> None:
@@ -202,13 +238,14 @@ def try_out(q: Posterior, eps: Latent) -> None:
     name = type(q.q if isinstance(q, Adapted) else q).__name__
     rows = q.strata * layers_of(eps)[0].shape[1]
     few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
-    with torch.random.fork_rng(), torch.enable_grad():
-        z = map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
+    with _undisturbed(q), torch.enable_grad():
+        other, z = q.sample(few), map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
         still = q.stop_gradient()
         first, second = (still.log_prob_of_sample(z, few) for _ in range(2))
-        if not torch.allclose(first, second, rtol=1e-5, atol=1e-5, equal_nan=True):
+        pairs = zip((*layers_of(z), first), (*layers_of(other), second), strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True) for a, b in pairs):
             raise InputError(
-                f"the density of this {name} is another one each time it is evaluated, since a random layer such as "
+                f"this {name} is another one each time it is sampled or evaluated, since a random layer such as "
                 "dropout is active in a network inside it: call .eval() on that network, or leave the layer out"
             )
         held = map_latent(Tensor.detach, z)

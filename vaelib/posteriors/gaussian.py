@@ -317,6 +317,10 @@ class Mixture(Posterior):
         offset = torch.stack(steps) + (z - z.detach()).unflatten(0, (self.strata, -1))  # [C, K / C, B, D]
         return self.mixed([q.log_prob_near(centre, offset).flatten(0, 1) for q in self.components])
 
+    def density_moves(self, z: Tensor, eps: Tensor) -> bool:
+        """As for every posterior: the weights need no path, they have their shares."""
+        return any(q.density_moves(z, eps) for q in self.components)
+
     def mixed(self, log_q: list[Tensor]) -> Tensor:
         r"""Return :math:`\log \sum_c \pi_c\, q_c` from the components' log-densities, ``[K, B]``."""
         return (self.log_weights.unsqueeze(1) + torch.stack(log_q)).logsumexp(0)
