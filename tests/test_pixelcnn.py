@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -369,23 +371,23 @@ def made_images(count: int = 30, side: int = 4) -> Split:
 @pytest.mark.parametrize("method", ["plain", "aggressive", "sa-vae"])
 def test_a_stopped_training_ends_where_an_uninterrupted_one_does(method):
     """Bit for bit, running statistics included; without them it would not."""
-    recipe = collapse.replace(collapse.IMAGES, epochs=2, batch_size=10, most=3, block=2, **collapse.METHODS[method])
+    recipe = replace(collapse.IMAGES, epochs=2, batch_size=10, most=3, block=2, **collapse.METHODS[method])
 
     def start():
         model = models.build("pixelcnn", 16, generator=generator(), **SIZES)
-        return collapse.Training(model, made_images(), made_images(10), recipe)
+        return collapse.prepare(model, made_images(), made_images(10), recipe)
 
     whole, first, second, forgetful = (start() for _ in range(4))
     whole.run()
 
-    def stop():
-        if first.step == 4:
+    def stop(training):
+        if training.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         first.run(stop)
-    state = first.state_dict()
-    second.load_state_dict(state)
+    state = copy.deepcopy(first.state())
+    second.load_state(copy.deepcopy(state))
     second.run()
     pairs = zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -393,7 +395,7 @@ def test_a_stopped_training_ends_where_an_uninterrupted_one_does(method):
     if method == "plain":
         start_again = models.build("pixelcnn", 16, generator=generator(), **SIZES).state_dict()
         lost = {name: start_again[name] if "running" in name else value for name, value in state["model"].items()}
-        forgetful.load_state_dict(state | {"model": lost})
+        forgetful.load_state(state | {"model": lost})
         forgetful.run()
         assert [r["nll_bound"] for r in whole.history] != [r["nll_bound"] for r in forgetful.history]
 
