@@ -192,7 +192,7 @@ def test_the_kl_of_a_full_gaussian_is_torch_s(toy):
 
 
 WEIGHTS = json.loads((Path(__file__).parent / "initial_weights.json").read_text("utf-8"))
-"""For each parameter a projection of its initial value, as version 0.2 drew it from the same seed (mlp-4: as 0.3 did)."""
+"""For each parameter a projection of its initial value, as version 0.2 drew it from the same seed (mlp-4: as 0.3)."""
 SMALL = {"latent": 2, "maps": 4, "layers": 4, "encoder_maps": 3, "hidden": 5}
 
 
@@ -369,3 +369,28 @@ def test_one_of_everything():
         assert bound.shape == (1,) and bound.isfinite(), (name, estimator.name)
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert tried > 60
+
+
+def test_the_closed_forms_of_a_gaussian_are_torch_s():
+    generator = torch.Generator().manual_seed(0)
+    q = DiagonalGaussian(*torch.randn(2, 4, 3, generator=generator, dtype=torch.float64))
+    normal = torch.distributions.Normal(q.mean, q.log_std.exp())
+    prior = torch.distributions.Normal(torch.zeros(3).double(), torch.ones(3).double())
+    truth = torch.distributions.kl_divergence(normal, prior).sum(-1)
+    torch.testing.assert_close(bounds.divergence(torch.nn.Module(), q), truth)
+    torch.testing.assert_close(q.entropy(), normal.entropy().sum(-1))
+
+
+def test_a_likelihood_that_forgot_its_sum_bounds_nothing():
+    """[K, B, 1] against [K, B] would make [K, B, B]."""
+
+    class Unsummed(models.Joint):
+        def log_likelihood(self, x, z):
+            return super().log_likelihood(x, z).unsqueeze(-1)
+
+    joint = Unsummed(models.build("linear", 5, latent=2).joint.decode)
+    q = DiagonalGaussian(torch.zeros(4, 2), torch.zeros(4, 2))
+    z = q.sample(q.noise(4, torch.Generator().manual_seed(0)))
+    for form in bounds.FORMS:
+        with pytest.raises(InputError, match=r"of the shape \[K, B\] = \[4, 4\], but returned \[4, 4, "):
+            bounds.estimate(form, "elbo", joint, torch.zeros(4, 5), q, z)

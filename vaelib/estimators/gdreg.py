@@ -34,8 +34,8 @@ def gdreg(row: Row) -> LossEstimator:
 
     where the plain theta channel has :math:`a_k\, \partial_\theta \log p_\theta(z_{1k} \mid z_{2k})`. Decoder and
     encoder get what the row gives them. The joint must show its parts, as :class:`vaelib.models.HierarchicalJoint`
-    does: ``priors`` (one module, which returns a diagonal Gaussian), ``log_prior`` and ``log_likelihood``. Introduced in
-    book/05-mixtures-and-iwae.ipynb.
+    does: ``priors`` (one module, which returns a diagonal Gaussian), ``log_prior`` and ``log_likelihood``.
+    Introduced in book/05-mixtures-and-iwae.ipynb.
 
     Parameters
     ----------
@@ -53,8 +53,9 @@ def gdreg(row: Row) -> LossEstimator:
     def loss(joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         if len(getattr(joint, "priors", ())) != 1:
             raise InputError(
-                "GDReG is for the one conditional prior of a HierarchicalJoint with two stochastic layers, but the joint "
-                f"is a {type(joint).__name__}" + (f" of {len(joint.priors) + 1}" if hasattr(joint, "priors") else "")
+                "GDReG is for the one conditional prior of a HierarchicalJoint with two stochastic layers, but the "
+                f"joint is a {type(joint).__name__}"
+                + (f" of {len(joint.priors) + 1}" if hasattr(joint, "priors") else "")
             )
         still, held = stop_gradient(joint), q.stop_gradient()
         rest = row.loss(joint.with_priors(still.priors), q, x, eps)
