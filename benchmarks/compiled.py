@@ -18,28 +18,28 @@ from peers import LIBRARIES, Problem, adam, load, torch_batches
 from rounds import clock, finish, ratios, spread, take_turns
 from steps import ROOT, STEPS, TOLERANCE, problem
 
-from vaelib import fast, models, objectives
-from vaelib.estimators import ESTIMATORS
-from vaelib.training import train_step
+from vaelib import fast, models
+from vaelib.estimators import TABLEAU
+from vaelib.posteriors import draw
+from vaelib.training import backward, train_step
 
-WAYS: dict[str, Callable[[], Callable]] = {"eager": lambda: objectives.backward, "compiled": fast.Compiled}
+WAYS: dict[str, Callable[[], Callable]] = {"eager": lambda: backward, "compiled": fast.Compiled}
 
 
 def trainer(way: str, row: str, k: int, task: Problem) -> tuple[Callable[[int], None], torch.Tensor, float]:
     """Return a function that takes n steps, the gradient at the start, and the seconds that the first call took."""
     model, generator = models.build("mlp-1", task.images.shape[1]), torch.Generator().manual_seed(0)
     parameters = load([*model.encoder.parameters(), *model.joint.parameters()], task.parameters)
-    optimizer, batches, backward = adam(parameters), torch_batches(task), WAYS[way]()
+    optimizer, batches, by = adam(parameters), torch_batches(task), WAYS[way]()
 
     def steps(n: int) -> None:
         for _ in range(n):
-            x = next(batches)
-            eps = model.encoder.noise(k, x, generator)
-            train_step(model, ESTIMATORS[row], optimizer, x, eps, backward=backward)
+            train_step(model, TABLEAU[row], optimizer, next(batches), draw(noise, generator), backward=by)
 
-    x, start = next(batches), time.perf_counter()
-    backward(ESTIMATORS[row], model.joint, model.encoder, x, model.encoder.noise(k, x, generator))
-    if not getattr(backward, "works", True):
+    x = next(batches)
+    noise, start = model.encoder(x).noise_like(k), time.perf_counter()
+    by(TABLEAU[row], model, x, draw(noise, generator))
+    if not getattr(by, "works", True):
         raise SystemExit("nothing to measure: torch.compile does not work here")
     return steps, torch.cat([p.grad.flatten() for p in parameters]), time.perf_counter() - start
 
@@ -47,7 +47,7 @@ def trainer(way: str, row: str, k: int, task: Problem) -> tuple[Callable[[int], 
 def measure(row: str, k: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the CSV for one estimator and k."""
     task, n = problem(20, arguments.threads), arguments.steps or STEPS.get(k, 12)
-    plain = LIBRARIES["plain loop"].build(ESTIMATORS[row].bound, k, task)
+    plain = LIBRARIES["plain loop"].build(TABLEAU[row].bound, k, task)
     ways = {way: trainer(way, row, k, task) for way in WAYS}
     eager, compiled = (ways[way][1] for way in WAYS)
     if not (error := (eager - compiled).norm() / eager.norm()) <= TOLERANCE:
@@ -68,7 +68,7 @@ def measure(row: str, k: int, arguments: argparse.Namespace) -> list[dict[str, A
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ESTIMATORS), default=["elbo-path", "iwae-dreg"])
+    parser.add_argument("--rows", nargs="+", choices=list(TABLEAU), default=["elbo-path", "iwae-dreg"])
     parser.add_argument("--k", type=int, nargs="+", default=list(STEPS), help="draws (default: 1 5 50)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, help="in a round (default: 60 for k = 1, 40 for 5, 12 for 50)")

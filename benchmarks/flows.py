@@ -55,7 +55,7 @@ def total(encoder: FlowEncoder, x: Tensor, eps: Tensor) -> None:
 
 def path(encoder: FlowEncoder, x: Tensor, eps: Tensor) -> None:
     """The path gradient; by which of the two ways, the encoder decides."""
-    objectives.backward(ESTIMATORS["elbo-path"], Target(), encoder, x, eps)
+    objectives.backward(ESTIMATORS["elbo-path"], Target(), encoder(x), x, eps)
 
 
 METHODS: dict[str, tuple[Callable[[FlowEncoder, Tensor, Tensor], None], bool]] = {

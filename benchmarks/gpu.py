@@ -19,29 +19,29 @@ from stacked import training
 from steps import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from vaelib import fast, objectives
-from vaelib.stacked import StackedTrainer
-from vaelib.training import CAPTURED_STEPS, Loop, Trainer
+from vaelib import fast
+from vaelib.stacked import StackedTraining
+from vaelib.training import CAPTURED_STEPS, Training, backward
 
 WAYS = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled graph": (True, True)}
 LARGE = 8192
 
 
-def on_gpu(k: int, seed: int) -> Trainer:
+def on_gpu(k: int, seed: int) -> Training:
     """Return one training whose data and model are on the GPU."""
-    trainer = training("burda", k, seed)
-    return Trainer(trainer.model.cuda(), trainer.split.to("cuda"), trainer.estimator, trainer.recipe)
+    here = training("burda", k, seed)
+    return Training(here.model.cuda(), here.split.to("cuda"), here.estimator, here.recipe)
 
 
-def make(way: str, k: int, seeds: int) -> Loop:
+def make(way: str, k: int, seeds: int) -> Training:
     """Return one training, or several stacked ones, that take their steps in this way."""
-    loop: Any = on_gpu(k, 0) if seeds == 1 else StackedTrainer([on_gpu(k, seed) for seed in range(seeds)])
+    loop: Any = on_gpu(k, 0) if seeds == 1 else StackedTraining([on_gpu(k, seed) for seed in range(seeds)])
     compiled, loop.captures = WAYS[way]
-    loop.backward = fast.Compiled() if compiled else objectives.backward
+    loop.backward = fast.Compiled() if compiled else backward
     return loop
 
 
-def steps(loop: Loop, count: int) -> None:
+def steps(loop: Training, count: int) -> None:
     """Take at least ``count`` steps, and wait for them."""
     end = loop.step + count
     while loop.step < end:

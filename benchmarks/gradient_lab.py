@@ -31,15 +31,15 @@ def loop(wrt: str, model: nn.Module, x: torch.Tensor, draws: int, generator: tor
     """Return the total variance of the gradient, one draw after the other."""
     found = []
     for _ in range(draws):
-        eps = model.encoder.noise(1, x, generator)
+        q = model.encoder(x)
+        eps = q.noise(1, generator)
         if wrt == "posterior":
-            q = model.encoder(x)
             leaves = [q.mean.detach().requires_grad_(), q.log_std.detach().requires_grad_()]
-            objectives.backward(ESTIMATORS[ROW], model.joint, lambda _, q=DiagonalGaussian(*leaves): q, x, eps)
+            objectives.backward(ESTIMATORS[ROW], model.joint, DiagonalGaussian(*leaves), x, eps)
         else:
             leaves = list(model.encoder.parameters())
             model.zero_grad()
-            objectives.backward(ESTIMATORS[ROW], model.joint, model.encoder, x, eps)
+            objectives.backward(ESTIMATORS[ROW], model.joint, q, x, eps)
         found.append(torch.cat([leaf.grad.flatten() for leaf in leaves]))
     return torch.stack(found).var(0).sum().item()
 

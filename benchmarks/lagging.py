@@ -25,11 +25,13 @@ from steps import ROOT, provenance, write
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from vaelib import collapse, models
+from vaelib import collapse, models, posteriors
 from vaelib.data.text import BEGIN, END, PAD
 from vaelib.models.pixelcnn import CausalConvolution
 from vaelib.models.text import lstm_vae
+from vaelib.training import gradient
 
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 COLUMNS = (
     "model,data,way,sizes,batch,threads,rounds,ms_median,ms_q1,ms_q3,ratio_to_published,ratio_q1,ratio_q3,"
     "machine,python,torch,date,code"
@@ -222,8 +224,8 @@ def disagreement(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
         for part in model.modules():
             if isinstance(part, nn.Dropout):
                 part.eval()
-    eps = ours.encoder.noise(1, x, generator())
-    loss = -collapse.gradient(ours, collapse.elbo_kl(), x, eps, clip=None)
+    eps = ours.encoder(x).noise(1, generator())
+    loss = -gradient(ours, collapse.elbo_kl(), x, eps)
     published = theirs(x, eps)
     published.mean().backward()
     pairs = [(published, loss), *zip(theirs.gradients(), [p.grad for p in parameters(ours)], strict=True)]
@@ -236,10 +238,11 @@ def parameters(ours: nn.Module) -> list[nn.Parameter]:
 
 
 def our_step(model: nn.Module, x: Tensor, optimizer: str) -> Callable[[], None]:
-    optimizer, noise = collapse.OPTIMIZERS[optimizer](model.parameters(), 1e-3), generator()
+    optimizer, noise = OPTIMIZERS[optimizer](model.parameters(), 1e-3), generator()
+    spec = model.encoder(x).noise_like(1)
 
     def step() -> None:
-        collapse.gradient(model, collapse.elbo_kl(), x, model.encoder.noise(1, x, noise), CLIP)
+        gradient(model, collapse.elbo_kl(), x, posteriors.draw(spec, noise), CLIP)
         optimizer.step()
 
     return step
@@ -249,7 +252,7 @@ def their_step(model: nn.Module, x: Tensor, optimizer: str, latent: int) -> Call
     encoder = list(model.encoder.parameters())
     known = set(map(id, encoder))
     decoder = [p for p in model.parameters() if id(p) not in known]
-    optimizers = [collapse.OPTIMIZERS[optimizer](part, 1e-3) for part in (encoder, decoder)]
+    optimizers = [OPTIMIZERS[optimizer](part, 1e-3) for part in (encoder, decoder)]
     noise = generator()
 
     def step() -> None:

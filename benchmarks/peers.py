@@ -83,9 +83,9 @@ def both_bounds(k: int) -> dict[str, str]:
 
 
 def our_rows(k: int) -> dict[str, str]:
-    from vaelib.estimators import ESTIMATORS
+    from vaelib.estimators import TABLEAU
 
-    return {name: row.bound for name, row in ESTIMATORS.items() if k >= row.least_k}
+    return {name: row.bound for name, row in TABLEAU.items() if k >= row.least_k}
 
 
 def torch_batches(problem: Problem) -> Iterator:
@@ -149,23 +149,24 @@ def ours(row: str, k: int, problem: Problem) -> Contestant:
     import torch
 
     from vaelib import models, objectives
-    from vaelib.estimators import ESTIMATORS
+    from vaelib.estimators import TABLEAU
+    from vaelib.posteriors import draw
     from vaelib.training import train_step
 
-    estimator, batches = ESTIMATORS[row], torch_batches(problem)
+    estimator, batches = TABLEAU[row], torch_batches(problem)
     model, generator = models.build("mlp-1", problem.images.shape[1]), torch.Generator().manual_seed(0)
     parameters = load([*model.encoder.parameters(), *model.joint.parameters()], problem.parameters)
     optimizer = adam(parameters)
+    noise = model.encoder(torch.as_tensor(problem.images[: problem.batch_size])).noise_like(k)
 
     def steps(n: int) -> None:
         for _ in range(n):
-            x = next(batches)
-            train_step(model, estimator, optimizer, x, model.encoder.noise(k, x, generator))
+            train_step(model, estimator, optimizer, next(batches), draw(noise, generator))
 
     def check() -> Check:
         x = next(batches)
-        eps = model.encoder.noise(k, x, generator)
-        loss = -objectives.backward(estimator, model.joint, model.encoder, x, eps).mean().item()
+        eps = draw(noise, generator)
+        loss = -objectives.backward(estimator, model.joint, model.encoder(x), x, eps).mean().item()
         found = take_gradient(parameters)
         is_total = row == f"{estimator.bound}-total"
         return Check(estimator.bound, x.numpy(), eps.numpy(), loss, found if is_total else None)

@@ -2,7 +2,7 @@
 
 A gradient is forward and backward of one estimate of -ELBO for a batch of images, on a linear encoder and a linear
 Gaussian decoder of 784 pixels, float32. The silent one has no draws, and its time is one number; the others are rows of
-vaelib.estimators and vaelib.discrete with K draws. The silent value must first be the mean of theirs. Times are the
+vaelib.estimators with K draws. The silent value must first be the mean of theirs. Times are the
 process's own CPU time on one thread, taken in turns, round after round; a ratio to the plainest estimator with one draw
 is taken within each round.
 """
@@ -21,7 +21,7 @@ from rounds import clock, finish, ratios, spread, take_turns
 from steps import ROOT
 from torch import Tensor, nn
 
-from vaelib import discrete, models, objectives, silent
+from vaelib import models, objectives, silent
 from vaelib.estimators import ESTIMATORS
 from vaelib.posteriors import DiagonalGaussian
 
@@ -34,13 +34,10 @@ class LinearGaussianEncoder(nn.Module):
 
     def __init__(self, latent: int) -> None:
         super().__init__()
-        self.latent, self.network = latent, nn.Linear(PIXELS, 2 * latent)
+        self.network = nn.Linear(PIXELS, 2 * latent)
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         return DiagonalGaussian(*self.network(x).chunk(2, -1))
-
-    def noise(self, k: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn((k, len(x), self.latent), generator=generator)
 
 
 def gaussian(latent: int, decoder: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -72,13 +69,12 @@ KINDS = {
     "bits": Kind(bits, ["elbo-score", "elbo-disarm", "elbo-gumbel-softmax"]),
     "choices": Kind(choices, ["elbo-score", "elbo-gumbel-softmax"]),
 }
-NAMES = ESTIMATORS | discrete.ESTIMATORS
 
 
 def build(kind: Kind, latent: int, batch: int) -> tuple[nn.Module, nn.Module, Tensor]:
     """Return the model and the images, the same ones at every call."""
     torch.manual_seed(0)
-    decoder = silent.LinearDecoder(0.1 * torch.randn(PIXELS, latent), torch.zeros(PIXELS), torch.tensor(-1.0))
+    decoder = models.LinearDecoder(0.1 * torch.randn(PIXELS, latent), torch.zeros(PIXELS), torch.tensor(-1.0))
     return *kind.make(latent, decoder), torch.rand(batch, PIXELS)
 
 
@@ -86,7 +82,7 @@ def disagreement(joint: nn.Module, encoder: nn.Module, x: Tensor) -> float:
     """Return how many standard errors the silent ELBO is from the mean of draws, at the worst image."""
     with torch.no_grad():
         q = encoder(x)
-        z = q.sample(encoder.noise(CHECKS, x, torch.Generator().manual_seed(1)))
+        z = q.sample(q.noise(CHECKS, torch.Generator().manual_seed(1)))
         draws = joint(x, z) - q.log_prob(z)
         gap = (draws.mean(0) - silent.elbo(joint, x, q)).abs()
         return (gap / (draws.std(0) / CHECKS**0.5)).max().item()
@@ -101,10 +97,11 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(2)
 
     def drawn(estimator: str, k: int) -> None:
-        objectives.backward(NAMES[estimator], joint, encoder, x, encoder.noise(k, x, generator))
+        q = encoder(x)
+        objectives.backward(ESTIMATORS[estimator], joint, q, x, q.noise(k, generator))
 
     takes: dict[tuple[str, int], Callable[[], Any]] = {
-        ("elbo-silent", 0): lambda: objectives.backward(silent.ELBO, joint, encoder, x, None)
+        ("elbo-silent", 0): lambda: objectives.backward(silent.ELBO, joint, encoder(x), x, None)
     }
     takes |= {(estimator, k): partial(drawn, estimator, k) for estimator in kind.estimators for k in arguments.k}
     contestants = {key: (lambda take=take: [take() for _ in range(arguments.steps)]) for key, take in takes.items()}

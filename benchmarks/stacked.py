@@ -20,24 +20,23 @@ from steps import ROOT
 from vaelib import models
 from vaelib.config import Recipe
 from vaelib.data.images import Split
-from vaelib.estimators import ESTIMATORS
-from vaelib.stacked import StackedTrainer
-from vaelib.training import Loop, Trainer
+from vaelib.stacked import StackedTraining
+from vaelib.training import Training
 
 MODELS = {"digits": (64, {"hidden": 50, "latent": 8}), "burda": (784, {"hidden": 200, "latent": 50})}
 IMAGES, FOREVER = 2000, 10**6
 
 
-def training(name: str, k: int, seed: int) -> Trainer:
+def training(name: str, k: int, seed: int) -> Training:
     """Return one training on random grey images."""
     pixels, sizes = MODELS[name]
     grey = torch.rand((IMAGES, pixels), generator=torch.Generator().manual_seed(0))
     model = models.build("mlp-1", pixels, generator=torch.Generator().manual_seed(seed), **sizes)
     recipe = Recipe(k=k, seed=seed, epochs=FOREVER)
-    return Trainer(model, Split(grey, None, (1, pixels), "dynamic"), ESTIMATORS["elbo-path"], recipe)
+    return Training(model, Split(grey, None, (1, pixels), "dynamic"), "elbo-path", recipe)
 
 
-def steps(loop: Loop, count: int) -> None:
+def steps(loop: Training, count: int) -> None:
     """Take ``count`` steps."""
     for _ in range(count):
         loop.note(loop.advance())
@@ -48,7 +47,7 @@ def measure(name: str, k: int, threads: int, arguments: argparse.Namespace) -> l
     torch.set_num_threads(threads)
     alone = training(name, k, 0)
     loops = {0: alone} | {
-        seeds: StackedTrainer([training(name, k, seed) for seed in range(seeds)]) for seeds in arguments.seeds
+        seeds: StackedTraining([training(name, k, seed) for seed in range(seeds)]) for seeds in arguments.seeds
     }
     contestants = {seeds: (lambda loop=loop: steps(loop, arguments.steps)) for seeds, loop in loops.items()}
     times = take_turns(contestants, arguments.rounds, clock(threads), f"{name}, k = {k}, {threads} threads")

@@ -71,15 +71,15 @@ def reference(objective: str, x: np.ndarray, eps: np.ndarray, parameters: list[n
     model = models.build("mlp-1", x.shape[1])
     ours = load([*model.encoder.parameters(), *model.joint.parameters()], parameters)
     posterior = model.encoder(x)
-    z = posterior.sample(eps)
+    z, log_q = posterior.sample_and_log_prob(eps)
     if objective == "elbo-kl":
         loss = -bounds.elbo_kl(model.joint, x, posterior, z).mean()
         loss.backward()
     else:
         bound = objective.removesuffix("-weighted")
-        loss = -objectives.backward(ESTIMATORS[f"{bound}-total"], model.joint, model.encoder, x, eps).mean()
+        loss = -objectives.backward(ESTIMATORS[f"{bound}-total"], model.joint, posterior, x, eps).mean()
     if objective == "iwae-weighted":
-        log_w = model.joint(x, z) - posterior.log_prob(z)
+        log_w = model.joint(x, z) - log_q
         loss = -(log_w.softmax(0) * log_w).sum(0).mean()
     return loss.item(), take_gradient(ours)
 

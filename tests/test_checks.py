@@ -50,3 +50,68 @@ def test_the_false_alarm_rate_is_as_stated():
 def test_two_silences_are_not_told_apart():
     with pytest.raises(AssertionError, match="0 against 0, a gap of 0 ± 0"):
         checks.less_variance(torch.ones(10, 2), torch.ones(10, 2))
+
+
+def test_no_difference_is_a_claim_that_noise_does_not_show():
+    """Inside the margin it passes; with a margin below the noise it is undecided, and that is no pass."""
+    other = DRAWS[:, 0] + 0.1 * DRAWS[:, 1]
+    checks.equivalent(DRAWS[:, 0], other, within=0.01)
+    for within in (0.001, 0.0):
+        with pytest.raises(AssertionError, match="undecided or different"):
+            checks.equivalent(DRAWS[:, 0], other, within=within)
+    with pytest.raises(AssertionError, match="undecided or different"):
+        checks.equivalent(DRAWS[:, 0], other + 0.02, within=0.01)
+
+
+NAN = DRAWS.clone()
+NAN[7, 1] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "draws",
+    [NAN, DRAWS[:1], DRAWS[:0], DRAWS[:, :0], torch.tensor(1.0)],
+    ids=["NaN", "one draw", "no draws", "no coordinate", "a number"],
+)
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda d: checks.unbiased(d, 0.0),
+        lambda d: checks.biased(d + 1, 0.0),
+        lambda d: checks.less_variance(d * 1e-3, d),
+        lambda d: checks.less_variance(DRAWS * 1e-3, d),
+        lambda d: checks.below(d, d + 1),
+        lambda d: checks.no_variance(d),
+        lambda d: checks.equivalent(d, d, within=1.0),
+    ],
+    ids=["unbiased", "biased", "less_variance", "of less variance", "below", "no_variance", "equivalent"],
+)
+def test_nothing_passes_on_nan_on_nothing_or_on_one_draw(check, draws):
+    with pytest.raises(AssertionError):
+        check(draws)
+
+
+def test_nothing_passes_by_a_shape_that_broadcasts():
+    for bad in (
+        lambda: checks.unbiased(DRAWS[:, 0], torch.zeros(10_000, 1)),
+        lambda: checks.unbiased(DRAWS, torch.zeros(4, 3)),
+        lambda: checks.unbiased(DRAWS[:, :1], torch.zeros(3)),
+        lambda: checks.less_variance(DRAWS[:, :1], DRAWS * 2),
+        lambda: checks.below(DRAWS[:, 0], DRAWS[:, :1] + 1),
+        lambda: checks.equivalent(DRAWS[:, 0], DRAWS[:, :1], within=1.0),
+        lambda: checks.same(torch.zeros(0), torch.zeros(0)),
+        lambda: checks.same(torch.tensor([float("nan")]), torch.tensor([float("nan")])),
+    ):
+        with pytest.raises(AssertionError):
+            bad()
+
+
+@pytest.mark.parametrize("value", [float("nan"), "False", 1, (x for x in [1]), [True], torch.ones(2, dtype=torch.bool)])
+def test_a_statement_is_true_or_false_and_nothing_else(value):
+    with pytest.raises(AssertionError):
+        checks.holds(value, "it is so")
+
+
+def test_a_variance_of_few_draws_has_no_error_to_go_by():
+    """Two draws have equal squares, so that the error of their variance is 0, and chance decides."""
+    with pytest.raises(AssertionError, match="at least 10 draws"):
+        checks.less_variance(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [3.0]]))

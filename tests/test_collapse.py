@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from vaelib import collapse, data, models, objectives, runs
-from vaelib.collapse import METHODS, TEXT, Recipe, Training
+from vaelib import collapse, data, estimators, models, objectives, runs, training
+from vaelib.collapse import METHODS, TEXT, LagRecipe, prepare
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
 from vaelib.models.text import lstm_vae
 from vaelib.posteriors import DiagonalGaussian
 
@@ -48,6 +47,7 @@ class Spy:
         self.events, self.losses = [], iter(losses)
         self.model = nn.Module()
         self.model.joint, self.model.encoder = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.model.encoder.forward = lambda x: None
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         step = self.optimizer.step
 
@@ -59,9 +59,9 @@ class Spy:
         self.optimizer.step = spied
         monkeypatch.setattr(objectives, "backward", self.backward)
 
-    def backward(self, estimator, joint, encoder, x, eps):
+    def backward(self, estimator, joint, q, x, eps):
         self.events.append(x.item())
-        for part in (joint, encoder):
+        for part in (joint, self.model.encoder):
             part.weight.grad, part.bias.grad = torch.ones(1, 1), torch.ones(1)
         return -torch.full((4,), float(next(self.losses)))
 
@@ -106,17 +106,16 @@ def test_joint_clipping_shortens_the_encoder_s_step():
     torch_model = nn.Module()
     torch_model.joint, torch_model.encoder = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
 
-    def backward(estimator, joint, encoder, x, eps):
-        joint.weight.grad, encoder.weight.grad = torch.full((1, 1), 40.0), torch.full((1, 1), 30.0)
+    def backward(estimator, model, x, eps):
+        model.joint.weight.grad, model.encoder.weight.grad = torch.full((1, 1), 40.0), torch.full((1, 1), 30.0)
         return torch.zeros(1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "backward", backward)
-        found = {}
-        for joint_clip in (True, False):
-            collapse.gradient(torch_model, None, None, None, clip=5.0, joint_clip=joint_clip)
-            found[joint_clip] = torch_model.encoder.weight.grad.item(), torch_model.joint.weight.grad.item()
-        collapse.gradient(torch_model, None, None, None, clip=None)
+    found = {}
+    for joint_clip in (True, False):
+        torch_model.zero_grad()
+        training.gradient(torch_model, None, None, None, 5.0, joint_clip, backward)
+        found[joint_clip] = torch_model.encoder.weight.grad.item(), torch_model.joint.weight.grad.item()
+    training.gradient(torch_model, None, None, None, clip=None, backward=backward)
     assert found[True] == pytest.approx((3.0, 4.0), rel=1e-5) and found[False] == pytest.approx((5.0, 5.0), rel=1e-5)
     assert torch_model.encoder.weight.grad.item() == 30.0
 
@@ -143,7 +142,7 @@ def test_the_aggressive_step_reaches_the_exact_posterior_with_any_estimator(name
     """On the linear VAE the inner loop's goal is known: q at the exact posterior; the decoder waits meanwhile."""
     model, x = linear
     generator = torch.Generator().manual_seed(1)
-    estimator = collapse.elbo_kl() if name == "elbo-kl" else ESTIMATORS[name]
+    estimator = collapse.elbo_kl() if name == "elbo-kl" else estimators.get(name)
     exact = models.exact_encoder(model.joint)
     before = [p.detach().clone() for p in model.joint.parameters()]
     optimizer = torch.optim.Adam(
@@ -152,7 +151,7 @@ def test_the_aggressive_step_reaches_the_exact_posterior_with_any_estimator(name
     for lr in (0.1, 0.03, 0.01):
         optimizer.param_groups[0]["lr"] = lr
         _, steps = collapse.aggressive_step(
-            model, estimator, optimizer, x, lambda: x, lambda x: model.encoder.noise(10, x, generator)
+            model, estimator, optimizer, x, lambda: x, lambda x: model.encoder(x).noise(10, generator)
         )
     assert steps >= 30 and all(torch.equal(p, q) for p, q in zip(model.joint.parameters(), before))
     torch.testing.assert_close(model.encoder.weight.detach(), exact.weight.detach(), rtol=0, atol=0.03)
@@ -178,9 +177,10 @@ def test_the_rules_that_end_the_phase():
 
 
 def test_the_weights():
-    recipe = Recipe(epochs=40, beta=0.3, start=0.1, warm_up=10, cycles=4, ratio=0.5)
+    recipe = LagRecipe(epochs=40, beta=0.3, start=0.1, warm_up=10, cycles=4, ratio=0.5)
+    epochs = (0, 2.5, 5, 9.99, 10, 12.5, 39)
     at = {
-        name: [rule(epoch, recipe) for epoch in (0, 2.5, 5, 9.99, 10, 12.5, 39)]
+        name: [rule(training.Progress(0, epoch, epoch / 40), recipe) for epoch in epochs]
         for name, rule in collapse.WEIGHTS.items()
     }
     assert at["constant"] == [0.3] * 7
@@ -193,10 +193,10 @@ def test_the_weighted_elbo_is_what_it_says(linear):
     model, x = linear
     model.encoder = models.exact_encoder(model.joint)
     posterior = model.encoder(x)
-    eps = model.encoder.noise(4000, x[:5], torch.Generator().manual_seed(0))
+    eps = model.encoder(x[:5]).noise(4000, torch.Generator().manual_seed(0))
     few = DiagonalGaussian(posterior.mean[:5], posterior.log_std[:5])
     for beta, weight_shown in ((0.4, 0.4), (1.0, 1.0)):
-        exact = model.joint.expected_log_likelihood(x[:5], few) - weight_shown * few.kl()
+        exact = model.joint.decode.expected_log_likelihood(x[:5], few) - weight_shown * few.kl()
         found = -collapse.elbo_kl(beta).loss(model.joint, few, x[:5], eps)
         spread = model.joint.log_likelihood(x[:5], few.sample(eps)).std(0) / math.sqrt(4000)
         assert ((found - exact).abs() < 4.5 * spread).all()  # 5 of them: wrong once in 29,000
@@ -223,6 +223,28 @@ def test_free_bits_are_free():
     assert torch.equal(mean.grad[:, 0], torch.zeros(2).double()) and (mean.grad[:, 1] > 0).all()
 
 
+class Square(nn.Module):
+    """A joint density with log p(x | z) = -|x - z|^2 / 2, whose ELBO at a Gaussian is known."""
+
+    def log_likelihood(self, x, z):
+        return -0.5 * (x - z).square().sum(-1)
+
+
+def test_free_bits_are_of_the_batch_s_mean():
+    """One dimension whose KLs are 0 and 2: the mean, 1, is above 0.9, so that both observations pay their share."""
+    mean = torch.tensor([[0.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    q = DiagonalGaussian(mean, torch.zeros(2, 1, dtype=torch.float64))
+    x = torch.zeros(2, 1, dtype=torch.float64)
+
+    def loss(bits):
+        flat = type("Flat", (nn.Module,), {"log_likelihood": lambda self, x, z: torch.zeros(1, 2).double()})()
+        return collapse.elbo_kl(1.0, bits).loss(flat, q, x, torch.zeros(1, 2, 1).double()).mean()
+
+    assert [loss(bits).item() for bits in (0.9, 1.0, 1.1)] == pytest.approx([1.0, 1.0, 1.1])
+    torch.testing.assert_close(torch.autograd.grad(loss(0.9), mean)[0], torch.tensor([[0.0], [1.0]]).double())
+    assert torch.equal(torch.autograd.grad(loss(1.1), mean)[0], torch.zeros(2, 1).double())
+
+
 # -------------------------------------------------------------------------------- semi-amortised inference
 
 
@@ -237,6 +259,53 @@ def test_svi_steps_lead_to_the_exact_posterior(linear):
         q = collapse.SemiAmortised(model.encoder, model.joint, steps, lr=0.5, generator=generator)(x)
         off.append((q.mean - exact.mean).abs().mean().item())
     assert (start.mean - exact.mean).abs().mean() > off[0] > off[1] > off[2] and off[2] < 0.3
+
+
+def sa_vae_by_hand(x, mean, log_variance, noises, weight, lr, momentum, clip):
+    """The update of Kim et al. (2018) in NumPy, for :class:`Square` and one draw, with the derivatives by hand."""
+    mean, log_variance = mean.copy(), log_variance.copy()
+    v_mean, v_variance = np.zeros_like(mean), np.zeros_like(mean)
+    for eps in noises:
+        std = np.exp(0.5 * log_variance)
+        pull = x - (mean + std * eps)  # of log p(x | z) in z
+        g_mean = (pull - weight * mean) / len(x)
+        g_variance = (pull * eps * 0.5 * std - weight * 0.5 * (std**2 - 1)) / len(x)
+        for v, g in ((v_mean, g_mean), (v_variance, g_variance)):
+            v *= momentum
+            v += g * min(1.0, clip / (np.sqrt((g**2).sum()) + 1e-6))
+        mean, log_variance = mean + lr * v_mean, log_variance + lr * v_variance
+    return mean, 0.5 * log_variance
+
+
+class Fixed(nn.Module):
+    """An encoder that says the same of everything."""
+
+    def __init__(self, mean, log_std):
+        super().__init__()
+        self.mean, self.log_std = nn.Parameter(mean), nn.Parameter(log_std)
+
+    def forward(self, x):
+        return DiagonalGaussian(self.mean.expand(len(x), -1), self.log_std.expand(len(x), -1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.0}, {"clip": 0.3}, {"lr": 0.2, "momentum": 0.8}, {"steps": 1}], ids=str
+)
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_svi_update_is_that_of_the_paper(options, weight):
+    options = {"steps": 4, "lr": 1.0, "momentum": 0.5, "clip": 5.0, **options}
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    start = Fixed(torch.tensor([0.3, -0.2, 1.0]).double(), torch.tensor([-0.4, 0.3, 0.1]).double())
+    encoder = collapse.SemiAmortised(start, Square(), generator=torch.Generator().manual_seed(1), **options)
+    encoder.weight = weight
+    same = torch.Generator().manual_seed(1)
+    noises = [start(x).noise(1, same)[0].numpy() for _ in range(options.pop("steps"))]
+    arrays = [part.detach().numpy() for part in (start(x).mean, 2 * start(x).log_std)]
+    mean, log_std = sa_vae_by_hand(x.numpy(), *arrays, noises, weight, **options)
+    q = encoder(x)
+    np.testing.assert_allclose(q.mean.detach(), mean, rtol=1e-12)
+    np.testing.assert_allclose(q.log_std.detach(), log_std, rtol=1e-12)
 
 
 def test_the_derivative_through_the_steps_is_the_finite_difference(text):
@@ -268,7 +337,7 @@ def test_the_derivative_through_the_steps_is_the_finite_difference(text):
     assert not torch.allclose(torch.autograd.grad(plain, weights)[0], found[0], rtol=1e-3)
 
 
-def test_single_precision_differentiates_twice_as_well(text):
+def test_single_precision_differentiates_twice_as_well(text, monkeypatch):
     """The fast LSTM of single precision gives the derivative of double precision."""
     grads = []
     for dtype in (torch.float32, torch.float64):
@@ -277,8 +346,8 @@ def test_single_precision_differentiates_twice_as_well(text):
             for p in model.parameters():
                 p.copy_(20 * p if p.abs().max() < 0.02 else p)
         encoder = collapse.SemiAmortised(model.encoder, model.joint, 2)
-        encoder.encoder.noise = lambda k, x, g: torch.ones(k, len(x), 1, dtype=dtype)
         x = text.train.batch(slice(0, 4))
+        monkeypatch.setattr(DiagonalGaussian, "noise", lambda q, k, g: torch.ones(k, *q.mean.shape, dtype=dtype))
         loss = collapse.elbo_kl().loss(model.joint, encoder(x), x, torch.ones(1, 4, 1, dtype=dtype)).mean()
         grads.append(torch.autograd.grad(loss, model.joint.decode.lstm.weight_hh_l0)[0].double())
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
@@ -358,45 +427,90 @@ def test_batches_hold_sentences_of_like_length_and_every_epoch_others():
     lengths = torch.randint(1, 30, (100,), generator=generator).tolist()
     split = data.Sentences(vocabulary.encode([["a"] * n for n in lengths]), vocabulary)
     model = lstm_vae(4, generator, latent=1, embedding=3, hidden=3)
-    training = Training(model, split, split, replace(TEXT, batch_size=10))
+    run = prepare(model, split, split, replace(TEXT, batch_size=10))
     orders = []
     for _ in range(2):
-        training.begin_epoch()
-        batches = split.lengths[training.order].view(10, 10)
-        assert training.order.unique().numel() == 100
+        run.begin_epoch()
+        batches = split.lengths[run.order].view(10, 10)
+        assert run.order.unique().numel() == 100
         assert (batches.amax(1) - batches.amin(1)).max() <= 6 < max(lengths) - min(lengths)
-        orders.append(training.order)
+        orders.append(run.order)
     assert not torch.equal(*orders)
-    training = Training(model, split, split, replace(TEXT, batch_size=15))  # ten sentences too many for six batches
+    run = prepare(model, split, split, replace(TEXT, batch_size=15))  # ten sentences too many for six batches
     seen = set()
     for _ in range(30):
-        training.begin_epoch()
-        seen |= set(training.order.tolist())
+        run.begin_epoch()
+        seen |= set(run.order.tolist())
     assert len(seen) == 100, "the longest have their turn too"
-    training = Training(model, split, split, replace(TEXT, batch_size=10))
-    training.split = data.load("digits").train
-    training.begin_epoch()
-    assert training.order.unique().numel() == 100
+    digits = data.load("digits", valid=100)
+    run = prepare(models.build("linear", 64), digits.train.sample(100), digits.valid, replace(TEXT, batch_size=10))
+    run.begin_epoch()
+    assert run.order.unique().numel() == 100
+
+
+class Losses(training.Hook):
+    """Validation losses made to order, and weights that say which epoch they are of."""
+
+    def __init__(self, losses):
+        self.losses = iter(losses)
+
+    def after_epoch(self, training, record):
+        fill(training.model, record["epoch"])
+        record["nll_bound"] = next(self.losses)
+
+
+def fill(model, value):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+
+
+def first(model):
+    return next(model.parameters()).flatten()[0].item()
+
+
+def made_to_order(text, losses, **changes):
+    """A training whose losses are given, and the learning rate and the weights that each epoch leaves."""
+    recipe = replace(TEXT, **{"patience": 2, "first_decay": 3, "decays": 2, "lr": 1.0, "epochs": 9, **changes})
+    left = []
+
+    class Look(training.Hook):
+        def after_epoch(self, training, record):
+            left.append((training.lr, first(training.model)))
+
+    hooks = [Losses(losses), collapse.Plateau(recipe), Look()]
+    run = training.Training(small(text), text.train, collapse.elbo_kl(), recipe, hooks)
+    return run, left
 
 
 def test_the_step_size_is_halved_and_the_best_weights_come_back(text):
-    training = Training(small(text), text.train, text.valid, replace(TEXT, patience=2, first_decay=3, decays=2))
-    best = None
-    lrs, best_is_back = [], []
-    for epoch, loss in enumerate([5.0, 4.0, 4.5, 4.5, 4.4, 4.6, 4.7], start=1):
-        with torch.no_grad():
-            for p in training.model.parameters():
-                p.fill_(epoch)
-        training.history.append({})
-        training.look_at_loss(loss)
-        if best is None or loss < 4.5:
-            best = training.best
-        lrs.append(training.optimizer.param_groups[0]["lr"])
-        best_is_back.append(next(training.model.parameters()).flatten()[0].item() == 2)
+    run, left = made_to_order(text, [5.0, 4.0, 4.5, 4.5, 4.4, 4.6, 4.7])
+    run.run()
     # none better in epochs 3 and 4; the loss to beat is then 4.5, as in the authors' code; 4.4 beats it; then two more
-    assert lrs == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
-    assert best_is_back == [False, True, False, True, False, False, True]
-    assert training.total_steps == training.step  # two decays: it is over
+    assert [lr for lr, _ in left] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
+    assert [weight for _, weight in left] == [1, 2, 3, 2, 5, 6, 2]
+    assert run.over and run.step == 7 * run.steps_per_epoch  # two decays: it is over
+    assert run.optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(("losses", "best"), [([3.0, 2.0, 2.5], 2), ([2.0, 3.0, 2.5], 1), ([3.0, 2.5, 2.0], 3)])
+def test_the_best_weights_are_left_and_not_the_last(text, losses, best):
+    run, left = made_to_order(text, losses, epochs=3, first_decay=9)
+    run.run()
+    assert [weight for _, weight in left] == [1, 2, 3] and first(run.model) == best and not run.model.training
+    state = run.state()
+    again, _ = made_to_order(text, [], epochs=3, first_decay=9)
+    again.load_state(state)
+    fill(again.model, 9.0)
+    again.run()
+    assert first(again.model) == best
+
+
+def test_a_halving_forgets_the_moments(text):
+    run, _ = made_to_order(text, [1.0, 2.0, 2.0], epochs=3, first_decay=0, optimizer="adam", lr=1e-3)
+    before = run.optimizer
+    run.run()
+    assert run.optimizer is not before and not run.optimizer.state and run.optimizer.defaults["eps"] == 1e-8
 
 
 @pytest.mark.parametrize("method", ["plain", "aggressive-anneal", "sa-vae"])
@@ -405,7 +519,7 @@ def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(
     recipe = replace(TEXT, epochs=3, batch_size=16, block=3, most=7, first_decay=0, patience=1, **METHODS[method])
 
     def make():
-        return Training(small(text, dropout=0.5), text.train, text.valid, recipe)
+        return prepare(small(text, dropout=0.5), text.train, text.valid, recipe)
 
     class Stop(Exception):
         pass
@@ -414,9 +528,9 @@ def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(
     whole.run()
     first, path = make(), tmp_path / "checkpoint.pt"
 
-    def stop():
-        if first.step == 13:
-            runs.save(first, path)
+    def stop(run):
+        if run.step == 13:
+            runs.save(run, path)
             raise Stop
 
     with pytest.raises(Stop):
@@ -427,8 +541,7 @@ def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(
     second.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values()))
     timeless = [
-        [{k: v for k, v in record.items() if "seconds" not in k} for record in training.history]
-        for training in (whole, second)
+        [{k: v for k, v in record.items() if "seconds" not in k} for record in run.history] for run in (whole, second)
     ]
     assert timeless[0] == timeless[1]
     broken = make()
@@ -447,25 +560,21 @@ def test_training_leaves_the_global_generator_alone(text):
 
 
 def test_another_vocabulary_than_the_checkpoint_s_gets_a_sentence(text, tmp_path):
-    training = Training(small(text), text.train, text.valid)
-    runs.save(training, tmp_path / "checkpoint.pt")
+    runs.save(prepare(small(text), text.train, text.valid), tmp_path / "checkpoint.pt")
     words = list(text.vocabulary.words)
     words[5], words[6] = words[6], words[5]
     swapped = replace(text.train, vocabulary=data.Vocabulary(tuple(words)))
     with pytest.raises(
         InputError, match=r"vocabulary has 15 words and the data's 15, and word 5 is '2' there and '3' here"
     ):
-        runs.restore(Training(small(text), swapped, text.valid), tmp_path / "checkpoint.pt")
+        runs.restore(prepare(small(text), swapped, text.valid), tmp_path / "checkpoint.pt")
     larger = data.load("synthetic-text", sentences=200, vocabulary=13, length=4)
     with pytest.raises(InputError, match=r"15 words and the data's 16, and word 15 is none there and '12' here"):
-        runs.restore(Training(small(larger), larger.train, larger.valid), tmp_path / "checkpoint.pt")
+        runs.restore(prepare(small(larger), larger.train, larger.valid), tmp_path / "checkpoint.pt")
 
 
 def test_bad_recipes_get_a_sentence(text):
     for options, message in (
-        ({"optimizer": "sdg"}, "no optimizer is called 'sdg', did you mean 'sgd'"),
-        ({"weight": "cyclic"}, "did you mean 'cyclical'"),
-        ({"rule": "x"}, "no rule is called 'x'"),
         ({"block": 0}, "block must be a whole number of at least 1"),
         ({"lr": -1}, "lr must be a positive number"),
         ({"beta": -1}, "beta must be a number of at least 0, but is -1"),
@@ -474,20 +583,22 @@ def test_bad_recipes_get_a_sentence(text):
         ({"start": 9}, "start must be a number between 0 and 1"),
         ({"aggressive": "no"}, "aggressive must be true or false, but is 'no'"),
         ({"estimator": "elbo-path", "beta": 0.5}, "has no weight on the KL"),
-        ({"estimator": "iwae-vimco"}, "needs k >= 2"),
     ):
         with pytest.raises(InputError, match=message):
-            Recipe(**options)
+            LagRecipe(**options)
+    for options, message in (
+        ({"optimizer": "sdg"}, "no optimizer is called 'sdg', did you mean 'sgd'"),
+        ({"weight": "cyclic"}, "did you mean 'cyclical'"),
+        ({"rule": "x"}, "no rule is called 'x'"),
+        ({"estimator": "iwae-vimco"}, "needs k >= 2"),
+        ({"svi_steps": 2, "batch_size": 500}, "there are only 160"),
+    ):
+        model = small(text)
+        encoder = model.encoder
+        with pytest.raises(InputError, match=message):
+            collapse.fit(model, text.train, text.valid, **options)
+        assert model.encoder is encoder
     with pytest.raises(InputError, match="no method is called 'agressive', did you mean 'aggressive'"):
         collapse.fit(small(text), text.train, text.valid, "agressive")
     with pytest.raises(InputError, match="batch_size is 500, but there are only 160"):
         collapse.fit(small(text), text.train, text.valid, batch_size=500)
-
-
-def test_the_model_is_left_with_its_best_weights(text):
-    training = Training(small(text), text.train, text.valid, replace(TEXT, epochs=2))
-    training.run()
-    assert all(torch.equal(a, b) for a, b in zip(training.best.values(), training.model.state_dict().values()))
-    assert (
-        training.best is not training.model.state_dict() and copy.deepcopy(training.best).keys() == training.best.keys()
-    )

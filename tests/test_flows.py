@@ -17,7 +17,7 @@ from toys import DTYPE, draw_noise, exact_gradient, expected_gradient, gradient_
 from vaelib import checks, data, evaluation, models, objectives, training
 from vaelib.bounds import BOUNDS
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
+from vaelib.estimators import TABLEAU
 from vaelib.flows import (
     AffineCoupling,
     Flow,
@@ -32,7 +32,7 @@ from vaelib.flows import (
 from vaelib.models import GaussianMLP
 from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob
 
-ROWS = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=lambda e: e.name)
+ROWS = pytest.mark.parametrize("estimator", TABLEAU.values(), ids=lambda e: e.name)
 X = torch.zeros(1, 1, dtype=DTYPE)
 
 
@@ -264,8 +264,8 @@ def test_the_force_of_a_conditional_flow_is_the_dense_one():
 
 def run(function, estimator, joint, encoder, x, eps):
     encoder.zero_grad(), joint.zero_grad()
-    value = function(estimator, joint, encoder, x, eps)
-    if function is objectives.surrogate:
+    value = function(estimator, joint, encoder(x), x, eps)
+    if function is objectives.reference:
         value.mean().backward()
         value = -value.detach()
     return value, torch.cat([phi_gradient(joint), phi_gradient(encoder)])
@@ -282,7 +282,7 @@ def test_drop_in_and_one_pass_are_one_gradient_in_both_engines(estimator, dtype)
     results = [
         run(function, estimator, joint, conditional_encoder(one_pass, dtype), x, eps)
         for one_pass in (False, True)
-        for function in (objectives.backward, objectives.surrogate)
+        for function in (objectives.backward, objectives.reference)
     ]
     value, gradient = results[0]
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}[dtype]
@@ -294,7 +294,7 @@ def test_drop_in_and_one_pass_are_one_gradient_in_both_engines(estimator, dtype)
 
 @pytest.mark.parametrize("name", ["elbo-total", "elbo-path", "iwae-total", "iwae-dreg"])
 def test_planar_layers_run_in_one_pass_and_have_the_exact_expectation(name):
-    estimator = ESTIMATORS[name]
+    estimator = TABLEAU[name]
     joint, encoder = Banana(), encoder_of(["planar"] * 2, seed=5, one_pass=True)
     with torch.no_grad():
         for layer in encoder.layers:
@@ -305,7 +305,7 @@ def test_planar_layers_run_in_one_pass_and_have_the_exact_expectation(name):
     z, log_q = encoder(x).flow.sample_and_log_prob(eps)
     parameters = [*joint.parameters(), *encoder.parameters()]
     truth = torch.autograd.grad(weight @ BOUNDS[estimator.bound](joint(x, z) - log_q), parameters)
-    value = -weight @ objectives.surrogate(estimator, joint, encoder, x, eps)
+    value = -weight @ estimator.loss(joint, encoder(x), x, eps)
     torch.testing.assert_close(torch.autograd.grad(value, parameters), truth, rtol=0, atol=1e-7)
 
 
@@ -313,7 +313,7 @@ def one_dimensional(one_pass=False):
     return encoder_of(["sinh-arcsinh"], dim=1, seed=2, one_pass=one_pass)
 
 
-@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS.values() if e.target in BOUNDS], ids=lambda e: e.name)
+@pytest.mark.parametrize("estimator", [e for e in TABLEAU.values() if e.target in BOUNDS], ids=lambda e: e.name)
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_rows_on_a_flow_are_unbiased(estimator, one_pass):
     """Both sides by quadrature over the noise of K draws."""
@@ -332,7 +332,7 @@ def test_iwae_path_is_biased_on_a_flow_too():
     joint, encoder = Skewed(), one_dimensional()
     eps, weight = quadrature(1, 2, nodes=90)
     truth = exact_gradient("iwae", joint, encoder, X, eps, weight)
-    mine = expected_gradient(ESTIMATORS["iwae-path"], joint, encoder, X, eps, weight)
+    mine = expected_gradient(TABLEAU["iwae-path"], joint, encoder, X, eps, weight)
     assert max((a - b).abs().max() for a, b in zip(mine, truth)) > 0.01
 
 
@@ -340,13 +340,14 @@ def test_path_has_no_variance_where_the_flow_contains_the_target():
     encoder = encoder_of(["coupling"] * 4)
     joint = Contained(encoder)
     noise = torch.randn(300, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
-    path = gradient_draws(ESTIMATORS["elbo-path"], joint, encoder, X, noise)
+    path = gradient_draws(TABLEAU["elbo-path"], joint, encoder, X, noise)
     assert path.abs().max() < 1e-12
     with pytest.raises(AssertionError):
-        checks.no_variance(gradient_draws(ESTIMATORS["elbo-total"], joint, encoder, X, noise))
+        checks.no_variance(gradient_draws(TABLEAU["elbo-total"], joint, encoder, X, noise))
     one_pass = FlowEncoder(encoder.base, encoder.layers, one_pass=True)
     encoder.zero_grad()
-    objectives.backward(ESTIMATORS["elbo-path"], joint, one_pass, X.expand(300, 1), noise[:, 0, 0].unsqueeze(0))
+    x = X.expand(300, 1)
+    objectives.backward(TABLEAU["elbo-path"], joint, one_pass(x), x, noise[:, 0, 0].unsqueeze(0))
     assert phi_gradient(one_pass).abs().max() < 1e-12
 
 
@@ -357,7 +358,7 @@ def test_path_has_no_variance_where_the_flow_contains_the_target():
 def test_a_flow_without_an_inverse_is_refused_and_told_what_to_do(name):
     encoder = encoder_of(["planar"] * 2)
     with pytest.raises(InputError, match=r"Planar layer has no inverse.*one_pass=True.*sample_and_log_prob"):
-        objectives.backward(ESTIMATORS[name], Banana(), encoder, X, torch.zeros(3, 1, 2, dtype=DTYPE))
+        objectives.backward(TABLEAU[name], Banana(), encoder(X), X, torch.zeros(3, 1, 2, dtype=DTYPE))
 
 
 def test_a_layer_that_cannot_carry_the_force_is_refused():
@@ -384,7 +385,16 @@ def test_one_pass_knows_only_its_own_sample():
     assert torch.equal(q.log_prob(z), q.drawn.log_q)
     with pytest.raises(InputError, match="one_pass=False"):
         q.log_prob(z + 1e-3)
-    assert isinstance(q.stop_gradient(), OnePassFlow) and q.stop_gradient().log_prob(z).shape == (3, 1)
+    still = q.stop_gradient()
+    assert isinstance(still, OnePassFlow) and still.log_prob(z).shape == (3, 1)
+    conditional = conditional_encoder(one_pass=True)(torch.ones(2, 3, dtype=DTYPE))
+    eps = conditional.noise(4)
+    parameters = list(conditional.flow.layers.parameters())
+    for _ in range(2):  # before it has drawn, and after; it may draw again, held constant
+        _, log_q = conditional.stop_gradient().sample_and_log_prob(eps)
+        found = torch.autograd.grad(log_q.sum(), parameters, allow_unused=True)  # z alone is a leaf
+        assert all(slope is None for slope in found)
+        conditional.sample(eps)
 
 
 # --- in a model
@@ -441,3 +451,119 @@ def test_a_flow_without_layers_is_its_base():
     z = base.sample(eps)
     torch.testing.assert_close(push(flow, eps).force, -(z - base.mean) * (-2 * base.log_std).exp())
     assert math.isclose(integral(flow, points=800), 1, abs_tol=1e-4)
+
+
+# --- against formulas written by hand
+
+
+def test_a_coupling_is_its_equation():
+    """Two tanh layers by hand; s is softly bounded by 2, and its slope at 0 is 1."""
+    layer = coupling(5, torch.Generator().manual_seed(0), context=2)
+    z, context = 3 * torch.randn(4, 6, 5, dtype=DTYPE), torch.randn(6, 2, dtype=DTYPE)
+    first, last = layer.network[0], layer.network[2]
+    seen = torch.cat((z[..., :3], context.expand(4, -1, -1)), -1)
+    raw, shift = (torch.tanh(seen @ first.weight.mT + first.bias) @ last.weight.mT + last.bias).split(2, -1)
+    e = torch.exp(raw)
+    log_scale = 2 * (e - 1) / (e + 1)  # 2 tanh(raw / 2)
+    moved, log_det = layer(z, context)
+    torch.testing.assert_close(moved, torch.cat((z[..., 3:] * log_scale.exp() + shift, z[..., :3]), -1))
+    torch.testing.assert_close(log_det, log_scale.sum(-1))
+    with torch.no_grad():
+        last.bias.fill_(1e3)
+    torch.testing.assert_close(layer(z, context)[1], torch.full((4, 6), 4.0, dtype=DTYPE))  # two of e^2
+
+
+def test_a_new_coupling_exchanges_the_halves():
+    z = torch.arange(5.0).reshape(1, 1, 5)
+    moved, log_det = AffineCoupling(5)(z)
+    assert moved.flatten().tolist() == [3, 4, 0, 1, 2] and log_det.item() == 0
+
+
+def test_sinh_arcsinh_and_planar_are_their_equations():
+    z = torch.linspace(-3, 3, 7, dtype=DTYPE).reshape(7, 1, 1)
+    layer = SinhArcsinh(*(torch.tensor([v], dtype=DTYPE) for v in (0.3, -0.2, 0.4, 0.25)))
+    by_hand = 0.3 + math.exp(-0.2) * np.sinh(math.exp(0.25) * (np.arcsinh(z.numpy()) + 0.4))
+    torch.testing.assert_close(layer(z)[0].detach(), torch.tensor(by_hand))
+    u, w, b = (torch.tensor(v, dtype=DTYPE) for v in ([0.7, -2.0], [1.5, 0.5], 0.3))
+    along = 0.7 * 1.5 - 2.0 * 0.5
+    bent = u + (math.log1p(math.exp(along)) - 1 - along) * w / (1.5**2 + 0.5**2)
+    z = torch.randn(6, 1, 2, dtype=DTYPE)
+    moved = z + bent * torch.tanh(z @ w + b).unsqueeze(-1)
+    torch.testing.assert_close(Planar(u, w, b)(z)[0], moved)
+
+
+# --- narrow posteriors
+
+
+@pytest.mark.parametrize("log_std", [0.0, -12.0])
+def test_the_density_of_a_narrow_flow_s_own_sample_has_all_its_digits(log_std):
+    """In float32 the Gaussian's part of a sample cannot be told from its mean; its noise still can."""
+    encoder = encoder_of(["coupling", "sinh-arcsinh", "coupling"], seed=3)
+    eps = torch.randn(6, 1, 2, generator=torch.Generator().manual_seed(0))
+    value = torch.tensor([[3.0, -2.0]]), torch.full((1, 2), log_std)
+    wide = Flow(DiagonalGaussian(*(v.double() for v in value)), encoder.layers)
+    _, truth = wide.sample_and_log_prob(eps.double())
+    q = Flow(DiagonalGaussian(*value), encoder.float().layers)
+    z, log_q = q.sample_and_log_prob(eps)
+    one_pass = OnePassFlow(q)
+    same = one_pass.sample(eps)
+    found = {
+        "forward": log_q,
+        "inverse": q.log_prob_of_sample(z, eps),
+        "stopped": q.stop_gradient().log_prob_of_sample(z, eps),
+        "one pass": one_pass.log_prob_of_sample(same, eps),
+        "one pass, forward": one_pass.sample_and_log_prob(eps)[1],
+    }
+    for name, mine in found.items():
+        assert (mine.double() - truth).abs().max() < 1e-4, name
+    if log_std < 0:  # the control: inverting the Gaussian too
+        assert (q.log_prob(z).double() - truth).abs().max() > 1e-2
+
+
+def test_the_density_of_a_sample_is_one_function_of_sample_and_parameters():
+    """Value and derivatives in z and in phi, at the sample: log_prob_of_sample against log_prob."""
+    encoder = conditional_encoder()
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    eps = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
+    q = encoder(x)
+    z = q.sample(eps).detach().requires_grad_()
+    wanted = [z, *encoder.parameters()]
+    values = q.log_prob(z), q.log_prob_of_sample(z, eps)
+    plain, own = (torch.autograd.grad(value.sum(), wanted, retain_graph=True) for value in values)
+    torch.testing.assert_close(own, plain)
+    assert all(g.abs().max() > 1e-3 for g in own)
+
+
+# --- the contract
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_mapping_the_parameters_moves_the_gaussian_and_the_context(one_pass):
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    q = conditional_encoder(one_pass)(x)
+    flow = q.flow if one_pass else q
+    mapped = q.map_parameters(lambda p: 2 * p)
+    again = mapped.flow if one_pass else mapped
+    assert type(mapped) is type(q) and again.layers is flow.layers
+    parameters = [(f.base.mean, f.base.log_std, f.context) for f in (again, flow)]
+    assert all(torch.equal(mine, 2 * before) for mine, before in zip(*parameters, strict=True))
+    torch.testing.assert_close(flow.context, torch.cat((flow.base.mean, flow.base.log_std), -1))
+    plain = encoder_of(["coupling"], one_pass=one_pass)(X)
+    assert plain.map_parameters(torch.clone).noise(3).shape == (3, 1, 2)
+
+
+@ROWS
+def test_a_coupling_with_dropout_is_refused_where_it_would_be_two_functions(estimator):
+    """A flow that is inverted evaluates its networks twice; one that carries the force along does not."""
+    encoder = encoder_of(["coupling"] * 2)
+    for layer in encoder.layers:
+        layer.network.insert(2, nn.Dropout(0.5))
+    q = encoder(X)
+    eps = q.noise(3)
+    with pytest.raises(InputError, match="density of this Flow is another one each time"):
+        objectives.backward(estimator, Skewed(), q, X, eps)
+    encoder.eval()
+    assert objectives.backward(estimator, Skewed(), encoder(X), X, eps).isfinite().all()
+    encoder.train()
+    one_pass = FlowEncoder(encoder.base, encoder.layers, one_pass=True)
+    assert objectives.backward(estimator, Skewed(), one_pass(X), X, eps).isfinite().all()

@@ -13,19 +13,14 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 from toys import (
     DTYPE,
     ONE_LAYER,
-    AffineGaussian,
-    OneLayerEncoder,
     OneLayerJoint,
-    TwoLayerEncoder,
-    exact_gradient,
     parameter,
     quadrature,
 )
 
-from vaelib import bounds, checks, data, evaluation, gdreg, gradients, models, objectives, training
+from vaelib import bounds, checks, data, evaluation, gradients, models, objectives, training
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
-from vaelib.likelihoods import Gaussian
 from vaelib.posteriors import DiagonalGaussian, FullGaussian, Mixture
 
 GRID = torch.linspace(-9, 9, 6001, dtype=DTYPE).reshape(-1, 1, 1)
@@ -315,69 +310,6 @@ def test_a_mixture_vae_trains_and_is_measured():
     assert evaluation.active_units(model.encoder, x)[0] in (1, 2)
     with pytest.raises(InputError, match="multiple of 2, but is 3"):
         training.fit(model, images.train, "elbo-path", k=3)
-
-
-# --- the generalised doubly reparameterised gradient ------------------------------------------------------------------
-
-
-class Decode(nn.Module):
-    """p(x | z1) = N(w z1, 1)."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = parameter(1.1)
-
-    def forward(self, z):
-        return Gaussian(self.w * z, torch.zeros(1, dtype=DTYPE))
-
-
-def two_layers():
-    return models.HierarchicalJoint(AffineGaussian(0.8, 0.1, -0.2), Decode()), TwoLayerEncoder()
-
-
-def expected_gdreg(surrogate, name, k, joint, encoder):
-    eps, weight = quadrature(2, k, nodes=40 if k == 1 else 12)
-    x = torch.ones(1, 1, dtype=DTYPE)
-    value = -weight @ surrogate(ESTIMATORS[name], joint, encoder, x.expand(len(weight), -1), eps)
-    mine = torch.autograd.grad(value, [*joint.parameters(), *encoder.parameters()])
-    return list(mine), exact_gradient(ESTIMATORS[name].bound, joint, encoder, x, eps, weight)
-
-
-@pytest.mark.parametrize(("name", "k"), [("elbo-path", 1), ("elbo-path", 2), ("iwae-dreg", 1), ("iwae-dreg", 2)])
-def test_gdreg_has_the_exact_expectation(name, k):
-    """In all parameters: prior, decoder and both layers of q; the quadrature for K = 2 has 12 nodes in 4 dimensions."""
-    mine, truth = expected_gdreg(gdreg.surrogate, name, k, *two_layers())
-    atol = 1e-3 if (name, k) == ("iwae-dreg", 2) else 1e-10
-    torch.testing.assert_close(mine, truth, rtol=0, atol=atol)
-
-
-def test_gdreg_without_the_change_of_measure_is_biased():
-    """The negative control: as if the draws came from the prior, whose score then has no q / p in it."""
-
-    def naive(estimator, joint, encoder, x, eps):
-        posterior = encoder(x).stop_gradient()
-        z1, z2 = (z.detach() for z in posterior.sample(eps))
-        prior = joint.prior(z2)
-        moved = prior.sample(((z1 - prior.mean) * (-prior.log_std).exp()).detach()), z2
-        log_w = joint(x, moved) - posterior.log_prob(moved)
-        return -bounds.BOUNDS[estimator.bound](log_w)
-
-    joint, encoder = two_layers()
-    eps, weight = quadrature(2, 1, nodes=40)
-    x = torch.ones(len(weight), 1, dtype=DTYPE)
-    prior = list(joint.prior.parameters())
-    wrong = torch.autograd.grad(-weight @ naive(ESTIMATORS["elbo-path"], joint, encoder, x, eps), prior)
-    _, truth = expected_gdreg(gdreg.surrogate, "elbo-path", 1, joint, encoder)
-    assert max((a - b).abs().max() for a, b in zip(wrong, truth)) > 0.1
-
-
-def test_gdreg_says_what_it_is_for():
-    joint, encoder = two_layers()
-    eps = (randn(2, 1, 1), randn(2, 1, 1, seed=1))
-    with pytest.raises(InputError, match="elbo-path and iwae-dreg, but the estimator is 'iwae-total'"):
-        gdreg.surrogate(ESTIMATORS["iwae-total"], joint, encoder, X, eps)
-    with pytest.raises(InputError, match="but the joint is a OneLayerJoint"):
-        gdreg.surrogate(ESTIMATORS["iwae-dreg"], OneLayerJoint(), OneLayerEncoder(), X, eps[0])
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -120,13 +120,13 @@ def test_forgetting_the_noise_is_noticed(finished, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             runs.train(run_dir, config)
 
-    class Forgetful(training.Trainer):
-        def load_state_dict(self, state):
+    class Forgetful(training.Training):
+        def load_state(self, state):
             noise = self.streams["noise"].get_state()
-            super().load_state_dict(state)
+            super().load_state(state)
             self.streams["noise"].set_state(noise)
 
-    monkeypatch.setattr(runs, "Trainer", Forgetful)
+    monkeypatch.setattr(runs, "Training", Forgetful)
     runs.train(run_dir, config)
     found = differences(contents(finished), contents(run_dir))
     assert "/checkpoint/streams/noise" in found
@@ -254,6 +254,13 @@ def other_format(path):
     torch.save({**torch.load(path, weights_only=True), "format": 99}, path)
 
 
+def first_edition(path):
+    """What vaelib 0.1.0 wrote."""
+    state = torch.load(path, weights_only=True)
+    kept = ("step", "model", "optimizer", "order", "bounds", "history", "seconds", "device", "streams")
+    torch.save({"format": 1, **{name: state[name] for name in kept}}, path)
+
+
 def other_model(path):
     state = torch.load(path, weights_only=True)
     state["model"].popitem()
@@ -274,7 +281,8 @@ class Evil:
         (flip_a_bit, "is cut or altered, or no checkpoint .wrong checksum of"),
         (lambda path: torch.save({"format": Evil()}, path), "is cut or altered, or no checkpoint"),
         (lambda path: torch.save([1, 2], path), "is cut or altered, or no checkpoint"),
-        (other_format, "has format 99, but vaelib .* reads format 1: use the version"),
+        (other_format, "has format 99, but vaelib .* reads format 2: use the version"),
+        (first_edition, "has format 1, but vaelib .* reads format 2: use vaelib 0.1.0, or train anew"),
         (other_model, "is not a checkpoint of this run's model and data"),
     ],
 )
@@ -377,14 +385,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
 
 def test_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    update = training.Trainer.update
+    step = training.plain_step
 
     def poisoned(self, x):
         if self.step == STEPS + 3:
             next(self.model.parameters()).data.fill_(float("inf"))
-        return update(self, x)
+        return step(self, x)
 
-    monkeypatch.setattr(training.Trainer, "update", poisoned)
+    monkeypatch.setattr(training, "plain_step", poisoned)
     with pytest.raises(InputError) as caught:
         runs.train(run_dir, TINY)
     assert f"at step {STEPS + 4} with estimator 'iwae-dreg', k = 2" in str(caught.value)
@@ -451,21 +459,61 @@ def test_the_bound_of_a_mixture_counts_each_draw_by_its_share(tmp_path):
     sizes = {"hidden": 4, "latent": 1, "components": 2}
     config = replace(TINY, model="mlp-1-mixture", estimator="iwae-path", sizes=sizes, k=4, epochs=1)
     runs.train(tmp_path / "run", config)
-    trainer = runs.build(config, runs.load_images(config))
-    runs.restore(trainer, tmp_path / "run" / "checkpoint.pt")
+    run = runs.build(config, runs.load_images(config))
+    runs.restore(run, tmp_path / "run" / "checkpoint.pt")
     with torch.no_grad():
-        trainer.model.encoder.logits.weight.zero_()
-        trainer.model.encoder.logits.bias.copy_(torch.tensor([3.0, 0.0]))
-        trainer.model.encoder.mean.bias.copy_(torch.tensor([0.0, 3.0]))
+        run.model.encoder.logits.weight.zero_()
+        run.model.encoder.logits.bias.copy_(torch.tensor([3.0, 0.0]))
+        run.model.encoder.mean.bias.copy_(torch.tensor([0.0, 3.0]))
     x = data.load("digits", "dynamic").test.batch(slice(0, 30), torch.Generator().manual_seed(0))
-    truth = evaluation.log_likelihood(trainer.model, x, 4000, 100, torch.Generator().manual_seed(1)).mean().item()
-    trainer.recipe = replace(trainer.recipe, k=2000)
-    assert runs.mean_bound(trainer, x, torch.Generator().manual_seed(2)) == pytest.approx(truth, abs=0.02)
-    q, eps = trainer.model.encoder(x), trainer.model.encoder.noise(2000, x, torch.Generator().manual_seed(2))
+    truth = evaluation.log_likelihood(run.model, x, 4000, 100, torch.Generator().manual_seed(1)).mean().item()
+    run.recipe = replace(run.recipe, k=2000)
+    assert runs.mean_bound(run, x, torch.Generator().manual_seed(2)) == pytest.approx(truth, abs=0.02)
+    q = run.model.encoder(x)
     with torch.no_grad():
-        z = q.sample(eps)
-        unshared = bounds.iwae(trainer.model.joint(x, z) - q.log_prob(z)).mean().item()
+        z = q.sample(q.noise(2000, torch.Generator().manual_seed(2)))
+        unshared = bounds.iwae(run.model.joint(x, z) - q.log_prob(z)).mean().item()
     assert abs(unshared - truth) > 0.1
+
+
+def test_a_trained_model_is_loaded_with_one_call(finished, tmp_path):
+    run = runs.load(finished, device="cpu")
+    state = contents(finished)["checkpoint"]
+    assert not differences(state["model"], dict(run.model.state_dict())) and not run.model.training
+    assert run.config == TINY and run.history == state["history"] and len(run.images.test) > 0
+    with pytest.raises(InputError, match="there is no trained model in .*: make one with `vaelib train"):
+        runs.load(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_any_training_goes_on_from_its_folder(finished, tmp_path):
+    """What the experiments lean on: no config, the same checkpoints, and a signal saves before it stops."""
+
+    def start():
+        return runs.build(TINY, runs.load_images(TINY)), runs.Folder(tmp_path)
+
+    first, folder = start()
+
+    def stop(run):
+        if run.step == STEPS + 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {STEPS + 7} of {2 * STEPS}, with a checkpoint"):
+        runs.go_on(first, folder, 1000.0, stop)
+    second, _ = start()
+    runs.restore(second, folder.checkpoint)
+    assert second.step == STEPS + 7
+    runs.go_on(second, folder)
+    whole = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert not differences(whole, torch.load(folder.checkpoint, weights_only=True))
+
+
+def test_a_folder_with_a_space_goes_on_by_the_command_that_is_printed(tmp_path):
+    def stop(fraction):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match="go on with: vaelib train '.*/my run'$"):
+        runs.train(tmp_path / "my run", TINY, report=stop)
 
 
 def test_evaluate_needs_a_run_and_sense(finished, tmp_path):
@@ -474,8 +522,8 @@ def test_evaluate_needs_a_run_and_sense(finished, tmp_path):
     assert not (tmp_path / "nothing").exists()
     run_dir = copy_of(finished, tmp_path)
     for bad, sentence in (
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"samples": 0}, "samples must be a whole number of at least 1"),
+        ({"chunk": 0}, "chunk must be a whole number of at least 1"),
         ({"limit": 0}, "limit must be a whole number of at least 2"),
         ({"seed": -1}, "seed must be"),
         ({"device": "tpu"}, "no device is called 'tpu'"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Independent, MultivariateNormal, Normal
 from toys import DTYPE
 
 from vaelib import bounds, checks, data, estimators, gradients, models, objectives, silent, training
@@ -28,6 +29,7 @@ from vaelib.posteriors import (
     HierarchicalGaussian,
     Mixture,
     OneHotCategorical,
+    Posterior,
 )
 
 B, X, D = 2, 3, 4
@@ -132,7 +134,8 @@ def test_a_wrong_variance_is_found(family, decoder, x):
     if isinstance(q, OneHotCategorical):
         wrong["independent"] = (q.mean * (1 - q.mean)) @ weight.square().mT
     for name, value in wrong.items():
-        moments = type("Wrong", (), {"linear_moments": staticmethod(lambda _, value=value: (mean, value))})
+        moments = dataclasses.make_dataclass("Wrong", [], bases=(Posterior,))()
+        moments.linear_moments = lambda _, value=value: (mean, value)
         off = silent.expected_log_prob(x, moments, *decoder) - expectation(q, log_prob(x, decoder))
         assert off.abs().max() > 1e-3, name
 
@@ -206,9 +209,9 @@ def test_a_log_linear_scale_is_exact_too(family, x):
 # A decoder linear in cosines
 
 
-def cosines(dim: int, features: int = 5) -> silent.CosineDecoder:
+def cosines(dim: int, features: int = 5) -> models.CosineDecoder:
     parts = [(features, dim), (features,), (X, features), (X,), (X,)]
-    return silent.CosineDecoder(*(0.5 * randn(*shape, seed=40 + i) for i, shape in enumerate(parts)))
+    return models.CosineDecoder(*(0.5 * randn(*shape, seed=40 + i) for i, shape in enumerate(parts)))
 
 
 @pytest.mark.parametrize("family", ["diagonal", "full"])
@@ -237,7 +240,7 @@ PRIORS = {"bits": torch.linspace(-1, 1, D, dtype=DTYPE), "choices": torch.linspa
 
 
 def joint_for(family, decoder, prior_logits=None):
-    linear = silent.LinearDecoder(*(value.detach() for value in decoder))
+    linear = models.LinearDecoder(*(value.detach() for value in decoder))
     if family not in PRIORS:
         return models.Joint(linear)
     return models.DiscreteJoint(linear, PRIORS[family] if prior_logits is None else prior_logits)
@@ -266,7 +269,7 @@ def test_at_the_optimum_the_elbo_is_the_likelihood_and_silent():
     x = randn(40, 6, seed=7) @ randn(6, 6, seed=8)
     joint = models.ppca(x, 2)
     encoder = models.exact_encoder(joint)
-    value = objectives.backward(silent.ELBO, joint, encoder, x, None)
+    value = objectives.backward(silent.ELBO, joint, encoder(x), x, None)
     torch.testing.assert_close(value, joint.log_marginal(x).detach())
     gradient = torch.cat([p.grad.flatten() for part in (joint, encoder) for p in part.parameters()])
     assert gradient.abs().max() < 1e-10
@@ -300,8 +303,8 @@ def test_it_has_no_variance_over_the_noise_and_is_what_the_noisy_ones_estimate(w
 def test_the_engine_the_reference_and_the_noise_form_agree(decoder, x):
     torch.manual_seed(0)
     joint, encoder = joint_for("diagonal", decoder), Encoder()
-    value = objectives.backward(silent.ELBO, joint, encoder, x, None)
-    loss = objectives.surrogate(silent.ELBO, joint, encoder, x, torch.zeros(3, B, D, dtype=DTYPE))
+    value = objectives.backward(silent.ELBO, joint, encoder(x), x, None)
+    loss = silent.ELBO.loss(joint, encoder(x), x, torch.zeros(3, B, D, dtype=DTYPE))
     torch.testing.assert_close(value, -loss.detach(), rtol=0, atol=0)
     q = encoder(x)
     z = q.sample(q.noise(40_000, torch.Generator().manual_seed(0)))
@@ -328,7 +331,7 @@ class Bent(torch.nn.Module):
 
 def two_decoders(family: str, dim: int = 2) -> models.Guided:
     weight, bias, log_std = randn(X, dim, seed=1), randn(X, seed=2), torch.tensor(-0.3, dtype=DTYPE)
-    parts = Bent(dim), silent.LinearDecoder(weight, bias, log_std)
+    parts = Bent(dim), models.LinearDecoder(weight, bias, log_std)
     if family == "bits":
         return models.Guided(*(models.DiscreteJoint(part, randn(dim, seed=3)) for part in parts))
     return models.Guided(*map(models.Joint, parts))
@@ -352,7 +355,7 @@ def moments_of_gradient(estimator, joint, family, phi, x, k=1) -> tuple[torch.Te
     """Return the exact mean and total variance of an estimator's gradient in phi for one observation."""
     eps, weight = noise(family, phi, k)
     leaves = [value.detach().expand(len(weight), -1).clone().requires_grad_() for value in phi]
-    loss = objectives.surrogate(estimator, joint, lambda _: KINDS[family](*leaves), x.expand(len(weight), -1), eps)
+    loss = estimator.loss(joint, KINDS[family](*leaves), x.expand(len(weight), -1), eps)
     each = -torch.cat(torch.autograd.grad(loss.sum(), leaves), dim=1)
     mean = weight @ each
     return mean, weight @ (each - mean).square().sum(1)
@@ -369,7 +372,7 @@ def one_observation(family: str, dim: int = 2) -> tuple[list[torch.Tensor], torc
     return [0.5 * randn(1, dim, seed=30 + i).requires_grad_() for i in range(count)], randn(1, X, seed=4)
 
 
-ALL = estimators.every()
+ALL = estimators.ESTIMATORS
 BASES = [("diagonal", "elbo-total"), ("diagonal", "elbo-path"), ("diagonal", "elbo-score"), ("bits", "elbo-score")]
 bases = pytest.mark.parametrize(("family", "base"), BASES)
 
@@ -391,7 +394,7 @@ def test_without_its_expectation_a_control_variate_is_a_bias(family, base):
     """The negative control: g - c g_linear, its mean left out."""
 
     def forgetful(base, joint, q, x, eps):
-        return silent.one_pass(base, joint.guide, q, x, eps)
+        return base.loss(joint.guide, q, x, eps)
 
     joint, (phi, x) = two_decoders(family), one_observation(family)
     mean, _ = moments_of_gradient(silent.controlled(ALL[base], 0.1, forgetful), joint, family, phi, x)
@@ -451,17 +454,17 @@ def test_the_model_s_own_expansion_is_a_control_variate_too():
     assert likelihood_part(1.0) < 1e-20 and likelihood_part(0.0) > 1e-2 and likelihood_part(0.9) > 1e-4
 
 
-ROWS_OF_ELBO = [row for row in estimators.ESTIMATORS.values() if row.bound == "elbo"]
+ROWS_OF_ELBO = [row for row in estimators.TABLEAU.values() if row.bound == "elbo"]
 
 
 @pytest.mark.parametrize("row", [*ROWS_OF_ELBO, estimators.elbo_scaled(0.5)], ids=lambda row: row.name)
-def test_one_pass_is_the_surrogate_in_value_and_all_gradients(row, decoder, x):
+def test_the_loss_is_the_reference_in_value_and_all_gradients(row, decoder, x):
     torch.manual_seed(0)
     joint, encoder = joint_for("diagonal", decoder), Encoder()
     eps = randn(3, B, D, seed=8)
     everything = [*joint.parameters(), *encoder.parameters()]
-    truth = objectives.surrogate(row, joint, encoder, x, eps)
-    mine = silent.one_pass(row, joint, encoder(x), x, eps)
+    truth = objectives.reference(row, joint, encoder(x), x, eps)
+    mine = row.loss(joint, encoder(x), x, eps)
     torch.testing.assert_close(mine, truth)
     same_gradient(mine, truth, everything)
 
@@ -476,7 +479,7 @@ def test_annealing_mixes_the_encoder_s_gradients_and_no_decoder_s(family, weight
     q = KINDS[family](*phi)
     eps = 0.2 + 0.6 * torch.rand(2, 1, 2, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
     loss = silent.annealed(base, weight, guide).loss(joint, q, x, eps)
-    model, linear = silent.one_pass(base, joint.joint, q, x, eps), silent.one_pass(guide, joint.guide, q, x, eps)
+    model, linear = base.loss(joint.joint, q, x, eps), guide.loss(joint.guide, q, x, eps)
     torch.testing.assert_close(loss, model)
 
     def gradients_of(value, wanted):
@@ -572,27 +575,344 @@ def test_the_scale_does_not_depend_on_the_draws_it_scales():
 def test_what_a_guide_refuses(decoder, x):
     phi, _ = one_observation("diagonal")
     q, eps = DiagonalGaussian(*phi), torch.zeros(1, 1, 2, dtype=DTYPE)
-    with pytest.raises(InputError, match="weight of the guide must be between 0 and 1, but is 1.5"):
+    with pytest.raises(InputError, match="weight of the guide must be a number between 0 and 1, but is 1.5"):
         silent.annealed(ALL["elbo-path"], 1.5)
     for make in (silent.annealed, silent.controlled):
         with pytest.raises(InputError, match="'iwae-dreg' is of the bound 'iwae'"):
             make(ALL["iwae-dreg"], 0.5)
         with pytest.raises(InputError, match="Joint has none: use models.Guided"):
             make(ALL["elbo-path"], 0.5).loss(joint_for("diagonal", decoder), q, x, eps)
-    flow = FlowEncoder(StandardNormal(2), [AffineCoupling(2)]).double()(x[:1])
-    for posterior in (mixture(*parameters("mixture")), flow):
-        name = type(posterior).__name__
-        with pytest.raises(InputError, match=f"not a {name}: use DiagonalGaussian"):
-            silent.scaled_gradient(posterior, 0.5)
-        with pytest.raises(InputError, match=f"not a {name}: use DiagonalGaussian"):
-            silent.covariances(ALL["elbo-path"], two_decoders("diagonal"), posterior, x[:1], eps)
     for name in ("elbo-path", "elbo-total"):  # bits have no path, and dropping the score would leave nothing
         logits = FactorisedBernoulli(phi[0].detach().requires_grad_())
-        with pytest.raises(InputError, match=f"'{name}' is reparameterised: .* no gradient .a discrete posterior"):
+        with pytest.raises(InputError, match=f"'{name}' is reparameterised: .* that of a FactorisedBernoulli does not"):
             silent.controlled(ALL[name], 0.5).loss(two_decoders("bits"), logits, x[:1], eps + 0.5)
     bits, u = FactorisedBernoulli(phi[0]), torch.full((1, 1, 2), 0.5, dtype=DTYPE)
     with pytest.raises(InputError, match="DiagonalGaussian posterior, but this one is a FactorisedBernoulli"):
         silent.controlled(ALL["elbo-score"], 1.0, silent.taylor_control).loss(two_decoders("bits"), bits, x[:1], u)
+
+
+def with_networks():
+    couplings = [AffineCoupling(2)]
+    first = DiagonalGaussian(*one_observation("diagonal")[0])
+    return [
+        FlowEncoder(StandardNormal(2), couplings).double()(randn(1, X)),
+        FlowEncoder(StandardNormal(2), couplings, one_pass=True).double()(randn(1, X)),
+        HierarchicalGaussian(first, (models.GaussianMLP((2, 3), 2).double(),)),
+    ]
+
+
+@pytest.mark.parametrize("q", with_networks(), ids=lambda q: type(q).__name__)
+def test_a_posterior_with_a_network_inside_is_refused_by_what_scales_or_splits_its_gradient(q):
+    """Its gradient would go past the numbers that are scaled, straight to the network."""
+    joint, x, eps = two_decoders("diagonal"), randn(1, X), q.noise(2)
+    sentence = f"a {type(q).__name__} has a network inside: use DiagonalGaussian"
+    for attempt in (
+        lambda: silent.scaled_gradient(q, 0.5),
+        lambda: silent.covariances(ALL["elbo-path"], joint, q, x, eps),
+        lambda: silent.annealed(ALL["elbo-path"], 0.5).loss(joint, q, x, eps),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            attempt()
+
+
+@every_family
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+def test_a_scaled_gradient_is_that_many_times_the_gradient(family, factor):
+    """Of every parameter, and of nothing else: the value stays, and the derivative in z."""
+    phi = parameters(family)
+    q = FAMILIES[family][0](*phi)
+    scaled = silent.scaled_gradient(q, factor)
+    assert type(scaled) is type(q)
+    z = q.sample(q.noise(4, torch.Generator().manual_seed(0))).detach().requires_grad_()
+    values = [p.log_prob(z).square().sum() for p in (scaled, q)]
+    torch.testing.assert_close(*values)
+    (of_z, *mine), (same, *whole) = (torch.autograd.grad(value, [z, *phi], retain_graph=True) for value in values)
+    torch.testing.assert_close(of_z, same)
+    torch.testing.assert_close(mine, [factor * g for g in whole])
+    assert all(g.abs().max() > 1e-3 for g in whole)
+
+
+def linear_of_draws(base, joint, q, x, eps):
+    """A control for posteriors whose divergence has no closed form."""
+    return base.loss(joint.guide, q, x, eps)
+
+
+@pytest.mark.parametrize("family", ["full", "full, one covariance", "mixture"])
+def test_covariances_of_full_gaussians_and_mixtures_are_those_of_densities_written_by_torch(family):
+    """Per observation and parameter, by automatic differentiation of log p - log q with nothing of ours in q."""
+    joint, x = two_decoders("diagonal", D), randn(B, X, seed=4)
+    numbers = [p.detach() for p in parameters(family)]
+    q = FAMILIES[family][0](*numbers)
+    eps = q.noise(4, torch.Generator().manual_seed(0))
+    control = linear_of_draws if family == "mixture" else silent.linear_control
+    found = silent.covariances(ALL["elbo-total"], joint, q, x, eps, control)
+
+    if family == "mixture":
+        first, second = q.components
+        raw = [first.mean, first.log_std, second.mean, second.scale_tril, q.logits]
+    else:
+        raw = [q.mean, q.scale_tril.expand(B, D, D)]
+    leaves = [p.clone().requires_grad_() for p in raw]
+
+    def gradient_of(model, exact):
+        if family == "mixture":
+            mean0, log_std0, mean1, tril, logits = leaves
+            parts = [Independent(Normal(mean0, log_std0.exp()), 1), MultivariateNormal(mean1, scale_tril=tril)]
+            log_pi = logits.log_softmax(0)
+            z = torch.cat((mean0 + log_std0.exp() * eps[:2], mean1 + (tril.tril() @ eps[2:].unsqueeze(-1)).squeeze(-1)))
+            log_q = torch.stack([w + part.log_prob(z) for w, part in zip(log_pi, parts, strict=True)]).logsumexp(0)
+            share = 2 * log_pi.exp().repeat_interleave(2, 0)
+            value = (share * (model(x, z) - log_q)).mean(0)
+        else:
+            mean, tril = leaves
+            z = mean + (tril.tril() @ eps.unsqueeze(-1)).squeeze(-1)
+            value = (model(x, z) - MultivariateNormal(mean, scale_tril=tril).log_prob(z)).mean(0)
+            if exact:
+                value = value - silent.elbo(model, x, FullGaussian(mean, tril))
+        return torch.autograd.grad(-value.sum(), leaves)
+
+    g, h = gradient_of(joint.joint, False), gradient_of(joint.guide, True)
+    expected = sum((a * b).sum() for a, b in zip(g, h)), sum(b.square().sum() for b in h)
+    torch.testing.assert_close(torch.tensor(found, dtype=DTYPE), torch.stack(expected))
+
+
+@pytest.mark.parametrize("family", ["full", "mixture"])
+def test_annealing_works_for_full_gaussians_and_mixtures(family):
+    """With draws for the guide too, since a mixture's divergence has no closed form."""
+    joint, x, phi, base = two_decoders("diagonal", D), randn(B, X, seed=4), parameters(family), ALL["elbo-path"]
+    q = FAMILIES[family][0](*phi)
+    eps = q.noise(4, torch.Generator().manual_seed(0))
+    losses = (
+        silent.annealed(base, 0.3, base).loss(joint, q, x, eps), base.loss(joint.joint, q, x, eps),
+        base.loss(joint.guide, q, x, eps),
+    )  # fmt: skip
+    mine, model, guide = (torch.autograd.grad(loss.sum(), phi, retain_graph=True) for loss in losses)
+    torch.testing.assert_close(list(mine), [0.7 * a + 0.3 * b for a, b in zip(model, guide, strict=True)])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+@pytest.mark.parametrize("family", ["diagonal", "full", "bits"])
+def test_the_guide_of_a_control_variate_learns_its_own_bound_and_the_model_from_its_draws_alone(family, scale):
+    """The control is of the encoder's gradient: the guide must not learn from it, whatever the scale."""
+    joint = two_decoders("bits" if family == "bits" else "diagonal", D)
+    x, phi = randn(B, X, seed=4), parameters(family)
+    q = FAMILIES[family][0](*phi)
+    base = ALL["elbo-score" if family == "bits" else "elbo-total"]
+    eps = q.noise(3, torch.Generator().manual_seed(0))
+    loss = silent.controlled(base, scale).loss(joint, q, x, eps)
+    torch.testing.assert_close(loss, base.loss(joint.joint, q, x, eps))
+    for part, truth in (
+        (joint.guide, -silent.elbo(joint.guide, x, q.stop_gradient())),
+        (joint.joint, base.loss(joint.joint, q, x, eps)),
+    ):
+        found = [
+            torch.autograd.grad(value.sum(), list(part.decode.parameters()), retain_graph=True)
+            for value in (loss, truth)
+        ]
+        torch.testing.assert_close(*found)
+    control = silent.linear_control(base, joint, q, x, eps)
+    assert torch.autograd.grad(control.sum(), list(joint.parameters()), allow_unused=True) == (None,) * 4
+
+
+def test_what_taylor_s_control_is(x):
+    """Its two derivatives by hand, for a decoder whose slope and curvature are polynomials; nothing else learns."""
+    joint, phi = two_decoders("diagonal"), [0.5 * randn(B, 2, seed=30 + i).requires_grad_() for i in range(2)]
+    q, eps = DiagonalGaussian(*phi), randn(3, B, 2, seed=8)
+    found = torch.autograd.grad(silent.taylor_control(None, joint, q, x, eps).sum(), phi)
+    mean = phi[0].detach()
+    delta = phi[1].detach().exp() * eps
+
+    def log_p(z, i):
+        return joint.log_likelihood(x[i : i + 1], z.reshape(1, 1, 2)).squeeze()
+
+    slope = torch.stack([torch.func.grad(log_p)(mean[i], i) for i in range(B)]).detach()
+    hessian = torch.stack([torch.func.hessian(log_p)(mean[i], i) for i in range(B)]).detach()
+    expected = -(hessian @ delta.unsqueeze(-1)).squeeze(-1).mean(0), -(slope * delta).mean(0)
+    torch.testing.assert_close(found, expected)
+    control = silent.taylor_control(None, joint, q, x, eps)
+    assert torch.autograd.grad(control.sum(), list(joint.parameters()), allow_unused=True) == (None,) * 4
+    loss = silent.controlled(ALL["elbo-total"], 0.5, silent.taylor_control).loss(joint, q, x, eps)
+    wanted = list(joint.guide.parameters())
+    assert torch.autograd.grad(loss.sum(), wanted, allow_unused=True) == (None,) * len(wanted)  # it has no part in it
+
+
+# The scale that is tracked
+
+
+def tracked_model(family="diagonal"):
+    encoder = Encoder() if family == "diagonal" else models.DiscreteEncoder(torch.nn.Linear(X, D, dtype=DTYPE), (D,))
+    return models.VAE(two_decoders(family, D), encoder, binary=False)
+
+
+def looks(vae, base, x, count, k=2):
+    """The ratios of one look after the other, with noise from the same seed."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(count):
+        q = vae.encoder(x)
+        covariance, variance = silent.covariances(base, vae.joint, q, x, q.noise(k, generator))
+        found.append(covariance / variance)
+    return found
+
+
+@pytest.mark.parametrize("family", ["diagonal", "bits"])
+def test_the_tracked_scale_is_an_average_of_looks_that_forgets(family, x):
+    vae, base = tracked_model(family), ALL["elbo-score"]
+    first, second, third = looks(vae, base, x, 3)
+    assert len({round(value, 6) for value in (first, second, third)}) == 3
+    generator = torch.Generator().manual_seed(5)
+    track = silent.TrackedScale(base, vae, x, 2, every=2, memory=0.8, generator=generator)
+    scales = []
+    for _ in range(5):
+        estimator = track()
+        scales.append(track.scale)
+        assert estimator.name == f"elbo-controlled({track.scale:.3g})" and estimator.target == "elbo"
+    average = 0.8 * first + 0.2 * second  # the first look counts in full
+    assert scales == pytest.approx([first, first, average, average, 0.8 * average + 0.2 * third])
+    eps = vae.encoder(x).noise(2)
+    found = [e.loss(vae.joint, vae.encoder(x), x, eps).sum() for e in (track(), silent.controlled(base, scales[-1]))]
+    wanted = list(vae.encoder.parameters())
+    torch.testing.assert_close(*(torch.autograd.grad(value, wanted) for value in found))
+
+
+def test_the_tracked_scale_has_the_stated_defaults_and_knows_a_control_that_does_not_move(x):
+    track = silent.TrackedScale(ALL["elbo-total"], tracked_model(), x)
+    assert (track.every, track.memory, track.k, track.calls, track.scale) == (20, 0.5, 1, 0, 0.0)
+    track.control = lambda base, joint, q, x, eps: 0 * linear_of_draws(base, joint, q, x, eps)
+    track()
+    assert track.scale == 0.0 and track.calls == 1
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_tracked_scale_that_is_resumed_goes_on_exactly(after, x, tmp_path):
+    vae, base = tracked_model(), ALL["elbo-score"]
+
+    def new(seed):
+        return silent.TrackedScale(base, vae, x, 2, every=2, generator=torch.Generator().manual_seed(seed))
+
+    whole, begun, resumed = new(5), new(5), new(6)
+    for _ in range(after):
+        whole(), begun()
+    torch.save(begun.state(), tmp_path / "state.pt")
+    begun()  # what is saved does not go on
+    begun(), begun()
+    resumed.load_state(torch.load(tmp_path / "state.pt"))
+    for _ in range(5):
+        whole(), resumed()
+        assert (whole.scale, whole.calls) == (resumed.scale, resumed.calls)
+    assert torch.equal(whole.generator.get_state(), resumed.generator.get_state())
+    other = new(6)
+    for _ in range(after + 5):
+        other()
+    assert other.scale != whole.scale  # the control: another generator
+    plain = silent.TrackedScale(base, vae, x)
+    plain.load_state(silent.TrackedScale(base, vae, x).state())  # torch's own generator is the training's to keep
+    assert plain.generator is None
+
+
+def test_a_look_at_the_scale_leaves_the_model_as_it_was(x):
+    """Neither gradients nor the running statistics of a batch normalisation move."""
+    vae = tracked_model()
+    vae.encoder.mean = torch.nn.Sequential(torch.nn.BatchNorm1d(X, dtype=DTYPE), vae.encoder.mean)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    silent.TrackedScale(ALL["elbo-total"], vae, x)()
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert all(p.grad is None for p in vae.parameters())
+
+
+# What is asked of the joints
+
+
+@pytest.mark.parametrize("family", ["diagonal", "bits"])
+def test_two_decoders_are_the_model_s_and_share_its_prior(family, x):
+    joint = two_decoders(family)
+    if family == "bits":
+        joint.guide.prior_logits = randn(2, seed=9)  # a guide may have another prior: it is not the model's
+    q = KINDS[family](*(0.5 * randn(B, 2, seed=30 + i) for i in range(1 if family == "bits" else 2)))
+    z = q.sample(q.noise(3, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(joint(x, z), joint.joint(x, z))
+    torch.testing.assert_close(joint.log_prior(z), joint.joint.log_prior(z))
+    torch.testing.assert_close(joint.log_likelihood(x, z), joint.joint.decode(z).log_prob(x))
+    assert (joint(x, z) - joint.guide(x, z)).abs().max() > 1e-2
+    if family == "bits":
+        assert torch.equal(joint.prior.logits, joint.joint.prior_logits)
+        p, pi = joint.joint.prior_logits.sigmoid(), q.mean
+        kl = (pi * (pi / p).log() + (1 - pi) * ((1 - pi) / (1 - p)).log()).sum(-1)
+        torch.testing.assert_close(joint.log_prior(z), (z * p.log() + (1 - z) * (1 - p).log()).sum(-1))
+    else:
+        assert joint.prior is None
+        kl = torch.distributions.kl_divergence(Normal(q.mean, q.log_std.exp()), Normal(0 * q.mean, 1.0)).sum(-1)
+    torch.testing.assert_close(bounds.divergence(joint, q), kl)
+
+
+def test_a_hierarchy_of_any_depth_is_the_sum_of_its_conditionals():
+    def conditional(shift):
+        return lambda z: Normal(z.sum(-1, keepdim=True) * shift, 1 + 0.1 * shift)
+
+    class Prior(torch.nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, z):
+            p = conditional(self.shift)(z)
+            return DiagonalGaussian(p.mean, p.stddev.log())
+
+    x = randn(B, X, seed=4)
+    for depth in (1, 2, 4):
+        z = tuple(randn(3, B, 1, seed=50 + i) for i in range(depth))
+        decode = Bent(1)
+        joint = models.HierarchicalJoint([Prior(i + 1) for i in range(depth - 1)], decode)
+        log_p = Normal(0.0, 1.0).log_prob(z[-1]).sum(-1)
+        for i in range(depth - 1):
+            log_p = log_p + conditional(i + 1)(z[i + 1]).log_prob(z[i]).sum(-1)
+        torch.testing.assert_close(joint.log_prior(z), log_p)
+        torch.testing.assert_close(joint(x, z), log_p + decode(z[0]).log_prob(x))
+        with pytest.raises(ValueError):
+            joint.log_prior((*z, z[0]))
+    assert len(models.HierarchicalJoint(Prior(1), decode).priors) == 1
+
+
+def test_decoders_are_their_equations(x):
+    z, torch_normal = randn(5, B, D), torch.distributions.Normal
+    weight, bias, log_std = randn(X, D, seed=1), randn(X, seed=2), 0.3 * randn(X, seed=3)
+    mean = torch.einsum("kbd,xd->kbx", z, weight) + bias
+    found = models.LinearDecoder(weight, bias, log_std)(z).log_prob(x)
+    torch.testing.assert_close(found, torch_normal(mean, log_std.exp()).log_prob(x).sum(-1))
+    network = torch.nn.Sequential(torch.nn.Linear(D, X, dtype=DTYPE), torch.nn.Tanh())
+    found = models.GaussianDecoder(network, torch.tensor(-0.7, dtype=DTYPE))(z).log_prob(x)
+    torch.testing.assert_close(found, torch_normal(network(z), math.exp(-0.7)).log_prob(x).sum(-1))
+    frequency, phase, weight = randn(5, D, seed=41), randn(5, seed=42), randn(X, 5, seed=43)
+    mean = torch.einsum("kbj,xj->kbx", torch.cos(z @ frequency.T + phase), weight) + bias
+    found = models.CosineDecoder(frequency, phase, weight, bias, log_std)(z).log_prob(x)
+    torch.testing.assert_close(found, torch_normal(mean, log_std.exp()).log_prob(x).sum(-1))
+
+
+def test_pixels_start_at_the_logit_of_their_mean_and_those_that_are_always_black_at_one_in_a_thousand():
+    generator = torch.Generator().manual_seed(0)
+    decoder = models.BernoulliMLP((D, 5, 6), 4, torch.tensor([0.0, 0.2, 0.5, 1.0]), generator)
+    odds = [math.log(p / (1 - p)) for p in (0.001, 0.2, 0.5, 0.999)]
+    torch.testing.assert_close(decoder.logits.bias.tolist(), odds, rtol=1e-3, atol=1e-5)
+    z = torch.randn(3, 2, D, generator=generator)
+    hidden = z
+    for layer in (decoder.hidden[0], decoder.hidden[2]):
+        hidden = torch.tanh(hidden @ layer.weight.T + layer.bias)
+    torch.testing.assert_close(decoder(z).logits, hidden @ decoder.logits.weight.T + decoder.logits.bias)
+    assert (models.BernoulliMLP((D, 5), 4).logits.bias == 0).all()
+
+
+def test_the_schedules_are_their_equations():
+    for name, value in (("linear", 0.75), ("cosine", 0.5 + 0.5 / math.sqrt(2)), ("exponential", math.exp(-1.25))):
+        assert silent.SCHEDULES[name](0.25) == pytest.approx(value, abs=1e-15)
+
+
+def test_a_distribution_of_torch_has_its_closed_form(decoder, x):
+    """``silent.elbo`` takes what an encoder may return."""
+    q = diagonal(*(p.detach() for p in parameters("diagonal")))
+    theirs = Independent(Normal(q.mean, q.log_std.exp()), 1)
+    joint = joint_for("diagonal", decoder)
+    torch.testing.assert_close(silent.elbo(joint, x, theirs), silent.elbo(joint, x, q))
+    torch.testing.assert_close(silent.ELBO.loss(joint, theirs, x, None), -silent.elbo(joint, x, q))
 
 
 # The benchmark
@@ -639,13 +959,13 @@ def test_a_likelihood_without_a_closed_form_is_refused(x):
     with pytest.raises(InputError, match=r"BernoulliMLP has no closed form .* quadratic .* elbo-path.*LinearDecoder"):
         silent.elbo(pixels, x, q)
     with pytest.raises(InputError, match="no closed form"):
-        objectives.backward(silent.ELBO, pixels, lambda _: q, x, None)
+        objectives.backward(silent.ELBO, pixels, q, x, None)
 
 
 def test_a_posterior_without_moments_is_refused(decoder, x):
     flow = FlowEncoder(StandardNormal(D), [AffineCoupling(D)]).double()(x)
     first = diagonal(*parameters("diagonal"))
-    for q in (flow, HierarchicalGaussian(first, torch.nn.Linear(D, D))):
+    for q in (flow, HierarchicalGaussian(first, (torch.nn.Linear(D, D),))):
         with pytest.raises(InputError, match=f"a {type(q).__name__} does not know the mean and variance"):
             silent.expected_log_prob(x, q, *decoder)
 

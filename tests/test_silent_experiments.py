@@ -7,10 +7,12 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from vaelib import silent
+from vaelib import estimators
+from vaelib.estimators import silent
 from vaelib.experiments import find, results
 from vaelib.experiments import silent as experiments
 from vaelib.experiments.experiment import Task
+from vaelib.training import Progress
 
 NAMES = ("silent-linear", "silent-annealed", "silent-control-variate")
 
@@ -109,7 +111,10 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
 def test_the_method_names_the_estimator():
     config = {"estimator": "elbo-total", "anneal": 0.5}
     names = {
-        method: [experiments.estimator_at({**config, "method": method})(t).name for t in (0.0, 0.25, 0.5, 1.0)]
+        method: [
+            experiments.estimator_at({**config, "method": method})(Progress(0, 0.0, done)).name
+            for done in (0.0, 0.25, 0.5, 1.0)
+        ]
         for method in experiments.METHODS
     }
     assert names["plain"] == ["elbo-annealed(0)"] * 4
@@ -171,5 +176,5 @@ def test_the_cost_holds_the_looks_at_the_scale(monkeypatch):
     monkeypatch.setattr(
         experiments.objectives, "backward", took(lambda _, joint, *__: 3 if hasattr(joint, "guide") else 2, backward)
     )
-    tracked = silent.TrackedScale(experiments.every()["elbo-total"], model, images.train.grey[:10], every=4)
+    tracked = silent.TrackedScale(estimators.get("elbo-total"), model, images.train.grey[:10], every=4)
     assert experiments.cost_ratio(tracked, model, images.train.grey[:10]) == (3 + 8 / 4) / 2

@@ -9,12 +9,11 @@ import torch
 from test_training import differences, kill_at
 from torch import nn
 
-from vaelib import data, models, objectives, silent, stacked, training
+from vaelib import data, estimators, models, stacked, training
 from vaelib.config import Recipe
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
-from vaelib.stacked import StackedTrainer
-from vaelib.training import Diverged, Trainer
+from vaelib.stacked import StackedTraining
+from vaelib.training import Diverged, Hook, Training
 
 SEEDS = 3
 SIZES = {"mlp-1": {"hidden": 8, "latent": 3}, "mlp-2": {"hidden": 8, "latent": 4, "hidden2": 5, "latent2": 3}}
@@ -35,20 +34,20 @@ def split(double):
     return data.images.Split(train.grey[:200].double(), None, train.shape, train.binarisation)
 
 
-def trainers(split, rows=("elbo-path",) * SEEDS, model="mlp-1", **recipe) -> list[Trainer]:
+def trainings(split, rows=("elbo-path",) * SEEDS, model="mlp-1", **recipe) -> list[Training]:
     recipe = {"k": 2, "epochs": 3, "batch_size": 20, "lr": 1e-2, **recipe}
     return [
-        Trainer(
+        Training(
             models.build(model, 64, generator=torch.Generator().manual_seed(seed), **SIZES[model]),
             split,
-            ESTIMATORS[row],
+            row,
             Recipe(seed=seed, **recipe),
         )
         for seed, row in enumerate(rows)
     ]
 
 
-def assert_same(alone: list[Trainer], together: list[Trainer]) -> None:
+def assert_same(alone: list[Training], together: list[Training]) -> None:
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(dict(a.model.named_parameters()), dict(b.model.named_parameters()), **ROUNDING)
         torch.testing.assert_close(a.bounds, b.bounds, **ROUNDING)
@@ -73,36 +72,35 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_together_as_alone(split, case):
-    alone, together = trainers(split, **CASES[case]), trainers(split, **CASES[case])
-    for trainer in alone:
-        trainer.run()
-    stack = StackedTrainer(together)
+    alone, together = trainings(split, **CASES[case]), trainings(split, **CASES[case])
+    for run in alone:
+        run.run()
+    stack = StackedTraining(together)
     stack.run()
     assert_same(alone, together)
-    assert all(trainer.step == 30 for trainer in stack.trainers)
+    assert all(run.step == 30 for run in stack.trainings)
 
 
 def shared_noise(stack):
-    for trainer in stack.trainers:
-        trainer.streams["noise"] = training.stream("noise", 0)
-        trainer.streams["noise"].set_state(training.stream("noise", 0).get_state())
+    for run in stack.trainings:
+        run.streams["noise"] = training.stream("noise", 0)
 
 
 def shared_order(stack):
-    stack.index = lambda steps: stack.trainers[0].index(steps).unsqueeze(1).expand(-1, SEEDS, -1)
+    stack.index = lambda steps: stack.trainings[0].index(steps).unsqueeze(1).expand(-1, SEEDS, -1)
 
 
 def unscaled(stack):
-    stack.backward = lambda estimator, *rest: objectives.backward(estimator.rows[0], *rest)
+    stack.backward = lambda estimator, *rest: training.backward(estimator.rows[0], *rest)
 
 
 @pytest.mark.parametrize("fault", [shared_noise, shared_order, unscaled])
 def test_what_is_mixed_up_is_noticed(split, fault):
     """The negative control of the test above."""
-    alone, together = trainers(split), trainers(split)
-    for trainer in alone:
-        trainer.run()
-    stack = StackedTrainer(together)
+    alone, together = trainings(split), trainings(split)
+    for run in alone:
+        run.run()
+    stack = StackedTraining(together)
     fault(stack)
     stack.run()
     with pytest.raises(AssertionError):
@@ -112,45 +110,45 @@ def test_what_is_mixed_up_is_noticed(split, fault):
 def test_joint_clipping_is_noticed(split, monkeypatch):
     """The other negative control: the norm of all gradients together is another one."""
     monkeypatch.setattr(stacked, "clip_each", nn.utils.clip_grad_norm_)
-    alone, together = trainers(split, clip=0.5), trainers(split, clip=0.5)
-    for trainer in alone:
-        trainer.run()
-    StackedTrainer(together).run()
+    alone, together = trainings(split, clip=0.5), trainings(split, clip=0.5)
+    for run in alone:
+        run.run()
+    StackedTraining(together).run()
     with pytest.raises(AssertionError):
         assert_same(alone, together)
 
 
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_a_stack_resumes_bit_for_bit_and_one_of_it_alone(split, optimizer):
-    whole = StackedTrainer(trainers(split, optimizer=optimizer))
+    whole = StackedTraining(trainings(split, optimizer=optimizer))
     whole.run()
-    state = kill_at(StackedTrainer(trainers(split, optimizer=optimizer)), 13)
-    resumed = StackedTrainer(trainers(split, optimizer=optimizer))
-    resumed.load_state_dict(copy.deepcopy(state))
+    state = kill_at(StackedTraining(trainings(split, optimizer=optimizer)), 13)
+    resumed = StackedTraining(trainings(split, optimizer=optimizer))
+    resumed.load_state(copy.deepcopy(state))
     resumed.run()
-    assert not differences(whole.state_dict(), resumed.state_dict())
+    assert not differences(whole.state(), resumed.state())
 
-    alone = trainers(split, optimizer=optimizer)[1]  # a state of the stack is made of ordinary ones
-    alone.load_state_dict(state["runs"][1])
+    alone = trainings(split, optimizer=optimizer)[1]  # a state of the stack is made of ordinary ones
+    alone.load_state(state["runs"][1])
     alone.run()
-    assert_same([alone], [whole.trainers[1]])
+    assert_same([alone], [whole.trainings[1]])
 
 
 def test_each_part_of_a_state_is_needed(split):
-    whole = StackedTrainer(trainers(split))
+    whole = StackedTraining(trainings(split))
     whole.run()
-    state = kill_at(StackedTrainer(trainers(split)), 13)
+    state = kill_at(StackedTraining(trainings(split)), 13)
     state["runs"][2]["optimizer"]["state"][0]["exp_avg"].zero_()
-    resumed = StackedTrainer(trainers(split))
-    resumed.load_state_dict(state)
+    resumed = StackedTraining(trainings(split))
+    resumed.load_state(state)
     resumed.run()
-    assert {found.split("/")[2] for found in differences(whole.state_dict(), resumed.state_dict())} == {"2"}
+    assert {found.split("/")[2] for found in differences(whole.state(), resumed.state())} == {"2"}
 
 
 def test_a_state_holds_nothing_but_itself(split):
-    stack = StackedTrainer(trainers(split, epochs=1))
+    stack = StackedTraining(trainings(split, epochs=1))
     stack.run()
-    state = stack.state_dict()
+    state = stack.state()
     before = copy.deepcopy(state)
     with torch.no_grad():
         for p in stack.parameters:
@@ -161,12 +159,12 @@ def test_a_state_holds_nothing_but_itself(split):
 
 
 def test_fit_leaves_ordinary_models(split):
-    alone, together = trainers(split), trainers(split)
+    alone, together = trainings(split), trainings(split)
     rows, seeds = ["elbo-total", "elbo-path", "elbo-total"], [7, 7, 8]
     recipe = {"k": 2, "epochs": 2, "batch_size": 20}
     histories = stacked.fit([t.model for t in together], split, rows, seeds, **recipe)
-    for trainer, row, seed, history in zip(alone, rows, seeds, histories, strict=True):
-        mine = training.fit(trainer.model, split, row, seed=seed, **recipe)
+    for run, row, seed, history in zip(alone, rows, seeds, histories, strict=True):
+        mine = training.fit(run.model, split, row, seed=seed, **recipe)
         assert [record["bound"] for record in history] == pytest.approx([record["bound"] for record in mine])
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(a.model.state_dict(), b.model.state_dict(), **ROUNDING)
@@ -174,23 +172,23 @@ def test_fit_leaves_ordinary_models(split):
 
 
 def test_frozen_layers_stay_as_they_are(split):
-    alone, together = trainers(split, clip=0.5), trainers(split, clip=0.5)
-    for trainer in (*alone, *together):
-        trainer.model.joint.requires_grad_(False)
+    alone, together = trainings(split, clip=0.5), trainings(split, clip=0.5)
+    for run in (*alone, *together):
+        run.model.joint.requires_grad_(False)
     before = [p.clone() for p in together[0].model.joint.parameters()]
     stacked.fit([t.model for t in together], split, epochs=1, batch_size=20, clip=0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, together[0].model.joint.parameters(), strict=True))
-    for seed, trainer in enumerate(alone):
-        training.fit(trainer.model, split, epochs=1, batch_size=20, clip=0.5, seed=seed)
+    for seed, run in enumerate(alone):
+        training.fit(run.model, split, epochs=1, batch_size=20, clip=0.5, seed=seed)
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(a.model.state_dict(), b.model.state_dict(), **ROUNDING)
     with pytest.raises(InputError, match="only models of the same shapes"):
-        stacked.stack([alone[0].model, trainers(split)[1].model])
+        stacked.stack([alone[0].model, trainings(split)[1].model])
 
 
 def test_the_seed_that_diverges_is_named(split):
-    group = trainers(split)
-    stack = StackedTrainer(group)
+    group = trainings(split)
+    stack = StackedTraining(group)
     with torch.no_grad():
         next(group[2].model.parameters()).fill_(float("nan"))
     with pytest.raises(Diverged, match="^seed 2: the bound is nan at step 1 with estimator 'elbo-path'"):
@@ -199,10 +197,10 @@ def test_the_seed_that_diverges_is_named(split):
 
 def test_what_cannot_be_stacked_is_refused(split):
     with pytest.raises(InputError, match="must have the same recipe, but for the seed"):
-        StackedTrainer([trainers(split)[0], trainers(split, k=1)[0]])
+        StackedTraining([trainings(split)[0], trainings(split, k=1)[0]])
     with pytest.raises(InputError, match="only models of the same shapes"):
-        StackedTrainer([trainers(split)[0], trainers(split, model="mlp-2")[1]])
-    shared = trainers(split)[:2]
+        StackedTraining([trainings(split)[0], trainings(split, model="mlp-2")[1]])
+    shared = trainings(split)[:2]
     with pytest.raises(InputError, match="share parameters cannot be stacked"):
         stacked.stack([shared[0].model, shared[0].model])
     with pytest.raises(InputError, match="only linear layers can be stacked, but the model has a GRU"):
@@ -214,11 +212,99 @@ def test_what_cannot_be_stacked_is_refused(split):
     mixtures = [models.build("mlp-1-mixture", 64, hidden=4, latent=2, components=2) for _ in range(2)]
     with pytest.raises(InputError, match="posterior is a mixture cannot be stacked"):
         stacked.fit(mixtures, split, k=2, epochs=1)
-    for row in ("elbo-silent", silent.ELBO):
+    for row in ("elbo-silent", estimators.get("silent")):
         with pytest.raises(InputError, match="'elbo-silent' has no row in the tableau and cannot be stacked"):
             linear = [models.build("linear", 64, latent=2).double() for _ in range(2)]
             stacked.fit(linear, split, row, epochs=1)
-    started = trainers(split)
+    started = trainings(split)
     started[1].step = 1
     with pytest.raises(InputError, match="before their first step alone"):
-        StackedTrainer(started)
+        StackedTraining(started)
+    with pytest.raises(InputError, match="with hooks, or an estimator that changes"):
+        StackedTraining([Training(t.model, split, "elbo-path", Recipe(), [Hook()]) for t in trainings(split)])
+    with pytest.raises(InputError, match="with hooks, or an estimator that changes"):
+        row = estimators.get("elbo-path")
+        StackedTraining([Training(t.model, split, lambda progress: row, Recipe()) for t in trainings(split)])
+
+
+# Models that do not do the same
+
+
+def pair(split, make):
+    """Two trainings whose models have a layer of one's own in encoder and decoder."""
+    runs = trainings(split)[:2]
+    for seed, run in enumerate(runs):
+        for layers in (run.model.encoder.hidden, run.model.joint.decode.hidden):
+            layers[1] = make(seed)
+    return runs
+
+
+class Scale(nn.Module):
+    """A layer of one's own, with a number that is no parameter."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x + 0.01 * torch.rand_like(x)
+
+
+class Centred(nn.Module):
+    """A layer that looks at the whole batch."""
+
+    def forward(self, x):
+        return x - x.mean(-2, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: nn.LeakyReLU((0.01, 0.9)[seed]),
+        lambda seed: nn.ELU((0.1, 3.0)[seed]),
+        lambda seed: nn.Hardtanh(-1.0, (4.0, 5.0)[seed]),
+        lambda seed: nn.LayerNorm(8, (1e-5, 1e-1)[seed], elementwise_affine=False),
+        lambda seed: nn.Softplus((1.0, 2.0)[seed]),
+        lambda seed: Scale((1.0, 1.5)[seed]),
+        lambda seed: Scale(torch.tensor((1.0, 1.5)[seed])),
+        lambda seed: Scale([1.0, [1.5, 2.0][seed]][seed]),
+        lambda seed: nn.Sequential(nn.Tanh(), nn.Tanh().train(seed == 0)),
+    ],
+)
+def test_models_whose_layers_differ_in_a_number_that_is_no_parameter_are_refused(split, make):
+    with pytest.raises(InputError, match="differ in a setting that is no parameter"):
+        StackedTraining(pair(split, make))
+    alone, together = (
+        pair(split, lambda seed: make(0)),
+        pair(split, lambda seed: make(0)),
+    )  # the same in both goes through
+    if not isinstance(getattr(together[0].model.encoder.hidden[1], "scale", 1.0), torch.Tensor):
+        for run in alone:
+            run.run()
+        StackedTraining(together).run()
+        assert_same(alone, together)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: nn.Dropout(0.5),
+        lambda seed: nn.RReLU(),
+        lambda seed: nn.AlphaDropout(1e-6),
+        lambda seed: nn.BatchNorm1d(8, affine=False, track_running_stats=False),
+        lambda seed: nn.BatchNorm1d(8),
+        lambda seed: Draws(),
+        lambda seed: Centred(),
+    ],
+)
+def test_layers_that_draw_or_mix_a_batch_are_refused_and_the_models_left_as_they_were(split, make):
+    runs, everywhere = pair(split, make), torch.get_rng_state()
+    with pytest.raises(InputError, match="cannot be stacked|only linear layers|draws or mixes"):
+        StackedTraining(runs)
+    assert torch.equal(everywhere, torch.get_rng_state())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for run in runs for p in run.model.parameters())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from vaelib import data, models, training
+from vaelib import data, estimators, models, runs, training
 from vaelib.config import Config, Recipe
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
-from vaelib.training import Diverged, Trainer
+from vaelib.estimators import silent
+from vaelib.training import Diverged, Hook, Progress, Training, plain_step
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,9 @@ def small_model(seed: int = 0):
     return models.build("mlp-1", 64, generator=torch.Generator().manual_seed(seed), hidden=8, latent=3)
 
 
-def small_trainer(split, estimator="iwae-dreg", cls=Trainer, **recipe) -> Trainer:
+def small_training(split, estimator="iwae-dreg", hooks=(), model=None, **recipe) -> Training:
     recipe = {"k": 2, "epochs": 2, "batch_size": 50, **recipe}
-    return cls(small_model(), split, ESTIMATORS[estimator], Recipe(**recipe))
+    return Training(model or small_model(), split, estimator, Recipe(**recipe), hooks)
 
 
 def differences(a, b, path="") -> list[str]:
@@ -47,16 +48,20 @@ class Killed(BaseException):
     pass
 
 
-def kill_at(trainer: Trainer, step: int):
-    """Run ``trainer`` up to ``step`` and return its state there."""
+def kill_at(training: Training, step: int):
+    """Run ``training`` up to ``step`` and return its state there."""
 
-    def after_step():
-        if trainer.step == step:
+    def after_step(training):
+        if training.step == step:
             raise Killed
 
     with pytest.raises(Killed):
-        trainer.run(after_step)
-    return copy.deepcopy(trainer.state_dict())
+        training.run(after_step)
+    return copy.deepcopy(training.state())
+
+
+def at_epoch(epoch: float) -> Progress:
+    return Progress(0, epoch, 0.0)
 
 
 # The published schedule: stage, epochs, learning rate (Burda et al. 2016; the numbers of their code).
@@ -75,13 +80,13 @@ STAGES = [
 def test_the_schedule_of_burda():
     published = [rate for _, epochs, rate in STAGES for _ in range(epochs)]
     assert len(published) == 3280
-    ours = [1e-3 * training.burda(epoch) for epoch in range(1, 3281)]
+    ours = [1e-3 * training.burda(at_epoch(epoch)) for epoch in range(3280)]
     assert ours == pytest.approx(published, rel=1e-12)
-    assert training.burda(4000) == training.burda(3280)
+    assert training.burda(at_epoch(4000)) == training.burda(at_epoch(3279)) == training.burda(at_epoch(3279.9))
 
 
 def test_the_schedule_reaches_the_optimizer(split):
-    history = small_trainer(split, schedule="burda", lr=2e-3, epochs=5, k=1, batch_size=500).run()
+    history = small_training(split, schedule="burda", lr=2e-3, epochs=5, k=1, batch_size=500).run()
     assert [record["lr"] for record in history] == pytest.approx([2e-3, 1.44e-3, 1.44e-3, 1.44e-3, 1.04e-3])
 
 
@@ -113,33 +118,35 @@ def test_the_released_adam():
     recipe = Recipe(lr=0.05, adam_eps=1e-2, batch_size=20)
     by_hand = released_by_hand(start, gradients, 0.05, 1e-2, 20)
     paths = {}
-    for name, build in training.OPTIMIZERS.items():
+    for name in training.OPTIMIZERS:
         parameter = nn.Parameter(torch.from_numpy(start.copy()))
-        paths[name] = steps_of(build([parameter], recipe), parameter, gradients)
+        optimizer = training.build_optimizer([parameter], replace(recipe, optimizer=name))
+        paths[name] = steps_of(optimizer, parameter, gradients)
     np.testing.assert_allclose(paths["adam-released"], by_hand, rtol=1e-12)
     assert (by_hand[0] == start).all() and (by_hand[1] != start).all()
 
     # the negative control: each fault of the released code alone is seen
     assert np.abs(paths["adam"] - by_hand).max() > 0.01
+    np.testing.assert_allclose(paths["sgd"], start - 0.05 * gradients.cumsum(0), rtol=1e-12)
     for change in ({"beta1": 0.9}, {"batch_size": 1}, {"eps": 1e-4}):
         settings = {"lr": 0.05, "eps": 1e-2, "batch_size": 20, **change}
         assert np.abs(paths["adam-released"] - released_by_hand(start, gradients, **settings)).max() > 1e-4, change
 
 
 def test_without_shuffling_every_epoch_has_the_same_order(split):
-    trainer = small_trainer(split, shuffle=False, batch_size=500, optimizer="adam-released")
-    order = trainer.order.clone()
-    trainer.run()
-    assert torch.equal(trainer.order, order)
+    run = small_training(split, shuffle=False, batch_size=500, optimizer="adam-released")
+    order = run.order.clone()
+    run.run()
+    assert torch.equal(run.order, order)
 
 
 @pytest.mark.parametrize(("clip", "expected"), [(0.01, 0.01), (1e9, None), (None, None)])
 def test_clip_limits_the_gradient(split, clip, expected):
     model = small_model()
     x = split.batch(slice(0, 20), torch.Generator().manual_seed(0))
-    eps = model.encoder.noise(1, x, torch.Generator().manual_seed(1))
+    eps = model.encoder(x).noise(1, torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    training.train_step(model, ESTIMATORS["elbo-path"], optimizer, x, eps, clip)
+    training.train_step(model, estimators.get("elbo-path"), optimizer, x, eps, clip)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     assert norm == pytest.approx(expected, rel=1e-3) if expected else norm > 1
 
@@ -150,16 +157,16 @@ def test_fit_raises_the_bound_and_returns_the_history(split):
     assert [(record["epoch"], record["step"]) for record in history] == [(1, 74), (2, 148), (3, 222)]
     assert history[0]["bound"] + 1 < history[1]["bound"] < history[2]["bound"] < 0
     again = small_model()
-    assert not differences(history, training.fit(again, split, ESTIMATORS["elbo-path"], epochs=3, lr=1e-2))
+    assert not differences(history, training.fit(again, split, estimators.get("elbo-path"), epochs=3, lr=1e-2))
     assert not differences(model.state_dict(), again.state_dict())
 
 
 def test_seeds(split):
-    same, again, other = (small_trainer(split, seed=seed) for seed in (1, 1, 2))
-    for trainer in (same, again, other):
-        trainer.run()
-    assert not differences(same.state_dict(), again.state_dict())
-    assert {"/order", "/bounds", "/streams/noise"} <= set(differences(same.state_dict(), other.state_dict()))
+    same, again, other = (small_training(split, seed=seed) for seed in (1, 1, 2))
+    for run in (same, again, other):
+        run.run()
+    assert not differences(same.state(), again.state())
+    assert {"/order", "/bounds", "/streams/noise"} <= set(differences(same.state(), other.state()))
 
 
 def test_streams_are_apart():
@@ -174,16 +181,16 @@ def test_streams_are_apart():
 def test_an_epoch_shows_every_image_once_and_no_part_of_a_batch(split):
     seen = []
 
-    class Watched(Trainer):
-        def update(self, x):
+    class Watch(Hook):
+        def update(self, training, x):
             seen.append(len(x))
-            return super().update(x)
+            return plain_step(training, x)
 
-    trainer = small_trainer(split, cls=Watched, epochs=1)
-    first = trainer.order.clone()
-    trainer.run()
+    run = small_training(split, hooks=[Watch()], epochs=1)
+    run.run()
     assert seen == [50] * (len(split) // 50)
-    assert torch.equal(trainer.order.sort().values, first) and not torch.equal(trainer.order, first)
+    assert len(run.order.unique()) == 50 * (len(split) // 50) and run.order.max() < len(split)
+    assert not torch.equal(run.order, run.order.sort().values)
 
 
 STEPS = 29  # an epoch of the digits at batch size 50
@@ -191,21 +198,21 @@ STEPS = 29  # an epoch of the digits at batch size 50
 
 @pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 7, 2 * STEPS - 1])
 def test_a_state_is_all_there_is(split, step):
-    whole = small_trainer(split)
+    whole = small_training(split)
     whole.run()
-    resumed = small_trainer(split)
-    resumed.load_state_dict(kill_at(small_trainer(split), step))
+    resumed = small_training(split)
+    resumed.load_state(kill_at(small_training(split), step))
     resumed.run()
-    assert not differences(whole.state_dict(), resumed.state_dict())
+    assert not differences(whole.state(), resumed.state())
 
 
 def test_a_released_recipe_resumes(split):
     released = {"optimizer": "adam-released", "shuffle": False}
-    whole, resumed = small_trainer(split, **released), small_trainer(split, **released)
+    whole, resumed = small_training(split, **released), small_training(split, **released)
     whole.run()
-    resumed.load_state_dict(kill_at(small_trainer(split, **released), STEPS + 7))
+    resumed.load_state(kill_at(small_training(split, **released), STEPS + 7))
     resumed.run()
-    assert not differences(whole.state_dict(), resumed.state_dict())
+    assert not differences(whole.state(), resumed.state())
 
 
 @pytest.mark.parametrize(
@@ -213,50 +220,50 @@ def test_a_released_recipe_resumes(split):
 )
 def test_each_part_of_the_state_is_needed(split, lost):
     """The negative control: leave one part out, and the comparison of the test above must fail."""
-    whole = small_trainer(split)
+    whole = small_training(split)
     whole.run()
-    state = kill_at(small_trainer(split), 10)
-    fresh = small_trainer(split).state_dict()
+    state = kill_at(small_training(split), 10)
+    fresh = small_training(split).state()
     part, _, name = lost.partition("/")
     if name:
         state[part][name] = fresh[part][name]
     else:
         state[part] = fresh[part]
-    resumed = small_trainer(split)
-    resumed.load_state_dict(state)
+    resumed = small_training(split)
+    resumed.load_state(state)
     resumed.run()
-    assert differences(whole.state_dict(), resumed.state_dict())
+    assert differences(whole.state(), resumed.state())
 
 
 def test_more_epochs_later_are_the_same_as_at_once(split):
-    short, long = small_trainer(split, epochs=1), small_trainer(split, epochs=3, schedule="constant")
+    short, long = small_training(split, epochs=1), small_training(split, epochs=3, schedule="constant")
     short.run()
     long.run()
-    resumed = small_trainer(split, epochs=3)
-    resumed.load_state_dict(copy.deepcopy(short.state_dict()))
+    resumed = small_training(split, epochs=3)
+    resumed.load_state(copy.deepcopy(short.state()))
     resumed.run()
-    assert not differences(long.state_dict(), resumed.state_dict())
+    assert not differences(long.state(), resumed.state())
 
 
 def test_on_another_kind_of_device_the_noise_is_drawn_anew(split):
-    state = kill_at(small_trainer(split), 10)
-    moved = small_trainer(split)
-    moved.load_state_dict({**state, "device": "elsewhere", "streams": {"order": state["streams"]["order"]}})
+    state = kill_at(small_training(split), 10)
+    moved = small_training(split)
+    moved.load_state({**state, "device": "elsewhere", "streams": {"order": state["streams"]["order"]}})
     assert torch.equal(moved.streams["order"].get_state(), state["streams"]["order"])
-    assert not torch.equal(moved.streams["noise"].get_state(), small_trainer(split).streams["noise"].get_state())
+    assert not torch.equal(moved.streams["noise"].get_state(), small_training(split).streams["noise"].get_state())
     moved.run()
     assert moved.history[-1]["epoch"] == 2
 
 
-class Poisoned(Trainer):
+class Poison(Hook):
     """From one step on, a parameter is nan."""
 
-    poison = STEPS + 12
+    at = STEPS + 12
 
-    def update(self, x):
-        bound = super().update(x)
-        if self.step + 1 == self.poison:
-            next(self.model.parameters()).data[0, 0] = math.nan
+    def update(self, training, x):
+        bound = plain_step(training, x)
+        if training.step + 1 == self.at:
+            next(training.model.parameters()).data[0, 0] = math.nan
         return bound
 
 
@@ -264,18 +271,18 @@ def test_a_bound_that_is_not_finite_is_named_by_its_step(split):
     with pytest.raises(
         Diverged, match=rf"^the bound is nan at step {STEPS + 13} with estimator 'rws', k = 2 and learning"
     ):
-        small_trainer(split, "rws", cls=Poisoned).run()
+        small_training(split, "rws", hooks=[Poison()]).run()
 
 
 def test_a_state_that_is_not_finite_is_not_given_away(split):
-    trainer = small_trainer(split, cls=Poisoned)
+    run = small_training(split, hooks=[Poison()])
 
-    def after_step():
-        if trainer.step == Poisoned.poison:  # the parameters are bad, the bounds are all still good
-            trainer.state_dict()
+    def after_step(training):
+        if training.step == Poison.at:  # the parameters are bad, the bounds are all still good
+            training.state()
 
     with pytest.raises(Diverged, match=rf"a parameter or its gradient is not finite at step {STEPS + 12} "):
-        trainer.run(after_step)
+        run.run(after_step)
 
 
 def test_a_learning_rate_far_too_high_is_told(split):
@@ -299,8 +306,6 @@ def test_a_learning_rate_far_too_high_is_told(split):
         ({"lr": None}, "lr must be a positive number"),
         ({"adam_eps": -1e-8}, "adam_eps must be a positive number"),
         ({"clip": 0}, "clip must be a positive number"),
-        ({"schedule": "burdas"}, "did you mean 'burda'"),
-        ({"optimizer": "adam-relesed"}, "no optimizer is called 'adam-relesed', did you mean 'adam-released'"),
         ({"shuffle": 1}, "shuffle must be true or false, but is 1"),
     ],
 )
@@ -312,12 +317,6 @@ def test_a_recipe_that_cannot_be_meant(values, sentence):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"data": "mnits"}, "no data set is called 'mnits', did you mean 'mnist'"),
-        ({"binarisation": "dynamik"}, "did you mean 'dynamic'"),
-        ({"model": "mlp1"}, "did you mean 'mlp-1'"),
-        ({"estimator": "elbo-pth"}, "did you mean 'elbo-path'"),
-        ({"estimator": "iwae-vimco"}, "needs k >= 2 draws, but k is 1"),
-        ({"device": "gpu"}, "no device is called 'gpu'.*choose from: auto, cpu, cuda"),
         ({"sizes": 3}, "sizes must map names to whole numbers"),
         ({"sizes": {"latent": 0}}, "size 'latent' must be a whole number of at least 1"),
         ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a positive number"),
@@ -328,6 +327,25 @@ def test_a_recipe_that_cannot_be_meant(values, sentence):
 def test_a_configuration_that_cannot_be_meant(values, sentence):
     with pytest.raises(InputError, match=sentence):
         Config(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"schedule": "burdas"}, "did you mean 'burda'"),
+        ({"optimizer": "adam-relesed"}, "no optimizer is called 'adam-relesed', did you mean 'adam-released'"),
+        ({"data": "mnits"}, "no data set is called 'mnits', did you mean 'mnist'"),
+        ({"binarisation": "dynamik"}, "did you mean 'dynamic'"),
+        ({"model": "mlp1"}, "did you mean 'mlp-1'"),
+        ({"estimator": "elbo-pth"}, "did you mean 'elbo-path'"),
+        ({"estimator": "iwae-vimco"}, "needs k >= 2 draws, but k is 1"),
+        ({"device": "gpu"}, "no device is called 'gpu'.*choose from: auto, cpu, cuda"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_told_before_anything_is_made(values, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        runs.train(tmp_path / "run", Config(**values))
+    assert not (tmp_path / "run").exists()
 
 
 def test_things_that_do_not_go_together(split):
@@ -342,5 +360,276 @@ def test_things_that_do_not_go_together(split):
         training.fit(small_model(), split, "elbo-score-loo")
     with pytest.raises(InputError, match="did you mean 'iwae-dreg'"):
         training.fit(small_model(), split, "iwae-drek")
-    with pytest.raises(InputError, match="cannot take these images of 64 pixels .*: build it with data_dim=64"):
-        training.fit(models.build("mlp-1", 784, hidden=8, latent=3), split)
+
+
+# The kinds of fault: what a model of one's own may be
+
+
+def test_a_model_for_images_of_another_size_is_told_what_it_would_take(split):
+    for name in ("mlp-1", "linear"):
+        for width in (784, 9):
+            with pytest.raises(InputError, match=rf"64 pixels, but would take {width} .*: build it with data_dim=64"):
+                training.fit(models.build(name, width, latent=3), split)
+
+
+@pytest.mark.parametrize("part", ["encoder", "joint"])
+@pytest.mark.parametrize("error", [RuntimeError("the lookup table is empty"), KeyError("mine"), TypeError("mine")])
+def test_a_user_s_own_exception_reaches_them_as_it_is(split, part, error):
+    model = small_model()
+
+    def fail(*arguments):
+        raise error
+
+    getattr(model, part).forward = fail
+    with pytest.raises(type(error)) as caught:
+        training.fit(model, split)
+    assert caught.value is error
+
+
+def doubled(split):
+    return replace(split, grey=split.grey.double())
+
+
+def test_the_dtype_follows_the_data(split):
+    model = small_model().double()
+    assert doubled(split).batch(slice(0, 3), torch.Generator().manual_seed(0)).dtype == torch.float64
+    history = training.fit(model, doubled(split), epochs=1)
+    assert math.isfinite(history[0]["bound"]) and next(model.parameters()).dtype == torch.float64
+    for wrong in ((small_model(), doubled(split)), (small_model().double(), split)):
+        with pytest.raises(
+            InputError, match=r"images are torch.float\d\d, but the model is torch.float\d\d: convert one"
+        ):
+            training.fit(*wrong)
+    grey = data.load("digits", "grey").train
+    with pytest.raises(InputError, match="images are torch.float32, but the model is torch.float64: .*double"):
+        training.fit(models.build("linear", 64, latent=2).double(), grey)
+
+
+class Casting(nn.Module):
+    """An encoder of one's own that takes any dtype."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.to(next(self.inner.parameters()).dtype))
+
+
+def test_a_model_that_casts_by_itself_is_let_through(split):
+    model = small_model()
+    model.encoder, model.joint = Casting(model.encoder), model.joint
+    training.fit(model, doubled(split), epochs=1, batch_size=500)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda grey: 255 * grey, "levels from 0 to 255"),
+        (lambda grey: 2 * grey - 1, "levels from -1 to 1"),
+        (lambda grey: (255 * grey).to(torch.uint8), "images are torch.uint8"),
+        (lambda grey: grey.long(), "images are torch.int64"),
+        (lambda grey: grey.where(grey < 0.9, math.nan), "not finite"),
+        (lambda grey: grey.where(grey < 0.9, math.inf), "not finite"),
+    ],
+)
+@pytest.mark.parametrize("binarisation", ["dynamic", "fixed"])
+def test_levels_that_are_no_grey_levels_are_refused(split, change, sentence, binarisation):
+    wrong = replace(split, grey=change(split.grey), binarisation=binarisation)
+    with pytest.raises(InputError, match=sentence):
+        training.fit(small_model(), wrong)
+
+
+def test_a_gaussian_likelihood_takes_any_finite_number(split):
+    grey = replace(split, grey=3 * split.grey - 1, binarisation="grey")
+    training.fit(models.build("linear", 64, latent=2), grey, epochs=1, batch_size=500)
+    for bad in (math.nan, -math.inf):
+        with pytest.raises(InputError, match="not finite"):
+            training.fit(
+                models.build("linear", 64), replace(grey, grey=grey.grey.index_fill(1, torch.tensor([3]), bad))
+            )
+
+
+def strided(kind, values):
+    """The same values, dense in memory or with gaps or overlaps, and the memory that they are a view of."""
+    rows, columns = values.shape
+    if kind == "columns":
+        memory = torch.cat([values, torch.full_like(values, 7.0)], 1)
+        return memory[:, :columns], memory
+    if kind == "every other":
+        memory = torch.stack([values, torch.full_like(values, 7.0)], -1).flatten(1)
+        return memory[:, ::2], memory
+    if kind == "transposed":
+        memory = values.T.contiguous()
+        return memory.T, memory
+    memory = values[:, :1].clone()
+    return memory.expand(rows, columns), memory
+
+
+@pytest.mark.parametrize("kind", ["columns", "every other", "transposed", "expanded"])
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_a_parameter_that_is_a_view_is_trained_like_any_other(kind, optimizer):
+    generator = torch.Generator().manual_seed(0)
+    values, x = torch.randn(12, 3, generator=generator), torch.randn(60, 12, generator=generator)
+    images = data.images.Split(x, None, (3, 4), "grey")
+    ends = []
+    for dense in (False, True):
+        view, memory = strided(kind, values)
+        before = memory.clone()
+        weight = view.clone(memory_format=torch.contiguous_format) if dense else view
+        joint = models.LinearGaussian(weight, torch.zeros(12), torch.tensor(0.0))
+        encoder = models.LinearEncoder(0.1 * torch.ones(3, 12), torch.zeros(3), torch.zeros(3))
+        training.fit(models.VAE(joint, encoder, False), images, epochs=4, lr=1e-2, optimizer=optimizer)
+        ends.append([p.detach().clone() for p in (*joint.parameters(), *encoder.parameters())])
+        others = memory[memory == 7.0] if kind in ("columns", "every other") else torch.tensor([7.0])
+        assert (others == 7).all() and (kind in ("transposed",) or torch.equal(memory, before))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_what_fills_its_memory():
+    whole = torch.zeros(4, 6)
+    assert all(map(training.dense, (whole, whole.T, whole[1], whole[:1, :1], torch.zeros(()))))
+    assert training.dense(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    assert not any(map(training.dense, (whole[:, :3], whole[::2], whole[:, 0], whole[0].expand(4, 6), whole[0, ::2])))
+
+
+@pytest.mark.parametrize("row", [row for row in estimators.TABLEAU])
+def test_a_frozen_encoder_lets_the_decoder_learn_by_every_row(split, row):
+    model = small_model()
+    model.encoder.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training.fit(model, split, row, k=2, epochs=1, batch_size=500)
+    moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+    assert all(move == name.startswith("joint") for name, move in moved.items())
+
+
+# Random layers
+
+
+class Everywhere(nn.Module):
+    """Noise from torch's global generator."""
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.2), nn.RReLU(), Everywhere()], ids=lambda layer: type(layer).__name__)
+def test_the_same_seed_gives_the_same_training_with_random_layers(split, layer):
+    def run(seed=0, **more):
+        model = small_model()
+        model.joint.decode.hidden.append(layer)
+        return small_training(split, model=model, seed=seed, **more)
+
+    whole, again, resumed = run(), run(), run()
+    torch.manual_seed(5)
+    whole.run()
+    torch.manual_seed(6)
+    before = torch.get_rng_state()
+    again.run()
+    assert torch.equal(before, torch.get_rng_state()), "the caller's generator is as it was"
+    assert not differences(whole.state(), again.state())
+    resumed.load_state(kill_at(run(), STEPS + 7))
+    torch.rand(3)
+    resumed.run()
+    assert not differences(whole.state(), resumed.state())
+    other = kill_at(run(), STEPS + 7)
+    other["streams"]["layers"] = training.stream("layers", 1).get_state()  # the negative control
+    resumed = run()
+    resumed.load_state(other)
+    resumed.run()
+    assert differences(whole.state(), resumed.state())
+
+
+def test_what_is_drawn_between_steps_does_not_change_the_training(split):
+    def run():
+        model = small_model()
+        model.joint.decode.hidden.append(nn.Dropout(0.2))
+        return small_training(split, model=model)
+
+    quiet, watched = run(), run()
+    quiet.run()
+    watched.run(lambda training: torch.rand(3))
+    assert not differences(quiet.state(), watched.state())
+
+
+def test_looking_at_a_model_leaves_it_as_it_was(split):
+    """Neither the trial nor the noise's first look moves batch norm, modes, or any generator."""
+
+    class Normed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.norm, self.drop = inner, nn.BatchNorm1d(64), nn.Dropout(0.1).eval()
+
+        def forward(self, x):
+            return self.inner(self.drop(self.norm(x)))
+
+    model = small_model()
+    model.encoder = Normed(model.encoder)
+    before, everywhere = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    run = small_training(split, model=model)
+    states = {name: generator.get_state() for name, generator in run.streams.items()}
+    eps = run.noise(split.batch(slice(0, 7), torch.Generator().manual_seed(0)))
+    assert torch.equal(eps, torch.randn(2, 7, 3, generator=training.stream("noise", 0)))
+    run.streams["noise"].set_state(states["noise"])
+    assert all(torch.equal(state, run.streams[name].get_state()) for name, state in states.items())
+    assert not differences(before, model.state_dict()) and torch.equal(everywhere, torch.get_rng_state())
+    assert model.encoder.norm.training and not model.encoder.drop.training
+
+
+# Hooks and what changes from step to step
+
+
+def test_an_estimator_that_changes_is_asked_at_each_step_and_told_how_far_it_is(split):
+    seen = []
+
+    def estimator(progress):
+        seen.append(progress)
+        return estimators.get("elbo-path")
+
+    small_training(split, estimator).run()
+    assert seen[0] == Progress(0, 0.0, 0.0)
+    assert seen[1:] == [Progress(i, i / STEPS, i / (2 * STEPS)) for i in range(2 * STEPS)]
+
+
+def test_hooks_see_epochs_stop_the_training_and_finish(split):
+    class Half(Hook):
+        ends = 0
+
+        def after_epoch(self, training, record):
+            record["half"] = training.decay
+            training.decay /= 2
+            training.restart_optimizer()
+            training.stopped = record["epoch"] == 3
+
+        def finish(self, training):
+            self.ends += 1
+
+    hook = Half()
+    run = small_training(split, hooks=[hook], epochs=9, batch_size=500, lr=0.008)
+    history = run.run()
+    assert [record["lr"] for record in history] == [0.008, 0.004, 0.002] and run.over and hook.ends == 1
+    assert [record["half"] for record in history] == [1.0, 0.5, 0.25] and run.progress.done == pytest.approx(1 / 3)
+    assert run.run() is history and len(history) == 3
+
+
+def test_a_tracked_scale_resumes_bit_for_bit(split):
+    grey = data.load("digits", "grey").train
+
+    def run():
+        model = models.build("guided", 64, generator=torch.Generator().manual_seed(0), hidden=8, latent=3)
+        noise = training.stream("noise", 0, step=1)
+        scale = silent.TrackedScale(estimators.get("elbo-path"), model, grey.grey[:20], every=4, generator=noise)
+        return Training(model, grey, scale, Recipe(epochs=2, batch_size=50)), scale
+
+    (whole, scale), (first, _), (resumed, there) = run(), run(), run()
+    whole.run()
+    state = kill_at(first, STEPS + 6)
+    resumed.load_state(state)
+    resumed.run()
+    assert not differences(whole.state(), resumed.state()) and scale.scale == there.scale != 0
+    state = kill_at(run()[0], STEPS + 6)
+    state["hooks"][0]["scale"] += 0.5  # the negative control
+    resumed, _ = run()
+    resumed.load_state(state)
+    resumed.run()
+    assert differences(whole.state(), resumed.state())

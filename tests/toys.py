@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.func import functional_call, grad, vmap
 
 from vaelib.bounds import BOUNDS
+from vaelib.flows import AffineCoupling, Flow, OnePassFlow, Planar, SinhArcsinh
 from vaelib.models import DetachedOutputs
 from vaelib.objectives import Objective
-from vaelib.posteriors import DiagonalGaussian, HierarchicalGaussian, Latent, map_latent, standard_normal_log_prob
+from vaelib.posteriors import (
+    DiagonalGaussian,
+    FactorisedBernoulli,
+    FullGaussian,
+    HierarchicalGaussian,
+    Latent,
+    Mixture,
+    OneHotCategorical,
+    layers_of,
+    map_latent,
+    standard_normal_log_prob,
+)
 
 DTYPE = torch.float64
 
@@ -48,16 +61,16 @@ class OneLayerEncoder(nn.Module):
         return DiagonalGaussian(mean, self.log_std.expand_as(mean))
 
 
-class TwoLayerJoint(nn.Module):
-    """p(z2) = N(0, 1), p(z1 | z2) = N(theta z2, 1), p(x | z1) = N(z1, 1)."""
+class ChainJoint(nn.Module):
+    """p(z_L) = N(0, 1), p(z_l | z_{l+1}) = N(theta z_{l+1}, 1), p(x | z_1) = N(z_1, 1); z says how deep it is."""
 
     def __init__(self, theta: float = 1.0) -> None:
         super().__init__()
         self.theta = parameter(theta)
 
     def forward(self, x, z):
-        z1, z2 = z
-        return standard_normal_log_prob(z2) + normal(z1, self.theta * z2) + normal(x, z1)
+        layers = [normal(here, self.theta * above) for here, above in pairwise(z)]
+        return standard_normal_log_prob(z[-1]) + sum(layers) + normal(x, z[0])
 
 
 class AffineGaussian(nn.Module):
@@ -72,29 +85,39 @@ class AffineGaussian(nn.Module):
         return DiagonalGaussian(mean, self.log_std.expand_as(mean))
 
 
-class TwoLayerEncoder(nn.Module):
-    """q(z1 | x) = N(mean, exp(log_std)^2), then the layer above; exact for x = 1 with :meth:`exact`."""
+class ChainEncoder(nn.Module):
+    """q(z1 | x) = N(mean, exp(log_std)^2), then the layers above; exact for x = 1 and theta = 1 with :meth:`exact`."""
 
     posterior = HierarchicalGaussian
 
-    def __init__(self, mean=0.0, log_std=0.0, a=0.9, b=0.3, log_std2=0.0) -> None:
+    def __init__(self, mean=0.0, log_std=0.0, above=((0.9, 0.3, 0.0),)) -> None:
         super().__init__()
-        self.mean, self.log_std, self.second = parameter(mean), parameter(log_std), AffineGaussian(a, b, log_std2)
+        self.mean, self.log_std = parameter(mean), parameter(log_std)
+        self.above = nn.ModuleList(AffineGaussian(*layer) for layer in above)
 
     @classmethod
-    def exact(cls):
-        return cls(mean=2 / 3, log_std=0.5 * math.log(2 / 3), a=0.5, b=0.0, log_std2=0.5 * math.log(1 / 2))
+    def of_depth(cls, depth: int):
+        return cls(above=((0.9, 0.3, 0.0),) * (depth - 1))
+
+    @classmethod
+    def exact(cls, depth: int = 2):
+        """The variance of z_l under the prior is v = depth, depth - 1, ..., 1."""
+        above = [(v / (v + 1), 0.0, 0.5 * math.log(v / (v + 1))) for v in range(depth - 1, 0, -1)]
+        first = depth / (depth + 1)
+        return cls(first, 0.5 * math.log(first), above)
 
     def forward(self, x):
         mean = self.mean.expand_as(x)
-        return self.posterior(DiagonalGaussian(mean, self.log_std.expand_as(mean)), (self.second,))
+        return self.posterior(DiagonalGaussian(mean, self.log_std.expand_as(mean)), tuple(self.above))
 
 
-class DetachedTwoLayerEncoder(TwoLayerEncoder):
-    """The wrong way to stop two layers: hold the second layer's mean and scale constant, not its parameters."""
+class DetachedChainEncoder(ChainEncoder):
+    """The wrong way to stop several layers: hold the means and scales above constant, not their parameters."""
 
     posterior = DetachedOutputs
 
+
+TwoLayerJoint, TwoLayerEncoder, DetachedTwoLayerEncoder = ChainJoint, ChainEncoder, DetachedChainEncoder
 
 ONE_LAYER = (OneLayerJoint, OneLayerEncoder, 1, torch.tensor([[2.0]], dtype=DTYPE))
 TWO_LAYERS = (TwoLayerJoint, TwoLayerEncoder, 2, torch.tensor([[1.0]], dtype=DTYPE))
@@ -141,3 +164,110 @@ def gradient_draws(estimator, joint, encoder, x, eps) -> Tensor:
     dims = map_latent(lambda _: 0, eps) if isinstance(eps, tuple) else 0
     gradients = vmap(grad(loss), in_dims=(None, dims))(dict(objective.named_parameters()), eps)
     return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+
+
+# --- one of every posterior -------------------------------------------------------------------------------------------
+
+
+class Leaves:
+    """Random parameters of posteriors, and the modules inside them, which are remembered in ``parameters``."""
+
+    def __init__(self, dtype: torch.dtype = DTYPE, seed: int = 0) -> None:
+        self.dtype, self.generator, self.parameters = dtype, torch.Generator().manual_seed(seed), []
+
+    def __call__(self, *shape: int, spread: float = 0.4) -> Tensor:
+        values = spread * torch.randn(shape, generator=self.generator, dtype=DTYPE)
+        self.parameters.append(values.to(self.dtype).requires_grad_())
+        return self.parameters[-1]
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """Return the module with random parameters: new layers of flows do nothing."""
+        with torch.no_grad():
+            for p in module.to(self.dtype).parameters():
+                p.copy_(0.4 * torch.randn(p.shape, generator=self.generator, dtype=DTYPE))
+        self.parameters += module.parameters()
+        return module
+
+    def diagonal(self, dim: int = 2) -> DiagonalGaussian:
+        return DiagonalGaussian(self(BATCH, dim), self(BATCH, dim))
+
+    def scale_tril(self, *shape: int) -> Tensor:
+        return self(*shape, 2, 2).tril(-1) + torch.diag_embed(self(*shape, 2).exp())
+
+    def hierarchy(self, depth: int) -> HierarchicalGaussian:
+        above = (self.module(AffineGaussian(0, 0, 0)) for _ in range(depth - 1))
+        return HierarchicalGaussian(self.diagonal(1), tuple(above))
+
+    def flow(self, *layers: nn.Module, context: int = 0) -> Flow:
+        layers = self.module(nn.ModuleList(layers))
+        return Flow(self.diagonal(), layers, self(BATCH, context) if context else None)
+
+
+BATCH = 3
+
+
+def couplings(context: int = 0) -> list[nn.Module]:
+    return [AffineCoupling(2, (4,), context) for _ in range(2)]
+
+
+CONTINUOUS = {
+    "diagonal": lambda leaf: leaf.diagonal(),
+    "full, shared": lambda leaf: FullGaussian(leaf(BATCH, 2), leaf.scale_tril()),
+    "full": lambda leaf: FullGaussian(leaf(BATCH, 2), leaf.scale_tril(BATCH)),
+    "hierarchy of 1": lambda leaf: leaf.hierarchy(1),
+    "hierarchy of 2": lambda leaf: leaf.hierarchy(2),
+    "hierarchy of 4": lambda leaf: leaf.hierarchy(4),
+    "mixture": lambda leaf: Mixture((leaf.diagonal(), leaf.diagonal()), leaf(2, BATCH)),
+    "mixture of full": lambda leaf: Mixture(
+        tuple(FullGaussian(leaf(BATCH, 2), leaf.scale_tril(BATCH)) for _ in range(3)), leaf(3, BATCH)
+    ),
+    "couplings": lambda leaf: leaf.flow(*couplings()),
+    "couplings that see x": lambda leaf: leaf.flow(*couplings(context=2), context=2),
+    "sinh-arcsinh": lambda leaf: leaf.flow(SinhArcsinh(*torch.zeros(4, 2))),
+    "torch Normal": lambda leaf: distributions.Normal(leaf(BATCH, 2), leaf(BATCH, 2).exp()),
+    "torch Independent": lambda leaf: distributions.Independent(
+        distributions.Normal(leaf(BATCH, 2), leaf(BATCH, 2).exp()), 1
+    ),
+    "torch MultivariateNormal": lambda leaf: distributions.MultivariateNormal(
+        leaf(BATCH, 2), scale_tril=leaf.scale_tril(BATCH)
+    ),
+    "torch LowRankMultivariateNormal": lambda leaf: distributions.LowRankMultivariateNormal(
+        leaf(BATCH, 2), leaf(BATCH, 2, 1), leaf(BATCH, 2).exp()
+    ),
+    "torch MixtureSameFamily": lambda leaf: distributions.MixtureSameFamily(
+        distributions.Categorical(logits=leaf(BATCH, 3)),
+        distributions.Independent(distributions.Normal(leaf(BATCH, 3, 2), leaf(BATCH, 3, 2).exp()), 1),
+    ),
+    "torch mixture of MultivariateNormal": lambda leaf: distributions.MixtureSameFamily(
+        distributions.Categorical(logits=leaf(BATCH, 2)),
+        distributions.MultivariateNormal(leaf(BATCH, 2, 2), scale_tril=leaf.scale_tril(BATCH, 2)),
+    ),
+}
+ONE_PASS = {
+    "one-pass couplings": lambda leaf: OnePassFlow(leaf.flow(*couplings())),
+    "one-pass sinh-arcsinh": lambda leaf: OnePassFlow(leaf.flow(SinhArcsinh(*torch.zeros(4, 2)))),
+    "one-pass planar": lambda leaf: OnePassFlow(leaf.flow(Planar(torch.zeros(2), torch.zeros(2), torch.zeros(())))),
+}
+DISCRETE = {
+    "bits": lambda leaf: FactorisedBernoulli(leaf(BATCH, 3)),
+    "choices": lambda leaf: OneHotCategorical(leaf(BATCH, 2, 3)),
+    "torch Bernoulli": lambda leaf: distributions.Bernoulli(logits=leaf(BATCH, 3)),
+    "torch OneHotCategorical": lambda leaf: distributions.OneHotCategorical(logits=leaf(BATCH, 3)),
+}
+POSTERIORS = CONTINUOUS | ONE_PASS | DISCRETE
+"""One of every family, of three observations: ``POSTERIORS[name](Leaves())``."""
+
+
+def is_mixture(name: str) -> bool:
+    return "ixture" in name
+
+
+class Target(nn.Module):
+    """A log p(x, z) for every latent of :data:`POSTERIORS`, in the same dtype: it pulls z to theta x."""
+
+    def __init__(self, dtype: torch.dtype = DTYPE) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([0.8], dtype=dtype))
+
+    def forward(self, x, z):
+        return -0.5 * sum((layer - self.theta * x).square().sum(-1) for layer in layers_of(z))

@@ -8,11 +8,58 @@ are in units of standard errors: a coordinate whose claim is true fails a two-si
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from vaelib.errors import InputError
+from vaelib.estimators import TABLEAU, Estimator
+from vaelib.models import DiscreteJoint, Guided, HierarchicalJoint, LinearDecoder, LinearGaussian
+from vaelib.objectives import Objective
+from vaelib.posteriors import (
+    DiagonalGaussian,
+    FactorisedBernoulli,
+    HierarchicalGaussian,
+    Latent,
+    Posterior,
+    as_posterior,
+    draw,
+    functions_in,
+    layers_of,
+    map_latent,
+)
+from vaelib.posteriors.convert import try_out
 
 SIGMAS = 4.0
 """The width of every statistical check, in standard errors."""
+
+
+def noisy(draws: Tensor, what: str) -> Tensor:
+    """Return ``draws`` ``[S, ...]`` as floats, or refuse what no statement can be made of: nothing, one, NaN.
+
+    Raises
+    ------
+    AssertionError
+        if there are fewer than two draws, no coordinates, or numbers that are not finite.
+    """
+    draws = torch.as_tensor(draws)
+    draws = draws if draws.is_floating_point() else draws.double()
+    assert draws.ndim and len(draws) > 1, (
+        f"{what}: a standard error needs at least 2 draws, not shape {list(draws.shape)}"
+    )
+    assert draws.numel(), f"{what}: there is nothing to check in draws of the shape {list(draws.shape)}"
+    assert draws.isfinite().all(), f"{what}: {int((~draws.isfinite()).sum())} of {draws.numel()} numbers are not finite"
+    return draws
+
+
+def alike(first: Tensor, second: Tensor, what: str) -> None:
+    """Refuse two sets of draws whose coordinates are not the same: they would be compared crosswise."""
+    assert first.shape[1:] == second.shape[1:], (
+        f"{what}: draws of the shapes {list(first.shape)} and {list(second.shape)} have other coordinates"
+    )
 
 
 def mean_and_error(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,8 +74,14 @@ def total_variance(draws: Tensor) -> tuple[float, float]:
     return mean.item() * len(draws) / (len(draws) - 1), error.item()
 
 
-def z_scores(draws: Tensor, exact: Tensor) -> Tensor:
+def z_scores(draws: Tensor, exact: Tensor | float, what: str = "mean") -> Tensor:
     """Return how many standard errors (float rounding, where there is no spread) each mean is from ``exact``."""
+    draws = noisy(draws, what)
+    exact = torch.as_tensor(exact, dtype=draws.dtype)
+    assert exact.ndim == 0 or exact.shape == draws.shape[1:], (
+        f"{what}: the exact value has the shape {list(exact.shape)}, but a draw {list(draws.shape[1:])}"
+    )
+    assert exact.isfinite().all(), f"{what}: the exact value is not finite"
     mean, error = mean_and_error(draws)
     rounding = 100 * torch.finfo(draws.dtype).eps * draws.abs().amax(0).clamp_min(1)
     return (mean - exact).abs() / torch.maximum(error, rounding)
@@ -36,8 +89,7 @@ def z_scores(draws: Tensor, exact: Tensor) -> Tensor:
 
 def unbiased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
     """Check that the mean of ``draws`` ``[S, ...]`` is within 4 standard errors of ``exact`` in each coordinate."""
-    exact = torch.as_tensor(exact, dtype=draws.dtype)
-    scores = z_scores(draws, exact)
+    scores = z_scores(draws, exact, what)
     assert (scores <= SIGMAS).all(), f"{what}: off by {scores.max():.1f} standard errors of {len(draws)} draws"
     where = f" in all {scores.numel()} coordinates" if scores.numel() > 1 else ""
     print(f"ok: {what} is right{where} (4 s.e.)")
@@ -45,15 +97,17 @@ def unbiased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
 
 def biased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
     """Check that the mean of ``draws`` ``[S, ...]`` is more than 4 standard errors from ``exact`` somewhere."""
-    exact = torch.as_tensor(exact, dtype=draws.dtype)
-    scores = z_scores(draws, exact)
+    scores = z_scores(draws, exact, what)
     assert (scores > SIGMAS).any(), f"{what}: only {scores.max():.1f} standard errors away with {len(draws)} draws"
     print(f"ok: {what} is wrong (4 s.e.)")
 
 
-def less_variance(quiet: Tensor, noisy: Tensor, factor: float = 1.0, what: str = "variance") -> None:
-    """Check that ``quiet`` has less total variance than ``noisy`` / ``factor``, by more than 4 standard errors."""
-    (low, low_error), (high, high_error) = total_variance(quiet), total_variance(noisy)
+def less_variance(quiet: Tensor, noisier: Tensor, factor: float = 1.0, what: str = "variance") -> None:
+    """Check that ``quiet`` has less total variance than ``noisier`` / ``factor``, by more than 4 standard errors."""
+    quiet, noisier = noisy(quiet, what), noisy(noisier, what)
+    alike(quiet, noisier, what)
+    assert min(len(quiet), len(noisier)) >= 10, f"{what}: the error of a variance needs at least 10 draws"
+    (low, low_error), (high, high_error) = total_variance(quiet), total_variance(noisier)
     gap, error = high - factor * low, (high_error**2 + (factor * low_error) ** 2) ** 0.5
     assert gap > SIGMAS * error, f"{what}: {low:.3g} against {high:.3g}, a gap of {gap:.3g} ± {error:.3g}"
     times = "less" if factor == 1 else f"more than {factor:g} times less"
@@ -62,6 +116,8 @@ def less_variance(quiet: Tensor, noisy: Tensor, factor: float = 1.0, what: str =
 
 def below(low: Tensor, high: Tensor, what: str = "mean") -> None:
     """Check that the mean of ``low`` ``[S]`` is below that of ``high`` ``[S]``, paired, by over 4 standard errors."""
+    low, high = noisy(low, what), noisy(high, what)
+    assert low.shape == high.shape, f"{what}: pairs have one shape, not {list(low.shape)} and {list(high.shape)}"
     mean, error = mean_and_error(high - low)
     assert mean > SIGMAS * error, f"{what}: a gap of {mean:.3g}, {mean / error:.1f} standard errors"
     print(f"ok: {what} (4 s.e.)")
@@ -69,6 +125,7 @@ def below(low: Tensor, high: Tensor, what: str = "mean") -> None:
 
 def no_variance(draws: Tensor, what: str = "variance") -> None:
     """Check that all ``draws`` ``[S, ...]`` are the same number, up to float rounding of their size."""
+    draws = noisy(draws, what)
     spread = (draws - draws.mean(0)).abs().max()
     rounding = 1e4 * torch.finfo(draws.dtype).eps * draws.abs().max().clamp_min(1)
     assert spread <= rounding, f"{what}: draws differ by {spread:.3g}"
@@ -77,11 +134,341 @@ def no_variance(draws: Tensor, what: str = "variance") -> None:
 
 def same(first: Tensor, second: Tensor, what: str = "values") -> None:
     """Check that two computations of one thing agree to float rounding."""
+    first, second = torch.as_tensor(first), torch.as_tensor(second)
+    assert first.numel(), f"{what}: there is nothing to compare"
     torch.testing.assert_close(first, second, msg=lambda message: f"{what}: {message}")
     print(f"ok: {what} agree")
 
 
+def equivalent(first: Tensor, second: Tensor, within: float, what: str = "mean") -> None:
+    """Check that the means of ``first`` and ``second`` ``[S]``, paired, differ by less than ``within``.
+
+    The whole interval of 4 standard errors around their difference must lie inside of the margin, the smallest
+    difference that would matter: noise alone does not show that two things are the same.
+    """
+    first, second = noisy(first, what), noisy(second, what)
+    assert first.shape == second.shape, f"{what}: pairs have one shape, not {list(first.shape)}, {list(second.shape)}"
+    mean, error = mean_and_error(first - second)
+    low, high = mean - SIGMAS * error, mean + SIGMAS * error
+    assert (-within < low).all() and (high < within).all(), (
+        f"{what}: undecided or different, from {low.min():.3g} to {high.max():.3g} with a margin of {within:g}"
+    )
+    print(f"ok: {what} is the same to {within:g} (4 s.e.)")
+
+
 def holds(condition: bool | Tensor, what: str) -> None:
-    """Check a plain statement."""
-    assert bool(condition), f"does not hold: {what}"
+    """Check a plain statement: True, or a tensor or array of one True."""
+    value = condition.item() if getattr(condition, "ndim", None) == 0 else condition
+    assert isinstance(value, bool), f"{what}: a statement is True or False, not {value!r}"
+    assert value, f"does not hold: {what}"
     print(f"ok: {what}")
+
+
+# --- contracts --------------------------------------------------------------------------------------------------------
+
+GROUPS = 64
+"""Groups of draws that the statistical part of a contract compares; their means are normal, whatever a draw is."""
+
+CONTRACT_SIGMAS = 6.0
+"""The width of a contract's statistical checks, in standard errors: it has to hold in any number of coordinates."""
+
+
+def contract(subject: Any, joint: Callable[..., Tensor] | None = None, q: Any = None, x: Tensor | None = None) -> None:
+    r"""Check that a posterior, or an estimator, is what the engine takes it for; AssertionError says what is broken.
+
+    A posterior (see :mod:`vaelib.posteriors`): its noise is that of the generator, sample and density are functions
+    with the shapes ``[K, B, D]`` and ``[K, B]`` and one dtype, ``sample_and_log_prob`` is the two of them, stopping it
+    holds its parameters and nothing else, and the density is that of the samples. The last is tried on draws, by two
+    identities that fail for a density that is not normalised or belongs to another sampler,
+
+    .. math:: \mathbb E_q[\partial_\phi \log q] = 0, \qquad
+        \mathbb E_q[\partial_z \log q] = 0, \quad \mathbb E_q[(z - c)\, \partial_z \log q] = -1,
+
+    the second line of which (Stein's) is for samples that move with phi.
+
+    An estimator (see :mod:`vaelib.estimators`): too few draws are refused, its loss ``[B]`` is pure, gives the same
+    gradients under ``vmap(grad(...))`` as one by one, gives theta its gradient where q is frozen, has the bound as its
+    value on average, and has the target's gradient on average, paired with a row that is known to.
+
+    Parameters
+    ----------
+    subject
+        a posterior, or an estimator.
+    joint, q, x
+        for an estimator, the model that it is tried on, where none of the small ones here will do.
+    """
+    name = subject.name if isinstance(subject, Estimator) else type(subject).__name__
+    try:
+        if isinstance(subject, Estimator):
+            what, faults = "an estimator", _faults_of_estimator(subject, *_setting(subject, joint, q, x))
+        else:
+            what, faults = "a posterior", _faults_of_posterior(as_posterior(subject))
+        for kept, fault in faults:
+            assert kept, f"{name}: {fault}"
+    except InputError as error:
+        raise AssertionError(f"{name}: {error}") from error
+    print(f"ok: {name} keeps the contract of {what}")
+
+
+def _faults_of_posterior(q: Posterior) -> Iterator[tuple[bool, str]]:
+    """Yield whether each clause is kept, and the sentence for the case that it is not."""
+    k = 4 * q.strata
+    eps = q.noise(k, _seeded(0))
+    yield _equal(eps, q.noise(k, _seeded(0))), "noise(k, generator) differs although the generator is the same"
+    yield not _equal(eps, q.noise(k, _seeded(1))), "noise(k, generator) does not depend on the generator"
+    if _tells_noise(q):
+        yield (
+            _equal(eps, draw(q.noise_like(k), _seeded(0))),
+            "noise(k, generator) is not draw(noise_like(k), generator)",
+        )
+
+    z = q.sample(eps)
+    shape = (k, layers_of(eps)[0].shape[1])
+    found = [list(layer.shape) for layer in layers_of(z)]
+    yield (
+        all(len(one) == 3 and tuple(one[:2]) == shape for one in found),
+        (f"sample(eps) must be [K, B, D] with [K, B] = {list(shape)}, but is {found}"),
+    )
+    yield _equal(z, q.sample(eps)), "sample(eps) differs from call to call"
+    log_q = q.log_prob(z)
+    yield log_q.shape == shape, f"log_prob(z) must be [K, B] = {list(shape)}, but is {list(log_q.shape)}"
+    kinds = {(part.dtype, part.device) for part in (*layers_of(eps), *layers_of(z), log_q)}
+    yield len(kinds) == 1, f"noise, samples and density are not of one dtype on one device: {kinds}"
+    again, log_q_again = q.sample_and_log_prob(eps)
+    yield (
+        _close(again, z) and _close(log_q_again, log_q),
+        "sample_and_log_prob(eps) is not sample(eps) and its log_prob",
+    )
+    yield _close(q.log_prob_of_sample(z, eps), log_q), "log_prob_of_sample(z, eps) is not log_prob(z)"
+
+    try_out(q, eps)
+    z = map_latent(Tensor.detach, q.sample(eps))
+    yield _close(q.stop_gradient().log_prob(z), q.log_prob(z)), "stop_gradient() is another density"
+
+    off = _standard_errors_off(q)
+    yield (
+        not off["score"] > CONTRACT_SIGMAS,
+        (
+            f"log_prob is not a density that is normalised for every phi, or not that of the samples: the mean of its "
+            f"derivative in phi is {off['score']:.0f} standard errors from 0"
+        ),
+    )
+    yield (
+        not off["slope"] > CONTRACT_SIGMAS,
+        (
+            f"log_prob is not the density of the samples: the mean of its derivative in z is off by {off['slope']:.0f} "
+            "standard errors"
+        ),
+    )
+
+
+def _standard_errors_off(q: Posterior) -> dict[str, float]:
+    """Return how far the means of the score and of the slope in z are from what they are for a density."""
+    try:
+        q = q.map_parameters(lambda p: p.detach().clone().requires_grad_())
+    except (InputError, NotImplementedError):
+        pass  # the slopes in z tell enough
+    generator, k = _seeded(2), 64 * q.strata
+    share = _share(q, k)
+    centre = map_latent(lambda layer: (share.unsqueeze(-1) * layer).mean(0).detach(), q.sample(q.noise(k, generator)))
+    scores, slopes = [], []
+    for _ in range(GROUPS):
+        z = q.sample(q.noise(k, generator))
+        moves = any(layer.requires_grad for layer in layers_of(z))
+        z = map_latent(lambda layer: layer.detach().requires_grad_(), z)
+        log_q = (_share(q, k).detach() * q.log_prob(z)).sum()
+        phi = _parameters(q)
+        found = torch.autograd.grad(log_q, [*layers_of(z), *phi], allow_unused=True) if log_q.requires_grad else ()
+        zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(found, [*layers_of(z), *phi], strict=False)]
+        in_z, in_phi = zeros[: len(layers_of(z))], zeros[len(layers_of(z)) :]
+        scores.append(torch.cat([g.flatten() for g in in_phi]) / k if in_phi else log_q.new_zeros(1))
+        parts = [
+            torch.stack([slope.mean(0), ((layer - c) * slope + share.unsqueeze(-1)).mean(0)]).flatten()
+            for slope, layer, c in zip(in_z, layers_of(z), layers_of(centre), strict=True)
+        ]
+        slopes.append(torch.cat(parts).detach() if moves else log_q.new_zeros(1))
+    found = {"score": torch.stack(scores).detach(), "slope": torch.stack(slopes).detach()}
+    return {name: z_scores(draws, torch.zeros_like(draws[0])).max().item() for name, draws in found.items()}
+
+
+PAIRED = {"elbo": ("elbo-total", "elbo-score-loo"), "iwae": ("iwae-total", "iwae-vimco"), "wake": ("rws",)}
+"""Rows that are known to have the gradient of each target, for samples with and without a path."""
+
+
+class _Numbers(nn.Module):
+    """An encoder that returns one and the same posterior, made of parameters of its own."""
+
+    def __init__(self, q: Posterior) -> None:
+        super().__init__()
+        self.q, self.numbers = q.stop_gradient(), nn.ParameterList()
+        q.map_parameters(lambda p: self.numbers.append(p.detach().clone()) and p)
+
+    def forward(self, x: Tensor) -> Posterior:
+        numbers = iter(self.numbers)
+        return self.q.map_parameters(lambda _: next(numbers))
+
+
+def _setting(estimator: Estimator, joint: Any, q: Any, x: Any) -> tuple[Any, Posterior, Tensor]:
+    """Return what the estimator is tried on: what was given, or the first of some small models that it takes."""
+    if joint is not None:
+        return joint, as_posterior(q), x
+    g = _seeded(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    x, scale = randn(2, 3), torch.tensor(-0.2, dtype=torch.float64)
+    gaussian, bits = DiagonalGaussian(randn(2, 2), 0.3 * randn(2, 2)), FactorisedBernoulli(randn(2, 2))
+    plain, guide = (LinearGaussian(randn(3, 2), randn(3), scale.clone()) for _ in range(2))
+    discrete = DiscreteJoint(LinearDecoder(randn(3, 2), randn(3), scale.clone()), torch.zeros_like(bits.logits[0]))
+    layers = HierarchicalJoint(_Affine(randn(2, 2)), LinearDecoder(randn(3, 2), randn(3), scale.clone()))
+    refusal = None
+    for joint, q in (
+        (plain, gaussian),
+        (Guided(plain, guide), gaussian),
+        (discrete, bits),
+        (layers, HierarchicalGaussian(gaussian, (_Affine(randn(2, 2)),))),
+    ):
+        try:
+            estimator.loss(joint, q, x, q.noise(4, _seeded(0)))
+        except InputError as error:
+            refusal = error
+        else:
+            return joint, q, x
+    raise InputError(f"none of the small models will do ({refusal}); give joint, q and x")
+
+
+class _Affine(nn.Module):
+    """A conditional Gaussian with a linear mean."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.log_std = nn.Parameter(weight), nn.Parameter(torch.zeros_like(weight[0]))
+
+    def forward(self, z: Tensor) -> DiagonalGaussian:
+        mean = z @ self.weight.mT
+        return DiagonalGaussian(mean, self.log_std.expand_as(mean))
+
+
+def _faults_of_estimator(estimator: Estimator, joint: Any, q: Posterior, x: Tensor) -> Iterator[tuple[bool, str]]:
+    """Yield whether each clause is kept, and the sentence for the case that it is not."""
+    if estimator.least_k > 1:
+        yield (
+            _refuses(estimator, estimator.least_k - 1),
+            f"fewer than least_k = {estimator.least_k} draws are not refused",
+        )
+    encoder, generator = _Numbers(q), _seeded(4)
+    objective = Objective(estimator, joint, encoder)
+    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    k = -(-max(4, estimator.least_k) // q.strata) * q.strata
+    noise = [encoder(x).noise(k, generator) for _ in range(GROUPS)]
+
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    eps = map_latent(Tensor.clone, noise[0])
+    loss = objective(x, noise[0])
+    yield loss.shape == x.shape[:1], f"loss must be [B] = {list(x.shape[:1])}, but is {list(loss.shape)}"
+    yield torch.equal(loss, objective(x, noise[0])), "loss differs from call to call, although the noise is the same"
+    after = objective.state_dict()
+    pure = all(p.grad is None for p in objective.parameters()) and all(_equal(before[n], after[n]) for n in before)
+    yield pure and _equal(eps, noise[0]), "loss is not pure: it changes gradients, parameters, buffers or the noise"
+
+    def gradients(row: Estimator) -> list[list[Tensor]]:
+        losses = [Objective(row, joint, encoder)(x, eps).mean() for eps in noise]
+        return [_gradient(one, list(named.values())) for one in losses]
+
+    mine = gradients(estimator)
+    stacked = tuple(map(torch.stack, zip(*map(layers_of, noise), strict=True)))
+    stacked = stacked if isinstance(noise[0], tuple) else stacked[0]
+    at_once = vmap(grad(lambda p, eps: functional_call(objective, p, (x, eps)).mean()), in_dims=(None, 0))(
+        named, stacked
+    )
+    one_by_one = [torch.stack(draws) for draws in zip(*mine, strict=True)]
+    yield all(map(_close, at_once.values(), one_by_one)), "vmap(grad(loss)) is not the gradient of each draw"
+
+    theta = [p for p in joint.parameters() if p.requires_grad] if isinstance(joint, nn.Module) else []
+    frozen = _gradient(estimator.loss(joint, encoder(x).stop_gradient(), x, noise[0]).mean(), theta)
+    yield all(map(_close, frozen, mine[0])), "theta gets another gradient where q is frozen"
+
+    target = estimator.target or estimator.bound
+    row = next(row for row in map(TABLEAU.get, PAIRED[target]) if _takes(row, joint, encoder(x), x, noise[0]))
+    values = torch.stack([(objective(x, eps) - Objective(row, joint, encoder)(x, eps)).detach() for eps in noise])
+    off = z_scores(values, torch.zeros_like(values[0])).max().item()
+    yield not off > CONTRACT_SIGMAS, f"the value is not -{estimator.bound}: it is off by {off:.0f} standard errors"
+    if estimator.target is not None:
+        truth = [torch.stack(draws) for draws in zip(*gradients(row), strict=True)]
+        pairs = [(a, b) for a, b in zip(one_by_one, truth, strict=True) if b.any()]  # what the bound depends on
+        gaps = torch.cat([(a - b).reshape(GROUPS, -1) for a, b in pairs], 1)
+        off = z_scores(gaps, torch.zeros_like(gaps[0])).max().item()
+        yield (
+            not off > CONTRACT_SIGMAS,
+            (
+                f"it is not unbiased for '{target}': its gradient is {off:.0f} standard errors from that of "
+                f"{row.name}, draw by draw"
+            ),
+        )
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _equal(a: Latent, b: Latent) -> bool:
+    return all(map(torch.equal, layers_of(a), layers_of(b)))
+
+
+def _close(a: Latent, b: Latent) -> bool:
+    """Whether two computations of one thing agree; a density in float32 may lose some digits on the way."""
+    pairs = [(one.detach(), other.detach()) for one, other in zip(layers_of(a), layers_of(b), strict=True)]
+    return all(
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance * max(1.0, other.abs().max().item()))
+        for one, other in pairs
+        for tolerance in (1e3 * torch.finfo(one.dtype).eps,)
+    )
+
+
+def _share(q: Posterior, k: int) -> Tensor:
+    """Return what each of ``k`` draws counts, ``[K, B]`` or ``[1, 1]``."""
+    log_share = q.log_share(k)
+    return log_share.exp() if isinstance(log_share, Tensor) else torch.ones(1, 1)
+
+
+def _parameters(q: Posterior) -> list[Tensor]:
+    """Return the numbers that q is made of, and the parameters of the modules inside it, as far as they learn."""
+    numbers: list[Tensor] = []
+    try:
+        q.map_parameters(lambda p: numbers.append(p) or p)
+    except (InputError, NotImplementedError):
+        pass
+    modules = [part for part in functions_in(q) if isinstance(part, nn.Module)]
+    numbers += [p for module in modules for p in module.parameters()]
+    return [p for p in numbers if p.requires_grad]
+
+
+def _tells_noise(q: Posterior) -> bool:
+    try:
+        q.noise_like(q.strata)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _refuses(estimator: Estimator, k: int) -> bool:
+    try:
+        estimator.check(k)
+    except InputError:
+        return True
+    return False
+
+
+def _takes(row: Estimator, joint: Any, q: Posterior, x: Tensor, eps: Latent) -> bool:
+    try:
+        row.loss(joint, q, x, eps)
+    except InputError:
+        return False
+    return True
+
+
+def _gradient(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(value, parameters, allow_unused=True) if parameters and value.requires_grad else ()
+    found = found or [None] * len(parameters)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]

@@ -4,7 +4,8 @@ A decoder that can model the data without z learns to ignore it while the encode
 at the prior, the posterior *collapses*, and no gradient brings it back. "Lagging Inference Networks" (He et al. 2019)
 trains the encoder to the end of its way before each step of the decoder (:func:`aggressive_step`), for as long as that
 adds mutual information (:data:`RULES`). Its rivals change the objective (:func:`elbo_kl`: a weight on the KL, free
-bits) or the encoder (:class:`SemiAmortised`). :data:`METHODS` lists them all as data, :func:`fit` trains any of them.
+bits) or the encoder (:class:`SemiAmortised`). :data:`METHODS` lists them all as data; :func:`fit` trains by any of
+them, in the loop of :mod:`vaelib.training` with hooks: :class:`Validation`, :class:`Aggressive`, :class:`Plateau`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelib import evaluation, objectives
+from vaelib import evaluation
+from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
-from vaelib import estimators as known
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
 from vaelib.estimators import Estimator, LossEstimator
 from vaelib.posteriors import DiagonalGaussian
-from vaelib.training import Trainer, stream
+from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream, train_step
 
 # --- the objective ----------------------------------------------------------------------------------------------------
 
@@ -57,24 +57,28 @@ def kl_by_dimension(posterior: DiagonalGaussian) -> Tensor:
     return DiagonalGaussian(posterior.mean.unsqueeze(-1), posterior.log_std.unsqueeze(-1)).kl()
 
 
-def constant(epoch: float, recipe: Recipe) -> float:
+def constant(progress: Progress, recipe: LagRecipe) -> float:
     r"""The same weight, :math:`\beta`, throughout (Higgins et al. 2017)."""
     return recipe.beta
 
 
-def linear(epoch: float, recipe: Recipe) -> float:
+def linear(progress: Progress, recipe: LagRecipe) -> float:
     """From ``start`` to 1 in the first ``warm_up`` epochs (Bowman et al. 2016)."""
-    return min(1.0, recipe.start + (1 - recipe.start) * epoch / recipe.warm_up)
+    return min(1.0, recipe.start + (1 - recipe.start) * progress.epoch / recipe.warm_up)
 
 
-def cyclical(epoch: float, recipe: Recipe) -> float:
+def cyclical(progress: Progress, recipe: LagRecipe) -> float:
     """From 0 to 1 in the first part, ``ratio``, of each of ``cycles`` cycles (Fu et al. 2019: 4 cycles, one half)."""
-    through = epoch * recipe.cycles / recipe.epochs % 1
+    through = progress.epoch * recipe.cycles / recipe.epochs % 1
     return min(1.0, through / recipe.ratio)
 
 
-WEIGHTS: dict[str, Callable[[float, Recipe], float]] = {"constant": constant, "linear": linear, "cyclical": cyclical}
-"""The weight on the KL by name, as a function of the epochs so far, a fraction."""
+WEIGHTS: dict[str, Callable[[Progress, LagRecipe], float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cyclical": cyclical,
+}
+"""The weight on the KL by name."""
 
 
 # --- the aggressive schedule ------------------------------------------------------------------------------------------
@@ -120,6 +124,7 @@ def aggressive_step(
     """
     batch, before, loss, count = x, math.inf, 0.0, 0
     for steps in range(1, most + 1):
+        optimizer.zero_grad()
         loss = loss - gradient(model, estimator, batch, noise(batch), clip, joint_clip).sum()
         count += units(batch)
         model.joint.zero_grad()
@@ -131,27 +136,11 @@ def aggressive_step(
             before, loss, count = mean, 0.0, 0
         batch = draw()
 
+    optimizer.zero_grad()
     bound = gradient(model, estimator, x, noise(x), clip, joint_clip)
     model.encoder.zero_grad()
     optimizer.step()
     return bound, steps
-
-
-def gradient(
-    model: nn.Module,
-    estimator: Estimator,
-    x: Tensor,
-    eps: Tensor,
-    clip: float | None = 5.0,
-    joint_clip: bool = True,
-) -> Tensor:
-    """Put the clipped gradient of ``-bound.mean()`` into ``.grad`` and return the bound, ``[B]``."""
-    model.zero_grad()
-    bound = objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
-    if clip is not None:
-        for part in (model,) if joint_clip else (model.joint, model.encoder):
-            nn.utils.clip_grad_norm_(part.parameters(), clip)
-    return bound
 
 
 def first_drop(mi: Sequence[float]) -> bool:
@@ -240,30 +229,10 @@ class SemiAmortised(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are those of He et al. (2019) for text. See :data:`IMAGES` for theirs for images.
+class LagRecipe(Recipe):
+    """A recipe with what was tried against collapse; the defaults are those of He et al. (2019) for text.
 
-    Attributes
-    ----------
-    epochs, batch_size, k, seed
-        as in :class:`vaelib.config.Recipe`.
-    optimizer, lr
-        a key of :data:`OPTIMIZERS`, and its first step size.
-    clip, joint_clip, block, most
-        as for :func:`aggressive_step`.
-    patience, first_decay, decays
-        halve the step size, and go back to the best weights, after ``patience`` epochs on end without a better
-        validation loss, not before epoch ``first_decay``; stop after ``decays`` such times.
-    estimator
-        a key of :func:`vaelib.estimators.every`, or None for :func:`elbo_kl`, which the next three are for.
-    weight, beta, start, warm_up, cycles, ratio
-        a key of :data:`WEIGHTS`, and what the weights there are made of.
-    free_bits
-        nats a dimension.
-    svi_steps
-        of :class:`SemiAmortised`; 0 for none.
-    aggressive, rule
-        whether to begin with the aggressive phase, and a key of :data:`RULES` for its end.
+    See :data:`IMAGES` for theirs for images, and :data:`METHODS` for what each method changes.
 
     Raises
     ------
@@ -271,57 +240,50 @@ class Recipe:
         for a value that cannot be meant.
     """
 
-    epochs: int = 100
     batch_size: int = 32
-    k: int = 1
-    seed: int = 0
-    optimizer: str = "sgd"
+    epochs: int = 100
     lr: float = 1.0
+    optimizer: str = "sgd"
     clip: float | None = 5.0
-    joint_clip: bool = True
-    block: int = 15
-    most: int = 99
-    patience: int = 2
-    first_decay: int = 15
-    decays: int = 5
-    estimator: str | None = None
-    weight: str = "constant"
-    beta: float = 1.0
-    start: float = 0.1
-    warm_up: float = 10
-    cycles: int = 4
-    ratio: float = 0.5
-    free_bits: float = 0.0
-    svi_steps: int = 0
-    aggressive: bool = False
-    rule: str = "first-drop"
+    adam_eps: float = 1e-8
+    joint_clip: bool = setting(True, "Clip the gradients of encoder and decoder together, as published.")
+    patience: int = setting(2, "Epochs on end without a better validation loss before the step size is halved.")
+    first_decay: int = setting(15, "The epoch before which it is not.")
+    decays: int = setting(5, "Stop after so many halvings.")
+    estimator: str | None = setting(None, "Gradient estimator; None for the ELBO in its KL form, see elbo_kl.")
+    weight: str = setting("constant", "The weight on the KL: constant (beta), linear or cyclical.")
+    beta: float = setting(1.0, "The constant weight.")
+    start: float = setting(0.1, "Where the linear weight begins.")
+    warm_up: float = setting(10, "Epochs until it is 1.")
+    cycles: int = setting(4, "Cycles of the cyclical weight.")
+    ratio: float = setting(0.5, "The part of a cycle in which it rises.")
+    free_bits: float = setting(0.0, "Nats a dimension that the KL does not cost.")
+    svi_steps: int = setting(0, "Gradient steps on each batch's posterior (SA-VAE).")
+    aggressive: bool = setting(False, "Begin with the aggressive phase.")
+    rule: str = setting("first-drop", "What ends it: first-drop or five-misses.")
+    block: int = setting(15, "Steps of the encoder from one look at the loss to the next.")
+    most: int = setting(99, "Steps of the encoder before one of the decoder, at most.")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "k", "block", "most", "patience", "decays", "cycles"):
+        super().__post_init__()
+        for name in ("block", "most", "patience", "decays", "cycles"):
             whole_number(name, getattr(self, name), least=1)
-        for name in ("seed", "first_decay", "svi_steps"):
+        for name in ("first_decay", "svi_steps"):
             whole_number(name, getattr(self, name), least=0)
-        for name in ("lr", "warm_up", "ratio") + (("clip",) if self.clip is not None else ()):
+        for name in ("warm_up", "ratio"):
             positive(name, getattr(self, name))
         for name, most in (("beta", math.inf), ("free_bits", math.inf), ("start", 1.0), ("ratio", 1.0)):
             between(name, getattr(self, name), 0.0, most)
         for name in ("joint_clip", "aggressive"):
             true_or_false(name, getattr(self, name))
-        choose("optimizer", self.optimizer, OPTIMIZERS)
-        choose("weight", self.weight, WEIGHTS)
-        choose("rule", self.rule, RULES)
-        if self.estimator is not None:
-            known.get(self.estimator).check(self.k)
-            if (self.weight, self.beta, self.free_bits) != ("constant", 1.0, 0.0):
-                raise InputError(
-                    f"estimator '{self.estimator}' has no weight on the KL and no free bits: leave these out, or it"
-                )
+        if self.estimator is not None and (self.weight, self.beta, self.free_bits) != ("constant", 1.0, 0.0):
+            raise InputError(
+                f"estimator '{self.estimator}' has no weight on the KL and no free bits: leave these out, or it"
+            )
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-
-TEXT = Recipe()
-IMAGES = Recipe(
+TEXT = LagRecipe()
+IMAGES = LagRecipe(
     epochs=1000, batch_size=50, optimizer="adam", lr=1e-3, block=10, patience=20, first_decay=0, rule="five-misses"
 )
 """The recipe of He et al. (2019) for Omniglot."""
@@ -340,8 +302,143 @@ METHODS: dict[str, Mapping[str, Any]] = {
 """What each method changes in a recipe: ``replace(TEXT, **METHODS["aggressive"])``."""
 
 
-class Training(Trainer):
-    """A training by any of :data:`METHODS`, of text or images; a :class:`vaelib.training.Trainer` to all who save one.
+class Aggressive(Hook):
+    """Take the steps, aggressive ones for as long as the recipe's rule lets them, and add up what they cost.
+
+    It adds "aggressive" (whether the epoch was), "seconds" spent in steps, "aggressive_seconds" in aggressive ones, and
+    "encoder_steps" taken to the record of each epoch.
+    """
+
+    def __init__(self, recipe: LagRecipe, units: Callable[[Tensor], int], clock: Callable[[], float]) -> None:
+        self.recipe, self.units, self.clock = recipe, units, clock
+        self.ends = choose("rule", recipe.rule, RULES)
+        self.active = recipe.aggressive
+        self.cost = {"seconds": 0.0, "aggressive_seconds": 0.0, "encoder_steps": 0}
+
+    def update(self, training: Training, x: Tensor) -> Tensor:
+        """Learn from one batch and return its mean bound, ``[]``."""
+        start, recipe, steps = self.clock(), self.recipe, 1
+        what = (training.model, training.estimator, training.optimizer, x)
+        with drawing_from(offspring(training.streams["noise"])):
+            if self.active:
+                bound, steps = aggressive_step(
+                    *what, lambda: random_batch(training), training.noise, block=recipe.block, most=recipe.most,
+                    clip=recipe.clip, joint_clip=recipe.joint_clip, units=self.units,
+                )  # fmt: skip
+            else:
+                bound = train_step(*what, training.noise(x), recipe.clip, recipe.joint_clip)
+        took = self.clock() - start
+        self.cost["seconds"] += took
+        self.cost["aggressive_seconds"] += took * self.active
+        self.cost["encoder_steps"] += steps
+        return bound.mean()
+
+    def order(self, training: Training) -> Tensor:
+        """Shuffle the data, then its batches; the sentences of a batch are about equally long."""
+        split, shuffle = training.split, training.streams["order"]
+        order = torch.randperm(len(split), generator=shuffle)[: len(training.order)]
+        if isinstance(split, Sentences):
+            order = order[split.lengths.cpu()[order].argsort(stable=True)]
+        batches = order.view(training.steps_per_epoch, -1)
+        return batches[torch.randperm(len(batches), generator=shuffle)].flatten()
+
+    def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Note the cost, and end the phase where the mutual information says so."""
+        record.update(aggressive=self.active, **self.cost)
+        self.active &= not self.ends([epoch["mi"] for epoch in training.history])
+
+    def state(self) -> dict[str, Any]:
+        """Return whether the phase goes on, and the cost so far."""
+        return {"active": self.active, "cost": dict(self.cost)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.active, self.cost = state["active"], dict(state["cost"])
+
+
+def random_batch(training: Training) -> Tensor:
+    """Return one of this epoch's batches, drawn with replacement."""
+    size = training.recipe.batch_size
+    i = int(torch.randint(training.steps_per_epoch, (), generator=training.streams["order"])) * size
+    return training.split.batch(training.order[i : i + size], training.streams["binarisation"])
+
+
+class Validation(Hook):
+    """Add the weight on the KL, and what :func:`measure` says of the validation set, to the record of each epoch.
+
+    Its state is the vocabulary of a text, so that no training goes on with another one.
+    """
+
+    def __init__(self, x: Tensor, weight: Callable[[Progress], float], words: Sequence[str]) -> None:
+        self.x, self.weight, self.words = x, weight, list(words)
+
+    def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Measure, with the same noise every time."""
+        recipe, model = training.recipe, training.model
+        noise = stream("test", recipe.seed, training.device, training.step)
+        with drawing_from(offspring(noise)), evaluation.evaluating(model):
+            record.update(weight=self.weight(training.progress), **measure(model, self.x, recipe.batch_size, noise))
+
+    def state(self) -> list[str]:
+        """Return the words."""
+        return self.words
+
+    def load_state(self, state: list[str]) -> None:
+        """Raise InputError if it is of another vocabulary."""
+        check_vocabulary(state, self.words)
+
+
+class Plateau(Hook):
+    """Keep the best weights; where the validation loss stands still, go back to them with half the step size."""
+
+    def __init__(self, recipe: LagRecipe) -> None:
+        self.recipe = recipe
+        self.loss = {"best": math.inf, "mark": math.inf, "bad": 0, "decays": 0}
+        self.best: dict[str, Tensor] | None = None
+
+    def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Look at the loss on the validation set."""
+        loss, at, recipe = record["nll_bound"], self.loss, self.recipe
+        if loss < at["best"]:
+            at["best"], self.best = loss, copy.deepcopy(training.model.state_dict())
+        if loss < at["mark"]:
+            at["mark"], at["bad"] = loss, 0
+            return
+        at["bad"] += 1
+        if at["bad"] >= recipe.patience and len(training.history) > recipe.first_decay:
+            at.update(mark=loss, bad=0, decays=at["decays"] + 1)  # the mark as in the authors' code
+            self.go_back(training.model)
+            training.decay /= 2
+            training.restart_optimizer()
+            training.stopped = at["decays"] == recipe.decays
+
+    def finish(self, training: Training) -> None:
+        """Leave the model with its best weights, in evaluation mode."""
+        self.go_back(training.model)
+        training.model.eval()
+
+    def go_back(self, model: nn.Module) -> None:
+        """Give the model its best weights."""
+        if self.best is not None:
+            model.load_state_dict(self.best)
+
+    def state(self) -> dict[str, Any]:
+        """Return the best weights and losses."""
+        return {"loss": dict(self.loss), "best": self.best}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.loss, self.best = dict(state["loss"]), state["best"]
+
+
+def prepare(
+    model: nn.Module,
+    train: Split | Sentences,
+    valid: Split | Sentences,
+    recipe: LagRecipe = TEXT,
+    clock: Callable[[], float] = time.monotonic,
+) -> Training:
+    """Return the training of text or images by any of :data:`METHODS`, before its first step.
 
     Introduced in book/04-inference-lag.ipynb.
 
@@ -357,154 +454,33 @@ class Training(Trainer):
     clock
         what tells the seconds: the wall clock, or :func:`time.process_time` on a machine that others work on too.
 
-    Attributes
-    ----------
-    history : list of dict
-        one record an epoch: "epoch", "step", "bound" (of the training objective, a batch's mean), "lr", "weight",
-        "aggressive" (whether this epoch was), what :func:`measure` says of the validation set, and :attr:`cost`.
-    cost : dict
-        "seconds" spent in steps, "aggressive_seconds" in aggressive ones, and "encoder_steps" taken.
+    Returns
+    -------
+    Training
+        whose history has besides what :class:`Aggressive` and :class:`Validation` note.
     """
+    schedule = choose("weight", recipe.weight, WEIGHTS)
+    amortised = SemiAmortised(model.encoder, model.joint, recipe.svi_steps)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Split | Sentences,
-        valid: Split | Sentences,
-        recipe: Recipe = TEXT,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        if recipe.batch_size > len(train):
-            raise InputError(
-                f"batch_size is {recipe.batch_size}, but there are only {len(train)} training observations"
-            )
-        self.model, self.split, self.recipe, self.clock = model, train, recipe, clock
-        self.device = next(model.parameters()).device
-        self.valid = valid.batch(slice(None), stream("test", recipe.seed, self.device))
-        self.steps_per_epoch = len(train) // recipe.batch_size
-        self.streams = {
-            name: stream(name, recipe.seed, "cpu" if name == "order" else self.device)
-            for name in ("order", "binarisation", "noise")
-        }
-        if recipe.svi_steps:
-            model.encoder = SemiAmortised(model.encoder, model.joint, recipe.svi_steps, generator=self.streams["noise"])
-        self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe.lr)
-        self.step, self.seconds, self.history = 0, 0.0, []
-        self.order = torch.arange(len(train), device=self.device)[: self.steps_per_epoch * recipe.batch_size]
-        self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
-        self.aggressive = recipe.aggressive
-        self.best, self.plateau = (
-            copy.deepcopy(model.state_dict()),
-            {"best": math.inf, "mark": math.inf, "bad": 0, "decays": 0},
-        )
-        self.cost = {"seconds": 0.0, "aggressive_seconds": 0.0, "encoder_steps": 0}
-        self.units = getattr(train, "units", len)
+    def weight(progress: Progress) -> float:
+        return schedule(progress, recipe)
 
-    @property
-    def total_steps(self) -> int:
-        """Steps after which the training is over; it may end early."""
-        return self.step if self.plateau["decays"] == self.recipe.decays else super().total_steps
+    def estimator(progress: Progress) -> Estimator:
+        amortised.weight = weight(progress)
+        return elbo_kl(amortised.weight, recipe.free_bits)
 
-    @property
-    def estimator(self) -> Estimator:
-        """What this step climbs."""
-        recipe = self.recipe
-        return known.get(recipe.estimator) if recipe.estimator else elbo_kl(self.weight, recipe.free_bits)
-
-    @property
-    def weight(self) -> float:
-        """The weight on the KL in this step."""
-        return WEIGHTS[self.recipe.weight](self.step / self.steps_per_epoch, self.recipe)
-
-    def run(self, after_step: Callable[[], None] = lambda: None, progress: bool = False) -> list[dict[str, Any]]:
-        """Train to the recipe's end, from wherever :attr:`step` stands; leave the best weights; return the history."""
-        self.model.train()
-        super().run(after_step, progress)
-        self.model.load_state_dict(self.best)
-        self.model.eval()
-        return self.history
-
-    def update(self, x: Tensor) -> Tensor:
-        """Learn from one batch and return its mean bound, ``[]``."""
-        start, recipe, steps = self.clock(), self.recipe, 1
-        estimator, noise = self.estimator, lambda x: self.model.encoder(x).noise(recipe.k, self.streams["noise"])
-        if recipe.svi_steps:
-            self.model.encoder.weight = self.weight
-        with own_randomness(self.streams["noise"]):
-            if self.aggressive:
-                bound, steps = aggressive_step(
-                    self.model, estimator, self.optimizer, x, self.random_batch, noise,
-                    block=recipe.block, most=recipe.most, clip=recipe.clip, joint_clip=recipe.joint_clip,
-                    units=self.units,
-                )  # fmt: skip
-            else:
-                bound = gradient(self.model, estimator, x, noise(x), recipe.clip, recipe.joint_clip)
-                self.optimizer.step()
-        took = self.clock() - start
-        self.cost["seconds"] += took
-        self.cost["aggressive_seconds"] += took * self.aggressive
-        self.cost["encoder_steps"] += steps
-        return bound.mean()
-
-    def random_batch(self) -> Tensor:
-        """Return one of this epoch's batches, drawn with replacement."""
-        i = int(torch.randint(self.steps_per_epoch, (), generator=self.streams["order"])) * self.recipe.batch_size
-        return self.split.batch(self.order[i : i + self.recipe.batch_size], self.streams["binarisation"])
-
-    def begin_epoch(self) -> None:
-        """Shuffle the data; of sentences, those in a batch are about equally long."""
-        order = torch.randperm(len(self.split), generator=self.streams["order"])[: len(self.order)]
-        if isinstance(self.split, Sentences):
-            order = order[self.split.lengths.cpu()[order].argsort(stable=True)]
-        batches = order.view(self.steps_per_epoch, -1)
-        shuffled = torch.randperm(self.steps_per_epoch, generator=self.streams["order"])
-        self.order = batches[shuffled].flatten().to(self.device)
-
-    def end_epoch(self) -> None:
-        """Measure, add the epoch to the history, and decide on what comes next."""
-        super().end_epoch()
-        self.model.eval()
-        noise = stream("test", self.recipe.seed, self.device, self.step)
-        with own_randomness(noise):
-            measured = measure(self.model, self.valid, self.recipe.batch_size, noise)
-        self.model.train()
-        self.history[-1].update(weight=self.weight, aggressive=self.aggressive, **measured)
-        self.history[-1].update({**self.cost})
-        self.aggressive &= not RULES[self.recipe.rule]([record["mi"] for record in self.history])
-        self.look_at_loss(measured["nll_bound"])
-
-    def look_at_loss(self, loss: float) -> None:
-        """Keep the best weights; where the validation loss stands still, go back to them with half the step size."""
-        at, recipe = self.plateau, self.recipe
-        if loss < at["best"]:
-            at["best"], self.best = loss, copy.deepcopy(self.model.state_dict())
-        if loss < at["mark"]:
-            at["mark"], at["bad"] = loss, 0
-            return
-        at["bad"] += 1
-        if at["bad"] >= recipe.patience and len(self.history) > recipe.first_decay:
-            at.update(mark=loss, bad=0, decays=at["decays"] + 1)  # the mark as in the authors' code
-            self.model.load_state_dict(self.best)
-            lr = self.optimizer.param_groups[0]["lr"] / 2
-            self.optimizer = OPTIMIZERS[recipe.optimizer](self.model.parameters(), lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that :meth:`load_state_dict` needs to go on bit for bit; raises as the Trainer's."""
-        own = {name: getattr(self, name) for name in ("aggressive", "best", "plateau", "cost")}
-        return {**super().state_dict(), **own, "vocabulary": vocabulary_of(self.split)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, bit for bit.
-
-        Raises
-        ------
-        InputError
-            if it was trained on another vocabulary.
-        """
-        check_vocabulary(state["vocabulary"], vocabulary_of(self.split))
-        super().load_state_dict(state)
-        for name in ("aggressive", "best", "plateau", "cost"):
-            setattr(self, name, state[name])
+    x = valid.batch(slice(None), stream("test", recipe.seed, next(model.parameters()).device))
+    words = train.vocabulary.words if isinstance(train, Sentences) else ()
+    hooks = [
+        Validation(x, weight, words),
+        Aggressive(recipe, getattr(train, "units", len), clock),
+        Plateau(recipe),
+    ]
+    training = Training(model, train, recipe.estimator or estimator, recipe, hooks)
+    if recipe.svi_steps:
+        model.encoder, amortised.generator = amortised, training.streams["noise"]
+    model.train()
+    return training
 
 
 def fit(
@@ -512,7 +488,7 @@ def fit(
     train: Split | Sentences,
     valid: Split | Sentences,
     method: str = "plain",
-    recipe: Recipe = TEXT,
+    recipe: LagRecipe = TEXT,
     progress: bool = False,
     after_step: Callable[[Training], None] | None = None,
     **changes: Any,
@@ -520,12 +496,11 @@ def fit(
     """Train ``model`` in place, in memory, by one of :data:`METHODS`; return its history, one record an epoch.
 
     ``fit(model, text.train, text.valid, "aggressive", epochs=5, seed=0)``; ``changes`` are fields of the
-    :class:`Recipe`. ``after_step(training)`` is called after each step, for a look at it.
+    :class:`LagRecipe`. ``after_step(training)`` is called after each step, for a look at it.
     Introduced in book/04-inference-lag.ipynb.
     """
     changes = {**choose("method", method, METHODS), **changes}
-    training = Training(model, train, valid, replace(recipe, **changes))
-    return training.run((lambda: after_step(training)) if after_step else (lambda: None), progress)
+    return prepare(model, train, valid, replace(recipe, **changes)).run(after_step, progress)
 
 
 @torch.no_grad()
@@ -581,20 +556,6 @@ def posterior_mean(joint: nn.Module, x: Tensor, grid: Tensor | None = None, chun
         log_p = joint(part, grid.unsqueeze(1).expand(-1, len(part), -1))
         means.append(log_p.softmax(0).mT @ grid)
     return torch.cat(means)
-
-
-@contextmanager
-def own_randomness(generator: torch.Generator) -> Iterator[None]:
-    """Let what draws from torch's global generator, such as dropout, draw by ``generator``; restore the global one."""
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def vocabulary_of(split: Split | Sentences) -> list[str]:
-    """Return the words of a text; none for images."""
-    return list(split.vocabulary.words) if isinstance(split, Sentences) else []
 
 
 def check_vocabulary(stored: Sequence[str], found: Sequence[str]) -> None:

@@ -1,40 +1,37 @@
-"""What a training run is: one frozen record of plain values, checked when it is made.
+"""What a training run is: one frozen record of plain values, whose numbers are checked when it is made.
 
-This file imports nothing heavy, so that the command line can show its help at once.
+This file imports nothing heavy, so that the command line can show its help at once: a name (of a schedule, an
+optimiser, an estimator, a model, data, a device) is looked up where it is used, before the first step. What each field
+means is written beside it, once, for the help of the command line too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vaelib.errors import InputError, choose, positive, true_or_false, whole_number
+from vaelib.errors import InputError, positive, true_or_false, whole_number
 
 DEVICES = {"auto": "a GPU if there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
+
+
+def setting(default: Any, text: str) -> Any:
+    """Return a field of a recipe: what it is if nothing is said, and what it means."""
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**made, metadata={"help": text})
+
+
+def names(recipe: Any, *fields: str) -> None:
+    """Raise InputError unless these fields of a recipe are names, whatever they are names of."""
+    for name in fields:
+        if not isinstance(value := getattr(recipe, name), str):
+            raise InputError(f"{name} must be a name, but is {value!r}")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train, whatever the model and the data; the defaults are Burda et al.'s (2016) at their first stage.
-
-    Attributes
-    ----------
-    k, batch_size, epochs
-        draws an observation, observations a step, passes through the data.
-    lr, schedule
-        Adam's step size and how it changes from epoch to epoch, a key of :data:`vaelib.training.SCHEDULES`.
-    optimizer
-        a key of :data:`vaelib.training.OPTIMIZERS`: Adam as the papers describe it, or as their released code has it.
-    shuffle
-        whether every epoch visits the observations in another order; the released code never does.
-    clip
-        the largest global norm of a gradient; None for no limit.
-    adam_eps
-        the constant in Adam's denominator, for the gradient of the *mean* over a batch ("adam-released": of the sum).
-    seed
-        of initial weights, data order, binarisation and noise, each of which has a generator of its own.
 
     Raises
     ------
@@ -42,70 +39,54 @@ class Recipe:
         for a value that cannot be meant.
     """
 
-    k: int = 1
-    batch_size: int = 20
-    epochs: int = 10
-    lr: float = 1e-3
-    schedule: str = "constant"
-    optimizer: str = "adam"
-    shuffle: bool = True
-    clip: float | None = None
-    adam_eps: float = 1e-4
-    seed: int = 0
+    k: int = setting(1, "Draws of the latent an observation.")
+    batch_size: int = setting(20, "Observations a step.")
+    epochs: int = setting(10, "Passes through the training data.")
+    lr: float = setting(1e-3, "The optimiser's learning rate.")
+    schedule: str = setting(
+        "constant",
+        "How the rate changes: constant, or burda: lr falls tenfold in eight stages of 1, 3, 9 ... 2187 epochs (Burda "
+        "et al. 2016; the first four are 40 epochs, all are 3280).",
+    )
+    optimizer: str = setting(
+        "adam",
+        "adam, sgd, or adam-released: as in the code released with the papers (beta1 .99, second moment from 1, "
+        "moments of the step before, gradient summed over the batch).",
+    )
+    shuffle: bool = setting(True, "Another order of the observations every epoch; the released code never does it.")
+    clip: float | None = setting(None, "Largest global norm of a gradient; without it, no limit.")
+    adam_eps: float = setting(1e-4, "The constant in Adam's denominator, for the gradient of the batch's mean.")
+    seed: int = setting(0, "Seed of weights, data order, binarisation, noise and random layers, a stream for each.")
 
     def __post_init__(self) -> None:
-        from vaelib import training  # here, since it takes seconds to import torch
-
         for name in ("k", "batch_size", "epochs"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0)
         for name in ("lr", "adam_eps", "clip"):
             if (value := getattr(self, name)) is not None or name != "clip":
                 positive(name, value)
-        choose("schedule", self.schedule, training.SCHEDULES)
-        choose("optimizer", self.optimizer, training.OPTIMIZERS)
         true_or_false("shuffle", self.shuffle)
+        names(self, "schedule", "optimizer")
 
 
 @dataclass(frozen=True)
 class Config(Recipe):
-    """Everything that decides what ``vaelib train`` computes; the defaults train the running example in seconds.
+    """Everything that decides what ``vaelib train`` computes; the defaults train the running example in seconds."""
 
-    Attributes
-    ----------
-    data, binarisation
-        as for :func:`vaelib.data.load`.
-    model, sizes
-        as for :func:`vaelib.models.build`.
-    estimator
-        its name in :func:`vaelib.estimators.every`.
-    device
-        a key of :data:`DEVICES`.
-    checkpoint_seconds
-        the longest time between two checkpoints; each epoch ends with one too.
-    compile
-        take the same steps with less overhead, see :mod:`vaelib.fast`; the numbers are the same to rounding.
-    """
-
-    data: str = "digits"
-    binarisation: str | None = None
-    model: str = "linear"
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    estimator: str = "elbo-path"
-    device: str = "auto"
-    checkpoint_seconds: float = 60.0
-    compile: bool = False
+    data: str = setting("digits", "Data set; see `vaelib data list`.")
+    binarisation: str | None = setting(None, "dynamic, fixed or grey; without it, the data set's own.")
+    model: str = setting("linear", "Model; see `vaelib models`.")
+    sizes: Mapping[str, int] = setting(dict, "Widths of the model other than its own, such as latent=10.")
+    estimator: str = setting("elbo-path", "Gradient estimator; see `vaelib estimators`.")
+    device: str = setting("auto", "cpu, cuda or auto.")
+    checkpoint_seconds: float = setting(60.0, "Longest time between two checkpoints; each epoch ends with one.")
+    compile: bool = setting(False, "Compile the step: the same numbers to rounding, sooner; needs a C++ compiler.")
 
     def __post_init__(self) -> None:
-        from vaelib import data, estimators, models
-
         super().__post_init__()
-        choose("data set", self.data, data.DATASETS)
-        if self.binarisation is not None:
-            choose("binarisation", self.binarisation, data.BINARISATIONS)
-        choose("model", self.model, models.MODELS)
-        choose("estimator", self.estimator, estimators.ESTIMATORS).check(self.k)
-        choose("device", self.device, DEVICES)
+        names(
+            self, "data", "model", "estimator", "device", *(["binarisation"] if self.binarisation is not None else [])
+        )
         true_or_false("compile", self.compile)
         if not isinstance(self.sizes, Mapping):
             raise InputError(f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}")
@@ -113,5 +94,3 @@ class Config(Recipe):
             whole_number(f"size '{name}'", value, least=1)
         if self.checkpoint_seconds != 0:
             positive("checkpoint_seconds", self.checkpoint_seconds)
-
-

@@ -1,14 +1,16 @@
 r"""The same steps with less overhead: the engine as one compiled function, and several steps as one CUDA graph.
 
-Neither changes what is computed, and neither knows the estimators: :class:`Compiled` traces
-:func:`vaelib.objectives.backward` with all that it does (both passes and its hooks), and :class:`Captured` records
-whatever a training step launches on a GPU. :class:`vaelib.training.Trainer` uses both if told to ``compile``.
+Neither changes what is computed, and neither knows the estimators: :class:`Compiled` traces forward and backward of an
+estimator's loss together, hooks and all, and :class:`Captured` records whatever a training step launches on a GPU.
+:class:`vaelib.training.Training` uses both if told to ``compile``.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,94 +18,120 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vaelib import objectives
-from vaelib.errors import InputError
-from vaelib.estimators import Estimator, LossEstimator
+from vaelib.estimators import Estimator
 from vaelib.posteriors import Latent, map_latent
 
-
-class Engine(nn.Module):
-    """:func:`vaelib.objectives.backward` as a module of its two networks, for ``functional_call``."""
-
-    def __init__(self, estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module) -> None:
-        super().__init__()
-        self.estimator, self.joint, self.encoder = estimator, joint, encoder
-
-    def forward(self, x: Tensor, eps: Latent) -> Tensor:
-        return objectives.backward(self.estimator, self.joint, self.encoder, x, eps)
+MOST_TRACES = 8
+"""Of one model with one estimator and one shape of batch: what changes more often is not worth the compiler's time."""
 
 
 class Compiled:
-    """Called as :func:`vaelib.objectives.backward` and does the same, to rounding, by ``torch.compile``.
+    """Called as :func:`vaelib.training.backward` and does the same, to rounding, by ``torch.compile``.
 
-    Forward and backward are traced together, once for each estimator, model and shape; this takes the compiler some
-    ten seconds, and saves a tenth to a third of every step after. Where it finds no compiler it warns, once, and goes
-    on without.
+    Forward and backward are traced together, once for each estimator, model, shape, and state of the model's settings
+    (see :func:`settings`); this takes the compiler some ten seconds, and saves a tenth to a third of every step after.
+    Where it finds no compiler it warns, once, and goes on without.
 
     Parameters
     ----------
     backend
-        of ``torch.compile``.
+        of ``torch.compile``; "eager" runs what was traced as it is, without a compiler.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
-        self.known: dict[object, tuple[Engine, Callable]] = {}
+        self.traces: dict[object, list[Trace]] = {}
         self.works = True
 
-    def __call__(
-        self, estimator: Estimator | LossEstimator, joint: nn.Module, encoder: nn.Module, x: Tensor, eps: Latent
-    ) -> Tensor:
-        key = (estimator, joint, encoder, x.shape, x.dtype, x.device, map_latent(lambda e: e.shape, eps))
-        if self.works and key not in self.known:
+    def __call__(self, estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+        if self.works:
             try:
-                self.known[key] = compiled(estimator, joint, encoder, x, eps, self.backend)
-            except InputError:
-                raise
-            except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
+                return self.find(estimator, model, x, eps)(x, eps)
+            except Untraceable as error:
                 self.works = False
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
-                    f"torch.compile does not work here ({reason}); training goes on without it, to the same end and "
+                    f"torch.compile does not work here ({error}); training goes on without it, to the same end and "
                     "more slowly: install a C++ compiler (g++ or clang) if it is missing, or leave out compile",
                     stacklevel=2,
                 )
-        if not self.works:
-            return objectives.backward(estimator, joint, encoder, x, eps)
-        engine, function = self.known[key]
-        parameters = dict(engine.named_parameters())
-        with torch.no_grad():
-            bound, gradients = function({**parameters, **dict(engine.named_buffers())}, x, eps)
-            for name, gradient in gradients.items():
-                p = parameters[name]
-                p.grad = gradient if p.grad is None else p.grad + gradient
+        return objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
+
+    def find(self, estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent) -> Trace:
+        """Return the trace for this call, made now if none of the known ones is of the model as it is."""
+        noise = map_latent(lambda e: (e.shape, e.dtype), eps)
+        world = torch.get_default_dtype(), torch.is_autocast_enabled(x.device.type)
+        key = (estimator, model, x.shape, x.dtype, x.device, noise, world)
+        known = self.traces.setdefault(key, [])
+        for trace in known:
+            if trace.holds():
+                return trace
+        if len(known) == MOST_TRACES:
+            raise Untraceable(f"a setting of the model has changed {MOST_TRACES} times")
+        known.append(Trace(estimator, model, x, eps, self.backend))
+        return known[-1]
+
+
+class Untraceable(Exception):
+    """Torch, its backend or the system's compiler cannot do it."""
+
+
+class Trace:
+    """One compiled step: ``(x, eps) -> bound``, which adds the gradient of ``-bound.mean()`` to ``.grad``."""
+
+    def __init__(self, estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent, backend: str) -> None:
+        self.engine = engine = objectives.Objective(estimator, model.joint, model.encoder)
+        self.settings = [(module, settings(module)) for module in engine.modules()]
+        self.parameters = dict(engine.named_parameters())
+        self.buffers = dict(engine.named_buffers())
+        self.learns = [p.requires_grad for p in self.parameters.values()]
+        names = [name for name, p in self.parameters.items() if p.requires_grad]
+
+        def gradient(values: dict[str, Tensor], x: Tensor, eps: Latent) -> tuple[Tensor, dict[str, Tensor]]:
+            leaves = {name: value.detach().requires_grad_(name in names) for name, value in values.items()}
+            loss = functional_call(engine, leaves, (x, eps))
+            wrt = [leaves[name] for name in names] if loss.requires_grad else []
+            grads = torch.autograd.grad(loss.mean(), wrt, allow_unused=True) if wrt else ()
+            return -loss.detach(), {name: grad for name, grad in zip(names, grads) if grad is not None}
+
+        constants = {name: value.detach().clone() for name, value in (self.parameters | self.buffers).items()}
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            gradient(constants, x, eps)  # what is wrong with the model is told here, and not by the compiler
+            try:
+                graph = make_fx(gradient)(constants, x, eps)
+                self.function = graph if backend == "eager" else torch.compile(graph, dynamic=False, backend=backend)
+                with torch.no_grad():
+                    self.function(constants, x, eps)
+            except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
+                raise Untraceable((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+    def holds(self) -> bool:
+        """Whether the model is still as it was traced."""
+        return all(same(module.__dict__, then) for module, then in self.settings) and self.learns == [
+            p.requires_grad for p in self.parameters.values()
+        ]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, eps: Latent) -> Tensor:
+        bound, gradients = self.function({**self.parameters, **self.buffers}, x, eps)
+        for name, gradient in gradients.items():
+            p = self.parameters[name]
+            if gradient.stride() != p.stride():  # fused optimisers run through memory
+                gradient = torch.empty_like(p).copy_(gradient)
+            p.grad = gradient if p.grad is None else p.grad + gradient
         return bound
 
 
-def compiled(
-    estimator: Estimator | LossEstimator,
-    joint: nn.Module,
-    encoder: nn.Module,
-    x: Tensor,
-    eps: Latent,
-    backend: str = "inductor",
-) -> tuple[Engine, Callable]:
-    """Return the engine and its compiled form, ``(values, x, eps) -> (bound, gradients by name)``, tried once."""
-    if not isinstance(estimator, LossEstimator):
-        _ = estimator.automatic, estimator.reparameterised  # found out once, and not while tracing
-    engine = Engine(estimator, joint, encoder)
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Return all that a trace of ``module`` takes for constant: mode, parts, and every attribute, as it is now."""
+    return {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in module.__dict__.items()}
 
-    def gradient(values: dict[str, Tensor], x: Tensor, eps: Latent) -> tuple[Tensor, dict[str, Tensor]]:
-        leaves = {name: value.detach().requires_grad_(learns[name]) for name, value in values.items()}
-        bound = functional_call(engine, leaves, (x, eps))
-        return bound, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
-    values = {**dict(engine.named_parameters()), **dict(engine.named_buffers())}
-    learns = {name: value.requires_grad for name, value in values.items()}
-    constants = {name: value.detach().clone() for name, value in values.items()}
-    function = torch.compile(make_fx(gradient)(constants, x, eps), dynamic=False, backend=backend)
-    with torch.no_grad():
-        function(constants, x, eps)
-    return engine, function
+def same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Whether two records of a module's settings are the same; a tensor in the place of another one is not."""
+    try:
+        return now == then
+    except (RuntimeError, ValueError):  # two tensors or arrays have no one answer
+        return False
 
 
 class Captured:

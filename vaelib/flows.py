@@ -19,7 +19,7 @@ which needs no inverse of the layers and a product with :math:`J_\ell^{-\top}` o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -295,12 +295,12 @@ class Flow(Posterior):
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> Flow:
         """As for every posterior: the parameters of the Gaussian, and the context; the layers are as they were."""
         context = None if self.context is None else function(self.context)
-        return Flow(self.base.map_parameters(function), self.layers, context)
+        return replace(self, base=self.base.map_parameters(function), context=context)
 
     def stop_gradient(self) -> Flow:
         """Return the same flow with the parameters of the Gaussian and of every layer held constant."""
         context = None if self.context is None else self.context.detach()
-        return Flow(self.base.stop_gradient(), stop_gradient(self.layers), context)
+        return replace(self, base=self.base.stop_gradient(), layers=stop_gradient(self.layers), context=context)
 
 
 class Drawn(NamedTuple):
@@ -316,10 +316,9 @@ def push(flow: Flow, eps: Tensor) -> Drawn:
 
     It starts from :math:`F_0 = -(z_0 - \mu) / \sigma^2 = -\varepsilon / \sigma`. Introduced in book/06-flows.ipynb.
     """
-    z = flow.base.sample(eps)
+    z, log_q = flow.base.sample_and_log_prob(eps)
     if not z.requires_grad:
         z.requires_grad_()  # a Gaussian without parameters; the layers' slopes in z are wanted all the same
-    log_q = flow.base.log_prob(z)
     force = (-eps * (-flow.base.log_std).exp()).detach()
     for layer in flow.layers:
         z, log_det, force = layer.push(z, force, flow.context)
@@ -386,7 +385,7 @@ class OnePassFlow(Posterior):
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> OnePassFlow:
         """As for :class:`Flow`; nothing is drawn yet."""
-        return OnePassFlow(self.flow.map_parameters(function))
+        return replace(self, flow=self.flow.map_parameters(function), drawn=None)
 
     def sample_and_log_prob(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return :math:`z_L` and :math:`\log q(z_L)`; the gradient of the latter is the total derivative."""
@@ -395,10 +394,8 @@ class OnePassFlow(Posterior):
 
     def stop_gradient(self) -> OnePassFlow:
         """Return the same posterior, and the sample it drew last, with phi held constant."""
-        if self.drawn is None:
-            return OnePassFlow(self.flow.stop_gradient())
-        z, log_q, force = self.drawn
-        return OnePassFlow(self.flow.stop_gradient(), Drawn(z.detach(), log_q.detach(), force))
+        drawn = None if self.drawn is None else Drawn(*(part.detach() for part in self.drawn))
+        return replace(self, flow=self.flow.stop_gradient(), drawn=drawn)
 
 
 class StandardNormal(nn.Module):
@@ -420,7 +417,7 @@ class FlowEncoder(nn.Module):
     Parameters
     ----------
     base
-        an encoder that returns a diagonal Gaussian, such as :class:`vaelib.models.mlp.GaussianMLP`, or
+        an encoder that returns a diagonal Gaussian, such as :class:`vaelib.models.GaussianMLP`, or
         :class:`StandardNormal`.
     layers
         the layers, the first applied first.

@@ -2,7 +2,7 @@
 
 ======================  ============================================================================================
 ``config.json``         the :class:`vaelib.config.Config`; written first
-``checkpoint.pt``       the state of the :class:`vaelib.training.Trainer`, at the end of each epoch and now and then
+``checkpoint.pt``       the record of the :class:`vaelib.training.Training`, after each epoch and now and then
 ``metrics.jsonl``       the history in that state, one JSON object an epoch, for people and plots
 ``result.json``         what the finished training gave, and its evaluation
 ======================  ============================================================================================
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import signal
 import threading
 import time
@@ -28,24 +29,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib import __version__, data, evaluation, models, objectives
-from vaelib.bounds import BOUNDS
-from vaelib.config import Config
-from vaelib.errors import whole_number
+from vaelib import __version__, data, evaluation, models
+from vaelib.config import DEVICES, Config
 from vaelib.data import Images
 from vaelib.data.files import whole
-from vaelib.errors import InputError
-from vaelib.estimators import every
-from vaelib.posteriors import Mixture
-from vaelib.training import Diverged, Trainer, stream
+from vaelib.errors import InputError, choose, whole_number
+from vaelib.training import Diverged, Training, stream
 
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one folder are not noticed
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
+
+READ_BY = {1: "0.1.0"}
+"""The last version of vaelib that reads an older format."""
 
 FREE = {"epochs", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
@@ -101,46 +101,124 @@ def train(
         after SIGINT or SIGTERM; the message says how to go on.
     """
     folder = Folder(Path(run_dir))
-    trainer = build(config, load_images(config))
-    with in_use(folder), noticed(signal.SIGINT, signal.SIGTERM) as stop:
+    training = build(config, load_images(config))
+    with in_use(folder):
         stored = read_config(folder.config)
         if stored is not None:
             check_same(stored, config, folder)
         if folder.checkpoint.exists():
             if stored is None:
                 raise InputError(f"'{run_dir}' has a checkpoint.pt but no config.json: choose another folder")
-            restore(trainer, folder.checkpoint)
-        if trainer.step < trainer.total_steps:
+            restore(training, folder.checkpoint)
+        if not training.over:
             folder.result.unlink(missing_ok=True)
         write_json(folder.config, asdict(config))
-        write_metrics(folder.metrics, trainer)
-        saved, due = trainer.step, time.monotonic() + config.checkpoint_seconds
-
-        def after_step() -> None:
-            nonlocal saved, due
-            epoch_ends = trainer.step % trainer.steps_per_epoch == 0
-            if epoch_ends or stop or time.monotonic() >= due:
-                save(trainer, folder.checkpoint)
-                saved, due = trainer.step, time.monotonic() + config.checkpoint_seconds
-            if epoch_ends:
-                write_metrics(folder.metrics, trainer)
-            report(trainer.step / trainer.total_steps)
-            if stop and trainer.step < trainer.total_steps:
-                raise KeyboardInterrupt(
-                    f"stopped after step {trainer.step} of {trainer.total_steps}, with a checkpoint; "
-                    f"go on with: vaelib train {run_dir}"
-                )
-
+        write_metrics(folder.metrics, training)
         try:
-            trainer.run(after_step, progress)
+            go_on(
+                training, folder, config.checkpoint_seconds, lambda training: report(training.progress.done), progress
+            )
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {shlex.quote(str(run_dir))}") from None
+        known = read_json(folder.result) if folder.result.exists() else {}
+        if "training" not in known:
+            known["training"] = {**training.history[-1], **provenance(training)}
+            write_json(folder.result, known)
+        return known
+
+
+def go_on(
+    training: Training,
+    folder: Folder,
+    seconds: float = 60.0,
+    after_step: Callable[[Training], None] = lambda training: None,
+    progress: bool = False,
+) -> None:
+    """Train to the end, with a checkpoint and the history in ``folder`` after each epoch, and now and then.
+
+    Parameters
+    ----------
+    training
+        from where it stands; :func:`restore` puts it where a checkpoint is.
+    seconds
+        the longest time between two checkpoints.
+    after_step
+        called with the training after each step, before what is then saved.
+
+    Raises
+    ------
+    Diverged
+        if the bound is not finite; it names the step and the last good checkpoint.
+    KeyboardInterrupt
+        after SIGINT or SIGTERM, once a checkpoint stands.
+    """
+    saved, due = training.step, time.monotonic() + seconds
+
+    def keep(training: Training) -> None:
+        nonlocal saved, due
+        after_step(training)
+        if training.epoch_ends or stop or time.monotonic() >= due:
+            save(training, folder.checkpoint)
+            saved, due = training.step, time.monotonic() + seconds
+        if training.epoch_ends:
+            write_metrics(folder.metrics, training)
+        if stop and not training.over:
+            raise KeyboardInterrupt(f"stopped after step {training.step} of {training.total_steps}, with a checkpoint")
+
+    with noticed(signal.SIGINT, signal.SIGTERM) as stop:
+        try:
+            training.run(keep, progress)
         except Diverged as error:
             good = f"is '{folder.checkpoint}', after step {saved}" if saved else "is none: it did not get that far"
             raise Diverged(f"{error}; the last good checkpoint {good}") from None
-        known = read_json(folder.result) if folder.result.exists() else {}
-        if "training" not in known:
-            known["training"] = {**trainer.history[-1], **provenance(trainer)}
-            write_json(folder.result, known)
-        return known
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model and where it comes from.
+
+    Attributes
+    ----------
+    model
+        in evaluation mode.
+    config
+        what it was trained by.
+    history
+        one record an epoch, see :class:`vaelib.training.Training`.
+    images
+        the data set it was trained on.
+    """
+
+    model: torch.nn.Module
+    config: Config
+    history: list[dict[str, Any]]
+    images: Images
+
+
+def load(run_dir: str | Path, device: str = "auto") -> Run:
+    """Return the run in a folder that ``vaelib train`` made, as its checkpoint holds it.
+
+    Raises
+    ------
+    InputError
+        if there is none, or it is damaged.
+    """
+    training, images = trained(Folder(Path(run_dir)), device)
+    return Run(training.model, training.recipe, training.history, images)
+
+
+def trained(folder: Folder, device: str) -> tuple[Training, Images]:
+    """Return the training in a folder, its model in evaluation mode, and its data."""
+    config = read_config(folder.config)
+    if config is None or not folder.checkpoint.exists():
+        command = f"vaelib train {shlex.quote(str(folder.path))}"
+        raise InputError(f"there is no trained model in '{folder.path}': make one with `{command}`")
+    config = replace(config, device=device)
+    images = load_images(config)
+    training = build(config, images)
+    restore(training, folder.checkpoint)
+    training.model.eval()
+    return training, images
 
 
 def evaluate(
@@ -180,15 +258,11 @@ def evaluate(
     if limit is not None:
         whole_number("limit", limit, least=2)
     whole_number("seed", seed, least=0)
-    config = read_config(folder.config)
-    if config is None or not folder.checkpoint.exists():
-        raise InputError(f"there is no trained model in '{run_dir}': make one with `vaelib train {run_dir}`")
-    config = replace(config, device=device)
+    if not folder.checkpoint.exists():
+        trained(folder, device)  # which says so, and makes no folder
     with in_use(folder):
-        images = load_images(config)
-        trainer = build(config, images)
-        restore(trainer, folder.checkpoint)
-        model, device = trainer.model.eval(), images.test.grey.device
+        training, images = trained(folder, device)
+        model, device = training.model, training.device
         x = images.test.batch(slice(0, limit), stream("test", seed, device))
         noise = stream("noise", seed, device)
         values, errors = evaluation.log_likelihood(
@@ -201,14 +275,14 @@ def evaluate(
             "nll": nll,
             "nll_error": nll_error,
             "sampling_error": errors.square().sum().sqrt().item() / len(x),
-            "bound": mean_bound(trainer, x, noise),
+            "bound": mean_bound(training, x, noise),
             "active_units": evaluation.active_units(model.encoder, x),
             "images": len(x),
             "samples": samples,
             "seed": seed,
-            "step": trainer.step,
+            "step": training.step,
             "mind": images.note,
-            **provenance(trainer),
+            **provenance(training),
         }
         known = read_json(folder.result) if folder.result.exists() else {}
         write_json(folder.result, {**known, "evaluation": found})
@@ -216,22 +290,19 @@ def evaluate(
 
 
 @torch.no_grad()
-def mean_bound(trainer: Trainer, x: Tensor, noise: torch.Generator) -> float:
+def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:
     """Return the estimator's bound at its K, in nats, averaged over ``x`` ``[N, D]``."""
-    model, total = trainer.model, 0.0
+    model, total = training.model, 0.0
     for batch in x.split(500):
-        q, eps = model.encoder(batch), model.encoder.noise(trainer.recipe.k, batch, noise)
-        if isinstance(q, Mixture):
-            bound = objectives.mixture_bound(trainer.estimator, model.joint, q, batch, eps)
-        else:
-            z = q.sample(eps)
-            bound = BOUNDS[trainer.estimator.bound](model.joint(batch, z) - q.log_prob(z))
-        total += bound.double().sum().item()
+        q = model.encoder(batch)
+        loss = training.estimator.loss(model.joint, q, batch, q.noise(training.recipe.k, noise))
+        total -= loss.double().sum().item()
     return total / len(x)
 
 
 def find_device(name: str) -> torch.device:
     """Return the device that ``name`` ("cpu", "cuda" or "auto") means on this machine."""
+    choose("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device is 'cuda', but torch finds no CUDA GPU on this machine: use cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -243,17 +314,17 @@ def load_images(config: Config) -> Images:
     return data.load(config.data, config.binarisation).to(device)
 
 
-def build(config: Config, images: Images) -> Trainer:
+def build(config: Config, images: Images) -> Training:
     """Return the run that ``config`` means, before its first step."""
     split = images.train
     weights = stream("init", config.seed)
     model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
-    return Trainer(model.to(split.grey.device), split, every()[config.estimator], config, config.compile)
+    return Training(model.to(split.grey.device), split, config.estimator, config, compile=config.compile)
 
 
-def provenance(trainer: Trainer) -> dict[str, Any]:
+def provenance(training: Training) -> dict[str, Any]:
     """Return what a figure depends on besides the configuration."""
-    device = trainer.split.grey.device
+    device = training.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -302,15 +373,15 @@ def noticed(*signals: int) -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def save(trainer: Trainer, path: Path) -> None:
-    """Write the checkpoint of ``trainer``; if it cannot be written, the one before it stays."""
+def save(training: Training, path: Path) -> None:
+    """Write the checkpoint of ``training``; if it cannot be written, the one before it stays."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **trainer.state_dict()}, buffer)
+    torch.save({"format": FORMAT, **training.state()}, buffer)
     write(path, buffer.getbuffer())
 
 
-def restore(trainer: Trainer, path: Path) -> None:
-    """Put ``trainer`` where the checkpoint at ``path`` is.
+def restore(training: Training, path: Path) -> None:
+    """Put ``training`` where the checkpoint at ``path`` is.
 
     Raises
     ------
@@ -331,18 +402,21 @@ def restore(trainer: Trainer, path: Path) -> None:
             "put a whole copy in its place, or train anew in another folder; nothing was changed"
         ) from error
     if version != FORMAT:
+        reader = f"vaelib {READ_BY[version]}" if version in READ_BY else "the version of vaelib that wrote it"
         raise InputError(
             f"'{path}' has format {version!r}, but vaelib {__version__} reads format {FORMAT}: "
-            "use the version of vaelib that wrote it, or train anew in another folder"
+            f"use {reader}, or train anew in another folder"
         )
     try:
-        trainer.load_state_dict(state)
+        training.load_state(state)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"'{path}' is not a checkpoint of this run's model and data ({error})") from error
-    if trainer.step > trainer.total_steps:
-        done = trainer.step / trainer.steps_per_epoch
+    if training.step > training.total_steps:
+        done = training.step / training.steps_per_epoch
         raise InputError(
-            f"'{path}' has done {done:g} epochs, but only {trainer.recipe.epochs} are asked for: ask for more"
+            f"'{path}' has done {done:g} epochs, but only {training.recipe.epochs} are asked for: ask for more"
         )
 
 
@@ -403,6 +477,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"'{path}' is not JSON ({error}): delete it, or put a whole copy in its place") from error
 
 
-def write_metrics(path: Path, trainer: Trainer) -> None:
+def write_metrics(path: Path, training: Training) -> None:
     """Write the history, one JSON object a line. Whatever is not in the checkpoint is so cut off on resuming."""
-    write(path, "".join(json.dumps(record) + "\n" for record in trainer.history).encode())
+    write(path, "".join(json.dumps(record) + "\n" for record in training.history).encode())

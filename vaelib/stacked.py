@@ -1,10 +1,10 @@
 r"""Many small trainings as one: their models side by side in one stacked model, each as if it were alone.
 
 At one draw an observation and a batch of 20, much of a step is the cost of asking for it. S trainings of the same
-shapes, which may differ in seed and in estimator, are therefore asked for together: every linear layer becomes a
-:class:`StackedLinear`, whose batch axis holds the S batches one after the other, and all else in the models works on
+shapes, which may differ in seed and in row of the tableau, are therefore asked for together: every linear layer becomes
+a :class:`StackedLinear`, whose batch axis holds the S batches one after the other, and all else in the models works on
 such a batch as it is. Nothing is shared but the asking. Each training has its own weights, data order, binarisation
-and noise; the S gradients do not mix, Adam is elementwise, and a gradient is clipped a training at a time.
+and noise; the S gradients do not mix, optimisers are elementwise, and a gradient is clipped a training at a time.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vaelib import fast, objectives
+from vaelib import estimators as known
+from vaelib import fast
 from vaelib.config import Recipe
 from vaelib.data import Split
-from vaelib.errors import InputError, choose
-from vaelib.estimators import Estimator, LossEstimator, Weights, every
-from vaelib.posteriors import Latent, Mixture
-from vaelib.training import OPTIMIZERS, Diverged, Loop, Trainer, set_lr
+from vaelib.errors import InputError
+from vaelib.estimators import Estimator, Row, Weights
+from vaelib.posteriors import Latent
+from vaelib.training import Diverged, Training, backward, build_optimizer, drawing_from, set_lr, stream
+
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 class StackedLinear(nn.Module):
@@ -51,13 +54,18 @@ class StackedLinear(nn.Module):
         return columns.mT.unflatten(1, groups.shape[1:-1]).movedim(0, -3).flatten(-3, -2)
 
 
+MIXING = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.modules.batchnorm._NormBase)
+"""Layers that draw, or look at a batch as a whole."""
+
+
 def stack(modules: Sequence[nn.Module]) -> nn.Module:
     """Return S modules of the same shapes as one, for S batches one after the other along the batch axis.
 
     Raises
     ------
     InputError
-        if they differ, share parameters, or have others than those of linear layers, or dropout.
+        if they differ in more than the weights of linear layers, share parameters, have others than those, or layers
+        that draw or mix the observations of a batch.
     """
     stacked = _stack(modules)
     ours = sum(p.numel() for p in stacked.parameters())
@@ -68,99 +76,102 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
 
 def _stack(modules: Sequence[nn.Module]) -> nn.Module:
     first, name = modules[0], type(modules[0]).__name__
-    alike = all(
-        type(module) is type(first)
-        and module._modules.keys() == first._modules.keys()
-        and [(p.shape, p.requires_grad) for p in module.parameters()]
-        == [(p.shape, p.requires_grad) for p in first.parameters()]
-        for module in modules
-    )
-    if not alike:
+    if any(type(module) is not type(first) or shapes(module) != shapes(first) for module in modules):
         raise InputError("only models of the same shapes can be stacked; train the others by themselves")
-    if type(first) is nn.Linear and first.bias is not None:
-        return StackedLinear(modules)
+    linear = type(first) is nn.Linear and first.bias is not None
     own = [*first.parameters(recurse=False), *first.buffers(recurse=False)]
-    if own or isinstance(first, nn.modules.dropout._DropoutNd):
+    if isinstance(first, MIXING) or own and not linear:
         raise InputError(f"only linear layers can be stacked, but the model has a {name}; train each model by itself")
+    if not all(fast.same(numbers(module), numbers(first)) for module in modules):
+        raise InputError(
+            f"only models that do the same can be stacked, but two of a {name} differ in a setting that is no "
+            "parameter, such as a slope or a bound; train each model by itself"
+        )
+    if linear:
+        return StackedLinear(modules)
     stacked = copy.copy(first)
     stacked._modules = {key: _stack([module._modules[key] for module in modules]) for key in first._modules}
     return stacked
 
 
+def shapes(module: nn.Module) -> Any:
+    """Return what must be the same of modules that are stacked: the names of their parts, and their parameters."""
+    return list(module._modules), [(p.shape, p.dtype, p.requires_grad) for p in module.parameters()]
+
+
+def numbers(module: nn.Module) -> dict[str, Any]:
+    """Return the settings of a module that are no parameters and no parts."""
+    return {k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}
+
+
+# --- estimators -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class SideBySide:
-    """S rows of the tableau for S batches one after the other, each as if its batch were the only one.
+class SideBySide(Row):
+    """S rows of the tableau for S batches one after the other, each as if its batch were the only one."""
 
-    It serves :func:`vaelib.objectives.backward` as an :class:`vaelib.estimators.Estimator`.
-    """
-
-    rows: tuple[Estimator, ...]
-
-    check = Estimator.check
-
-    @property
-    def name(self) -> str:
-        """The names of the rows."""
-        return ", ".join(dict.fromkeys(row.name for row in self.rows))
-
-    @property
-    def least_k(self) -> int:
-        """The smallest number of draws that all rows are defined for."""
-        return max(row.least_k for row in self.rows)
+    rows: tuple[Row, ...] = ()
 
     @cached_property
-    def reparameterised(self) -> bool:
-        """Whether a row is."""
-        return any(row.reparameterised for row in self.rows)
+    def example(self) -> Weights:
+        """The weights of three draws in each batch."""
+        return self.rule(torch.arange(3.0).unsqueeze(-1).expand(-1, len(self.rows)))
 
-    @cached_property
-    def automatic(self) -> bool:
-        """Whether all rows are."""
-        return all(row.automatic for row in self.rows)
-
-    def value(self, log_w: Tensor) -> Tensor:
+    def value(self, log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
         """Return the bound that each row reports, ``[K, S B] -> [S B]``."""
-        return torch.cat([row.value(part) for row, part in self.parts(log_w)])
+        if isinstance(log_share, Tensor):
+            raise InputError("a model whose posterior is a mixture cannot be stacked: train it by itself")
+        return torch.cat([row.value(part) for row, part in parts(self.rows, log_w)])
 
-    def rule(self, log_w: Tensor) -> Weights:
-        """Return the weights of all rows, S times as large: the engine takes the mean over S batches."""
-        weights = [row.rule(part) for row, part in self.parts(log_w)]
-        theta, path, score = (self.joined(channel) for channel in zip(*weights, strict=True))
-        return Weights(theta, theta if all(w.path is w.theta for w in weights) else path, score)
-
-    def parts(self, log_w: Tensor) -> list[tuple[Estimator, Tensor]]:
-        """Return each row with its part of ``log_w``; one row with all of it where they are the same."""
-        if len(set(self.rows)) == 1:
-            return [(self.rows[0], log_w)]
-        return list(zip(self.rows, log_w.chunk(len(self.rows), 1), strict=True))
-
-    def joined(self, parts: Sequence[Tensor | None]) -> Tensor | None:
-        """Return one channel of all rows, ``[K, S B]``; a row without it weighs it 0."""
-        used = [part for part in parts if part is not None]
-        if not used:
-            return None
-        return len(self.rows) * torch.cat([torch.zeros_like(used[0]) if p is None else p for p in parts], 1)
+    def differentiate(self, joint: nn.Module, q: Any, x: Tensor, eps: Latent) -> Tensor:
+        """Return the losses, ``[S B]``, with S times their gradient: who takes their mean takes it over S batches."""
+        loss = super().differentiate(joint, q, x, eps)
+        return loss.detach() + len(self.rows) * (loss - loss.detach())
 
 
-@cache
-def side_by_side(*rows: Estimator) -> SideBySide:
+def side_by_side(rows: Sequence[Estimator]) -> SideBySide:
     """Return rows of the tableau as one estimator for as many batches, one after the other."""
     for row in rows:
-        if not isinstance(row, Estimator):
+        if not isinstance(row, Row):
             raise InputError(f"estimator '{row.name}' has no row in the tableau and cannot be stacked: train it alone")
-    return SideBySide(rows)
+    rows = tuple(rows)
+
+    def rule(log_w: Tensor) -> Weights:
+        weights = [row.rule(part) for row, part in parts(rows, log_w)]
+        theta, path, score = (joined(channel) for channel in zip(*weights, strict=True))
+        return Weights(theta, theta if all(w.path is w.theta for w in weights) else path, score)
+
+    name, least_k = ", ".join(dict.fromkeys(row.name for row in rows)), max(row.least_k for row in rows)
+    return SideBySide(name, rows[0].bound, None, least_k, rows[0].reference, rule, rows)
 
 
-class StackedTrainer(Loop):
+def parts(rows: Sequence[Row], log_w: Tensor) -> list[tuple[Row, Tensor]]:
+    """Return each row with its part of ``log_w``; one row with all of it where they are the same."""
+    if len(set(rows)) == 1:
+        return [(rows[0], log_w)]
+    return list(zip(rows, log_w.chunk(len(rows), 1), strict=True))
+
+
+def joined(channel: Sequence[Tensor | None]) -> Tensor | None:
+    """Return one channel of all rows, ``[K, S B]``; a row without it weighs it 0."""
+    used = [part for part in channel if part is not None]
+    return torch.cat([torch.zeros_like(used[0]) if p is None else p for p in channel], 1) if used else None
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class StackedTraining(Training):
     """Trainings that go on side by side, each as if it were alone.
 
     Parameters
     ----------
-    trainers
-        S trainings on one device, before their first step, that differ in model weights, seed and estimator alone; what
-        they hold (model, history, streams) is theirs as before, and kept up to date.
+    trainings
+        S trainings on one device, before their first step, that differ in model weights, seed and row alone; what they
+        hold (model, history, streams) is theirs as before, and kept up to date.
     compile
-        as for :class:`vaelib.training.Trainer`.
+        as for :class:`vaelib.training.Training`.
 
     Raises
     ------
@@ -168,149 +179,165 @@ class StackedTrainer(Loop):
         if they cannot be stacked.
     """
 
-    def __init__(self, trainers: Sequence[Trainer], compile: bool = False) -> None:
-        self.trainers = list(trainers)
-        self.recipe = self.trainers[0].recipe
-        for trainer in self.trainers:
-            check_alike(self.trainers[0], trainer)
-        side_by_side(*(trainer.estimator for trainer in self.trainers))
-        self.model = stack([trainer.model for trainer in self.trainers])
+    def __init__(self, trainings: Sequence[Training], compile: bool = False) -> None:
+        self.trainings, first = list(trainings), trainings[0]
+        for training in self.trainings:
+            check_alike(first, training)
+        self.estimator = side_by_side([training.estimator for training in self.trainings])
+        with drawing_from(torch.Generator(first.device)):
+            check_same(self.trainings, self.estimator)
+        self.recipe, self.device, self.hooks = first.recipe, first.device, []
+        self.model = stack([training.model for training in self.trainings])
         self.parameters = list(self.model.parameters())
-        self.optimizer = OPTIMIZERS[self.recipe.optimizer](self.parameters, self.recipe)
-        self.backward = fast.Compiled() if compile else objectives.backward
-        self.captures = compile and self.optimizer.defaults.get("capturable", False)
-        self.steps_per_epoch = self.trainers[0].steps_per_epoch
-        self.seconds = 0.0
+        self.optimizer = build_optimizer(self.parameters, self.recipe)
+        self.backward = fast.Compiled() if compile else backward
+        self.captures, self.captured = compile and self.optimizer.defaults.get("capturable", False), None
+        self.steps_per_epoch, self.seconds, self.stopped = first.steps_per_epoch, 0.0, False
+        self.streams = {"layers": stream("layers", self.recipe.seed, self.device)}
 
     @property
     def step(self) -> int:
         """Steps that each training has taken so far."""
-        return self.trainers[0].step
+        return self.trainings[0].step
 
     @property
     def history(self) -> list[list[dict[str, Any]]]:
         """The history of each training; its seconds are a share of those of all."""
-        return [trainer.history for trainer in self.trainers]
+        return [training.history for training in self.trainings]
 
     def begin_epoch(self) -> None:
         """Shuffle the data of each training and set the learning rate."""
-        for trainer in self.trainers:
-            trainer.begin_epoch()
-        if set_lr(self.optimizer, self.trainers[0].optimizer.param_groups[0]["lr"]):
+        for training in self.trainings:
+            training.begin_epoch()
+        if set_lr(self.optimizer, self.trainings[0].lr):
             self.captured = None
 
     def index(self, steps: int) -> Tensor:
         """Return the observations of the next ``steps`` steps of each training, ``[steps, S, B]``."""
-        return torch.stack([trainer.index(steps) for trainer in self.trainers], 1)
+        return torch.stack([training.index(steps) for training in self.trainings], 1)
 
     def learn(self, index: Tensor) -> Tensor:
         """Take one step of each training with the observations ``index`` ``[S, B]``; return their bounds, ``[S]``."""
-        batches = [
-            trainer.split.batch(row, trainer.streams["binarisation"])
-            for trainer, row in zip(self.trainers, index, strict=True)
-        ]
-        noise = [
-            trainer.model.encoder.noise(trainer.recipe.k, x, trainer.streams["noise"])
-            for trainer, x in zip(self.trainers, batches, strict=True)
-        ]
-        estimator = side_by_side(*(t.estimator_at(t.step / t.total_steps) for t in self.trainers))
+        together = list(zip(self.trainings, index, strict=True))
+        batches = [training.split.batch(row, training.streams["binarisation"]) for training, row in together]
+        noise = [training.noise(x) for training, x in zip(self.trainings, batches, strict=True)]
         self.optimizer.zero_grad()
-        x = torch.cat(batches)
-        bound = self.backward(estimator, self.model.joint, self.model.encoder, x, join(noise))
+        bound = self.backward(self.estimator, self.model, torch.cat(batches), join(noise))
         if self.recipe.clip is not None:
             clip_each(self.parameters, self.recipe.clip)
         self.optimizer.step()
-        return bound.view(len(self.trainers), -1).mean(1)
+        return bound.view(len(self.trainings), -1).mean(1)
 
     def generators(self) -> list[torch.Generator]:
         """Return all that :meth:`learn` draws from."""
-        return [generator for trainer in self.trainers for generator in trainer.generators()]
+        return [generator for training in self.trainings for generator in training.generators()]
 
     def note(self, bounds: Tensor) -> None:
         """Let each training count its steps, ``[steps, S]``, and write its history."""
-        for trainer, mine in zip(self.trainers, bounds.unbind(1), strict=True):
-            trainer.seconds = self.seconds / len(self.trainers)
-            with of_seed(trainer):
-                trainer.note(mine)
+        for training, mine in zip(self.trainings, bounds.unbind(1), strict=True):
+            training.seconds = self.seconds / len(self.trainings)
+            with of_seed(training):
+                training.note(mine)
 
     def summary(self) -> str:
         """Say how the last epoch went."""
         last = [history[-1]["bound"] for history in self.history]
         return f"epoch {self.history[0][-1]['epoch']}: {sum(last) / len(last):.2f} nats on average"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each training, under "runs", as :meth:`vaelib.training.Trainer.state_dict` would."""
-        self.hand_back()
+    def state(self) -> dict[str, Any]:
+        """Return the state of each training, under "runs", as :meth:`vaelib.training.Training.state` would."""
         states = []
-        for trainer in self.trainers:
-            with of_seed(trainer):
-                states.append(own(trainer.state_dict()))
-            trainer.optimizer.state.clear()
+        self.hand_back()
+        for training in self.trainings:
+            with of_seed(training):
+                states.append(cloned(training.state()))
+            training.optimizer.state.clear()
         return {"runs": states}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, bit for bit."""
-        for trainer, mine in zip(self.trainers, state["runs"], strict=True):
-            trainer.load_state_dict(mine)
-        self.seconds = sum(trainer.seconds for trainer in self.trainers)
-        for stacked, *views in zip(self.parameters, *(t.model.parameters() for t in self.trainers), strict=True):
-            states = [t.optimizer.state.pop(p, {}) for t, p in zip(self.trainers, views, strict=True)]
+        for training, mine in zip(self.trainings, state["runs"], strict=True):
+            training.load_state(mine)
+        self.seconds = sum(training.seconds for training in self.trainings)
+        for stacked, views in self.views():
+            states = [t.optimizer.state.pop(p, {}) for t, p in zip(self.trainings, views, strict=True)]
             if states[0]:
                 self.optimizer.state[stacked] = {
                     key: torch.stack([each[key] for each in states]) if value.shape == views[0].shape else value
                     for key, value in states[0].items()
                 }
-        set_lr(self.optimizer, self.trainers[0].optimizer.param_groups[0]["lr"])
+        set_lr(self.optimizer, self.trainings[0].lr)
         self.captured = None
 
+    def views(self) -> Iterator[tuple[nn.Parameter, tuple[nn.Parameter, ...]]]:
+        """Yield each parameter with those of the trainings that are views of it."""
+        for stacked, *views in zip(self.parameters, *(t.model.parameters() for t in self.trainings), strict=True):
+            yield stacked, tuple(views)
+
     def hand_back(self) -> None:
-        """Give every trainer its part of the optimiser's state."""
-        for stacked, *views in zip(self.parameters, *(t.model.parameters() for t in self.trainers), strict=True):
-            for s, (trainer, p) in enumerate(zip(self.trainers, views, strict=True)):
+        """Give every training its part of the optimiser's state."""
+        for stacked, views in self.views():
+            for s, (training, p) in enumerate(zip(self.trainings, views, strict=True)):
                 if stacked in self.optimizer.state:
-                    trainer.optimizer.state[p] = {
+                    training.optimizer.state[p] = {
                         key: value[s] if value.shape == stacked.shape else value
                         for key, value in self.optimizer.state[stacked].items()
                     }
 
-    def unstack(self) -> list[Trainer]:
+    def unstack(self) -> list[Training]:
         """Return the trainings as they are now, each by itself again; this stack must not be used any more."""
         self.hand_back()
-        for trainer in self.trainers:
-            trainer.optimizer.state.update({p: own(state) for p, state in trainer.optimizer.state.items()})
-            for p in trainer.model.parameters():
+        for training in self.trainings:
+            training.optimizer.state.update({p: cloned(state) for p, state in training.optimizer.state.items()})
+            for p in training.model.parameters():
                 p.data = p.data.clone()
-        return self.trainers
+        return self.trainings
 
 
 @contextmanager
-def of_seed(trainer: Trainer) -> Iterator[None]:
+def of_seed(training: Training) -> Iterator[None]:
     """Say in a Diverged which of the trainings it was."""
     try:
         yield
     except Diverged as error:
-        raise Diverged(f"seed {trainer.recipe.seed}: {error}") from None
+        raise Diverged(f"seed {training.recipe.seed}: {error}") from None
 
 
-def check_alike(first: Trainer, other: Trainer) -> None:
-    """Raise InputError if two trainings differ in more than weights, seed and estimator."""
-    shared = [field.name for field in fields(Recipe) if field.name != "seed"]
-    if any(getattr(first.recipe, name) != getattr(other.recipe, name) for name in shared):
+def check_alike(first: Training, other: Training) -> None:
+    """Raise InputError if two trainings differ in more than weights, seed and row."""
+    if replace(other.recipe, seed=first.recipe.seed) != first.recipe:
         raise InputError("trainings side by side must have the same recipe, but for the seed")
-    if first.steps_per_epoch != other.steps_per_epoch or first.order.device != other.order.device:
+    if first.steps_per_epoch != other.steps_per_epoch or first.device != other.device:
         raise InputError("trainings side by side must have equally many images, on the same device")
     if other.step:
         raise InputError("trainings can be stacked before their first step alone; load a state of them afterwards")
-    x = other.split.batch(slice(0, 1), torch.Generator(other.order.device))
-    if isinstance(other.model.encoder(x), Mixture):
-        raise InputError("a model whose posterior is a mixture cannot be stacked: train it by itself")
+    if other.hooks or not other.fixed:
+        raise InputError("a training with hooks, or an estimator that changes, cannot be stacked: train it by itself")
+
+
+@torch.no_grad()
+def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
+    """Raise InputError unless two observations of each training have the losses in the stack that they have alone."""
+    model = stack([copy.deepcopy(t.model) for t in trainings])
+    xs = [t.split.batch(slice(0, 2), stream("test", t.recipe.seed, t.device)) for t in trainings]
+    qs = [t.model.encoder(x) for t, x in zip(trainings, xs)]
+    noise = [q.noise(t.recipe.k, stream("test", t.recipe.seed, t.device, 1)) for t, q in zip(trainings, qs)]
+    alone = [t.estimator.loss(t.model.joint, q, x, eps) for t, q, x, eps in zip(trainings, qs, xs, noise)]
+    x = torch.cat(xs)
+    together = estimator.loss(model.joint, model.encoder(x), x, join(noise))
+    tolerance = 1e4 * torch.finfo(together.dtype).eps
+    if not torch.allclose(torch.cat(alone), together, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise InputError(
+            "the stacked model does not do what each model does alone, as with a layer that draws or mixes the "
+            "observations of a batch: train each model by itself"
+        )
 
 
 def join(noise: Sequence[Latent]) -> Latent:
     """Join noises along the batch axis, layer by layer."""
     if isinstance(noise[0], tuple):
         return tuple(torch.cat(layers, 1) for layers in zip(*noise, strict=True))
-    return torch.cat(noise, 1)
+    return torch.cat(list(noise), 1)
 
 
 def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> None:
@@ -322,12 +349,12 @@ def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> None:
         p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))
 
 
-def own(state: Any) -> Any:
+def cloned(state: Any) -> Any:
     """Return a state whose tensors are views of nothing."""
     if isinstance(state, dict):
-        return type(state)((key, own(value)) for key, value in state.items())
+        return type(state)((key, cloned(value)) for key, value in state.items())
     if isinstance(state, list):
-        return [own(value) for value in state]
+        return [cloned(value) for value in state]
     return state.clone() if isinstance(state, Tensor) else state
 
 
@@ -353,25 +380,21 @@ def fit(
     estimators, seeds
         S of each, or one estimator for all; the seeds are 0 to S - 1 if not given.
     progress, compile
-        as for :class:`vaelib.training.Trainer`.
+        as for :class:`vaelib.training.Training`.
     recipe
         the other fields of :class:`vaelib.config.Recipe`.
     """
-    one = isinstance(estimators, str | Estimator | LossEstimator)
-    rows = [estimators] * len(models) if one else list(estimators)
-    numbers = list(range(len(models)) if seeds is None else seeds)
-    if not len(models) == len(rows) == len(numbers):
-        raise InputError(f"there are {len(models)} models, {len(rows)} estimators and {len(numbers)} seeds")
-    trainers = [
-        Trainer(
-            model,
-            split,
-            choose("estimator", row, every()) if isinstance(row, str) else row,
-            Recipe(**recipe, seed=seed),
-        )
-        for model, row, seed in zip(models, rows, numbers, strict=True)
-    ]
-    stacked = StackedTrainer(trainers, compile)
+    rows = [estimators] * len(models) if isinstance(estimators, str | Estimator) else list(estimators)
+    seeds = list(range(len(models)) if seeds is None else seeds)
+    if not len(models) == len(rows) == len(seeds):
+        raise InputError(f"there are {len(models)} models, {len(rows)} estimators and {len(seeds)} seeds")
+    stacked = StackedTraining(
+        [
+            Training(model, split, known.get(row), Recipe(**recipe, seed=seed))
+            for model, row, seed in zip(models, rows, seeds, strict=True)
+        ],
+        compile,
+    )
     stacked.run(progress=progress)
     stacked.unstack()
     return stacked.history

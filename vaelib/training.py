@@ -1,14 +1,17 @@
-r"""The training loop: :func:`train_step`, and :class:`Trainer` around it, whose state can be saved and taken up again.
+r"""The training loop: a :class:`Training` is a record of all that evolves, and :meth:`Training.run` the loop around it.
 
-:func:`fit` trains in memory, for a chapter; :func:`vaelib.runs.train` in a folder, for the command line. Both are the
-one loop :meth:`Trainer.run`.
+What a schedule decides is a function of :class:`Progress`; what depends on the data, such as an aggressive phase, is a
+:class:`Hook` with a state of its own. :func:`fit` trains in memory, for a chapter; :func:`vaelib.runs.train` in a
+folder, for the command line; :mod:`vaelib.collapse` brings hooks, :mod:`vaelib.stacked` trains many models as one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,40 +19,62 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vaelib import objectives
+from vaelib import estimators, evaluation, fast, objectives, posteriors
 from vaelib.config import Recipe
-from vaelib.data import Split
+from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, choose
-from vaelib import estimators as known
 from vaelib.estimators import Estimator
-
 from vaelib.posteriors import Latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
 CAPTURED_STEPS = 50  # in one CUDA graph
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is before its next step; every schedule is a function of this.
+
+    Attributes
+    ----------
+    step
+        steps taken.
+    epoch
+        passes through the data, with a fraction: 1.5 in the middle of the second one.
+    done
+        the share of the whole training, from 0 to 1.
+    """
+
+    step: int
+    epoch: float
+    done: float
+
 
 BURDA_STAGES = 8
 BURDA_EPOCHS = tuple(3**i for i in range(BURDA_STAGES))
 BURDA_FACTORS = tuple(round(10 ** (1 - i / 7), 1) / 10 for i in range(BURDA_STAGES))
 
 
-def constant(epoch: int) -> float:
+def constant(progress: Progress) -> float:
     """The same learning rate in every epoch."""
     return 1.0
 
 
-def burda(epoch: int) -> float:
+def burda(progress: Progress) -> float:
     r"""Eight stages: stage i has :math:`3^{i-1}` epochs at :math:`10^{-(i-1)/7}` times the rate, two digits of it.
 
     (Burda et al. 2016.) With lr = 1e-3: 1 epoch at 1e-3, 3 at 7.2e-4, 9 at 5.2e-4, 27 at 3.7e-4 ... 2187 at 1e-4;
     3,280 in all, and 4, 13, 40, 121, 364, 1093 after the stages in between. Beyond, the last rate stays.
     """
-    stage = int(np.searchsorted(np.cumsum(BURDA_EPOCHS), epoch))
+    stage = int(np.searchsorted(np.cumsum(BURDA_EPOCHS), int(progress.epoch) + 1))
     return BURDA_FACTORS[min(stage, BURDA_STAGES - 1)]
 
 
-SCHEDULES: dict[str, Callable[[int], float]] = {"constant": constant, "burda": burda}
-"""Learning-rate schedules by name: the number of the epoch, from 1, gives the factor on the learning rate."""
+SCHEDULES: dict[str, Callable[[Progress], float]] = {"constant": constant, "burda": burda}
+"""Learning-rate schedules by name: the factor on the learning rate in an epoch."""
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
 
 
 class ReleasedAdam(torch.optim.Optimizer):
@@ -103,10 +128,20 @@ class ReleasedAdam(torch.optim.Optimizer):
                 square.mul_(beta2).addcmul_(p.grad, p.grad, value=(1 - beta2) * scale**2)
 
 
+def dense(p: Tensor) -> bool:
+    """Whether a tensor fills its memory, in whatever order: then fused Adam, which runs through that, is right."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def adam(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015), as the papers describe their training."""
-    on_gpu = parameters[0].is_cuda
-    return torch.optim.Adam(parameters, recipe.lr, eps=recipe.adam_eps, fused=True, capturable=on_gpu)
+    fused, on_gpu = all(map(dense, parameters)), parameters[0].is_cuda
+    return torch.optim.Adam(parameters, recipe.lr, eps=recipe.adam_eps, fused=fused, capturable=on_gpu)
 
 
 def adam_released(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
@@ -114,15 +149,94 @@ def adam_released(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.O
     return ReleasedAdam(parameters, recipe.lr, eps=recipe.adam_eps, scale=recipe.batch_size)
 
 
+def sgd(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """Stochastic gradient descent."""
+    return torch.optim.SGD(parameters, recipe.lr)
+
+
 OPTIMIZERS: dict[str, Callable[[Sequence[Tensor], Recipe], torch.optim.Optimizer]] = {
     "adam": adam,
     "adam-released": adam_released,
+    "sgd": sgd,
 }
 """Optimisers by name, built from the parameters and the recipe."""
 
 
-class Diverged(InputError):
-    """The bound or a parameter is not finite any more."""
+def build_optimizer(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser; a parameter that is a view with gaps or overlaps gets memory of its own first."""
+    parameters = list(parameters)
+    for p in parameters:
+        if not dense(p):
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+    return choose("optimizer", recipe.optimizer, OPTIMIZERS)(parameters, recipe)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
+    """Set the learning rate and return whether it is another one now."""
+    changed = any(group["lr"] != lr for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return changed
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+STREAMS = ("init", "order", "binarisation", "noise", "test", "layers")
+
+
+def stream(name: str, seed: int, device: torch.device | str = "cpu", step: int = 0) -> torch.Generator:
+    """Return the generator of one kind of randomness (a name in ``STREAMS``); they do not depend on each other."""
+    state = np.random.SeedSequence((seed, STREAMS.index(name), step)).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Let layers that draw from torch's global generator, such as dropout, draw from this one; restore the global."""
+    device = generator.device
+    everywhere = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    before = everywhere.get_state()
+    everywhere.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(everywhere.get_state())
+        everywhere.set_state(before)
+
+
+def offspring(generator: torch.Generator) -> torch.Generator:
+    """Return a new generator, seeded by a draw from ``generator``."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return torch.Generator(generator.device).manual_seed(seed)
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def backward(estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+    """Add the gradient of ``-bound.mean()`` to ``.grad`` and return the bound, ``[B]``."""
+    return objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
+
+
+def gradient(
+    model: nn.Module,
+    estimator: Estimator,
+    x: Tensor,
+    eps: Latent,
+    clip: float | None = None,
+    joint_clip: bool = True,
+    backward: Callable[..., Tensor] = backward,
+) -> Tensor:
+    """Put the gradient of ``-bound.mean()`` into ``.grad``, where there is none yet, and return the bound, ``[B]``.
+
+    ``clip`` limits its global norm, or without ``joint_clip`` that of encoder and decoder each; ``backward`` computes
+    it, as :func:`backward` does.
+    """
+    bound = backward(estimator, model, x, eps)
+    if clip is not None:
+        for part in (model,) if joint_clip else (model.joint, model.encoder):
+            nn.utils.clip_grad_norm_(part.parameters(), clip)
+    return bound
 
 
 def train_step(
@@ -132,32 +246,86 @@ def train_step(
     x: Tensor,
     eps: Latent,
     clip: float | None = None,
-    backward: Callable[..., Tensor] = objectives.backward,
+    joint_clip: bool = True,
+    backward: Callable[..., Tensor] = backward,
 ) -> Tensor:
     """Take one step up the bound and return its mean over the batch ``x``, before the step, ``[]``.
 
-    ``clip`` limits the global norm of the gradient; ``backward`` computes it, as :func:`vaelib.objectives.backward`
-    does. Introduced in book/01-elbo-forms.ipynb.
+    ``clip``, ``joint_clip`` and ``backward`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
     """
     optimizer.zero_grad()
-    bound = backward(estimator, model.joint, model.encoder(x), x, eps)
-    if clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    bound = gradient(model, estimator, x, eps, clip, joint_clip, backward)
     optimizer.step()
     return bound.mean()
 
 
-STREAMS = ("init", "order", "binarisation", "noise", "test")
+# --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def stream(name: str, seed: int, device: torch.device | str = "cpu", step: int = 0) -> torch.Generator:
-    """Return the generator of one kind of randomness (a name in ``STREAMS``); they do not depend on each other."""
-    state = np.random.SeedSequence((seed, STREAMS.index(name), step)).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+class Diverged(InputError):
+    """The bound or a parameter is not finite any more."""
 
 
-class Loop:
-    """The loop over steps and epochs, of one training (:class:`Trainer`) or of several side by side.
+class Hook:
+    """What goes on in a training besides its steps; each method may be left as it is."""
+
+    update: Callable[[Training, Tensor], Tensor] | None = None
+    """``(training, x) -> bound``, ``[]``: learns from a batch in the place of a plain step."""
+
+    order: Callable[[Training], Tensor] | None = None
+    """``training -> [N]``: the observations of the coming epoch, in the place of a permutation."""
+
+    def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Look at the training after an epoch; what is put into ``record`` is in the history."""
+
+    def finish(self, training: Training) -> None:
+        """Leave the model as it is meant to be after the last step."""
+
+    def state(self) -> Any:
+        """Return all that :meth:`load_state` needs to go on: numbers, strings, tensors, and lists and dicts of them."""
+
+    def load_state(self, state: Any) -> None:
+        """Go on from ``state``."""
+
+
+def plain_step(training: Training, x: Tensor) -> Tensor:
+    """Take one step of gradient ascent and return the mean bound, ``[]``."""
+    eps, clip = training.noise(x), training.recipe.clip
+    model, estimator, optimizer = training.model, training.estimator, training.optimizer
+    return train_step(model, estimator, optimizer, x, eps, clip, backward=training.backward)
+
+
+def random_order(training: Training) -> Tensor:
+    """Return all observations in a random order, or in the one they have where the recipe says so."""
+    count = len(training.split)
+    return (
+        torch.randperm(count, generator=training.streams["order"]) if training.recipe.shuffle else torch.arange(count)
+    )
+
+
+EVOLVES = ("step", "seconds", "decay", "stopped", "order", "bounds", "history")
+"""The plain part of the record, by the names of its attributes."""
+
+
+class Training:
+    """A training, and the record of all that evolves in it, which a checkpoint holds.
+
+    Parameters
+    ----------
+    model
+        with ``joint`` and ``encoder``, and ``binary`` where it wants images of 0 and 1, such as
+        :class:`vaelib.models.VAE`; trained in place.
+    split
+        the training data, on the device of the model.
+    estimator
+        an estimator or its name; or a function of :class:`Progress` that gives the one for the next step, such as
+        ``lambda progress: silent.annealed(row, 1 - progress.done)``. If it has a ``state()``, that is in the record.
+    recipe
+        how long, how fast, from which seed.
+    hooks
+        what else goes on; their states are in the record.
+    compile
+        take the same steps with less overhead (:mod:`vaelib.fast`): compiled, and on a GPU captured, several at a time.
 
     Attributes
     ----------
@@ -165,23 +333,80 @@ class Loop:
         steps taken so far.
     seconds : float
         how long they took.
+    history : list of dict
+        one record an epoch: its number, the steps so far, the mean bound of its steps in nats, the learning rate, the
+        seconds of training so far, and what hooks add.
+    decay : float
+        the factor on the learning rate that hooks have left of it.
+    stopped : bool
+        whether a hook ended the training before its time.
+
+    Raises
+    ------
+    InputError
+        if model, data, estimator and recipe do not go together.
     """
 
-    recipe: Recipe
-    history: list
-    step: int
-    steps_per_epoch: int
-    seconds: float
-    captured = None
-    captures = False
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split | Sentences,
+        estimator: Estimator | str | Callable[[Progress], Estimator],
+        recipe: Recipe,
+        hooks: Sequence[Hook] = (),
+        compile: bool = False,
+    ) -> None:
+        estimator = estimators.get(estimator) if isinstance(estimator, str) else estimator
+        self.fixed = isinstance(estimator, Estimator)
+        if compile and not self.fixed:
+            raise InputError("an estimator that changes from step to step cannot be compiled: leave out compile")
+        self.model, self.split, self.recipe, self.hooks = model, split, recipe, list(hooks)
+        self.schedule = choose("schedule", recipe.schedule, SCHEDULES)
+        self.device = next(model.parameters()).device
+        self.streams = {
+            name: stream(name, recipe.seed, "cpu" if name == "order" else self.device)
+            for name in ("order", "binarisation", "noise", "layers")
+        }
+        self.estimator_at = (lambda progress: estimator) if self.fixed else estimator
+        self.estimator = self.estimator_at(Progress(0, 0.0, 0.0))
+        check_fit(self)
+        self.keepers = [part for part in (*self.hooks, estimator) if hasattr(part, "load_state")]
+        self.step_by = next((hook.update for hook in self.hooks if hook.update), plain_step)
+        self.order_by = next((hook.order for hook in self.hooks if hook.order), random_order)
+        self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
+        self.step, self.seconds, self.decay, self.stopped = 0, 0.0, 1.0, False
+        self.history: list[dict[str, Any]] = []
+        self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
+        self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
+        self.backward = fast.Compiled() if compile else backward
+        self.restart_optimizer()
+        self.captures = compile and self.step_by is plain_step and self.optimizer.defaults.get("capturable", False)
+        self.noises: dict[Any, Any] = {}
 
     @property
     def total_steps(self) -> int:
         """Steps after which the recipe's epochs are done."""
         return self.recipe.epochs * self.steps_per_epoch
 
-    def run(self, after_step: Callable[[], None] = lambda: None, progress: bool = False) -> list:
+    @property
+    def progress(self) -> Progress:
+        """How far the training is."""
+        return Progress(self.step, self.step / self.steps_per_epoch, self.step / self.total_steps)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no step left to take."""
+        return self.stopped or self.step >= self.total_steps
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the last step was the last one of an epoch."""
+        return self.step % self.steps_per_epoch == 0
+
+    def run(self, after_step: Callable[[Training], None] | None = None, progress: bool = False) -> list:
         """Train until the recipe's epochs are done, from wherever :attr:`step` stands; return the history.
+
+        ``after_step(training)`` is called after each step, or after those that a GPU takes at once.
 
         Raises
         ------
@@ -191,111 +416,29 @@ class Loop:
         start = time.monotonic() - self.seconds
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
         with bar:
-            while self.step < self.total_steps:
-                before = self.step
+            while not self.over:
                 bounds = self.advance()
                 self.seconds = time.monotonic() - start
                 self.note(bounds)
-                if self.step % self.steps_per_epoch == 0:
+                if self.epoch_ends:
                     bar.set_postfix_str(self.summary())
-                after_step()
-                bar.update(self.step - before)
+                if after_step is not None:
+                    after_step(self)
+                bar.update(len(bounds))
+        for hook in self.hooks:
+            hook.finish(self)
         return self.history
 
     def advance(self) -> Tensor:
         """Take a step, or on a GPU that captures them several; return their bounds, ``[steps, ...]``."""
-        i = self.step % self.steps_per_epoch
-        if i == 0:
+        if self.epoch_ends:
             self.begin_epoch()
-        if not self.captures or self.steps_per_epoch - i < CAPTURED_STEPS:
-            return self.learn(self.index(1)[0]).unsqueeze(0)
-        if self.captured is None:
-            self.captured = fast.Captured(self.learn, self.generators())
-        return self.captured(self.index(CAPTURED_STEPS))
-
-    def index(self, steps: int) -> Tensor:
-        """Return the observations of the next ``steps`` steps, by their numbers."""
-        raise NotImplementedError
-
-    def learn(self, index: Tensor) -> Tensor:
-        """Take one step with these observations and return the mean bound."""
-        raise NotImplementedError
-
-    def generators(self) -> list[torch.Generator]:
-        """Return all that :meth:`learn` draws from."""
-        raise NotImplementedError
-
-    def note(self, bounds: Tensor) -> None:
-        """Count the steps that gave these bounds and write the history."""
-        raise NotImplementedError
-
-    def begin_epoch(self) -> None:
-        """Shuffle the data and set the learning rate."""
-        raise NotImplementedError
-
-    def summary(self) -> str:
-        """Say how the last epoch went."""
-        raise NotImplementedError
-
-
-class Trainer(Loop):
-    """A training, and everything that a checkpoint has to hold of it.
-
-    Parameters
-    ----------
-    model
-        with ``joint``, ``encoder`` and ``binary``, such as :class:`vaelib.models.VAE`; trained in place.
-    split
-        the training images, on the device of the model.
-    estimator
-        a row of the tableau, or one beside it; or a function that gives the one for the next step, called with the
-        fraction of the training that is done (such as ``lambda done: silent.annealed(row, 1 - done)``).
-    recipe
-        how long, how fast, from which seed.
-    compile
-        take the same steps with less overhead (:mod:`vaelib.fast`): compiled, and on a GPU captured, several at a time.
-
-    Attributes
-    ----------
-    history : list of dict
-        one record an epoch: its number, the steps so far, the mean bound of its steps in nats, the learning rate, and
-        the seconds of training so far.
-
-    Raises
-    ------
-    InputError
-        if model, images, estimator and recipe do not go together.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        split: Split,
-        estimator: Estimator | Callable[[float], Estimator],
-        recipe: Recipe,
-        compile: bool = False,
-    ) -> None:
-        if compile and callable(estimator):
-            raise InputError("an estimator that changes from step to step cannot be compiled: leave out compile")
-        self.model, self.split, self.recipe = model, split, recipe
-        self.estimator_at = estimator if callable(estimator) else lambda done: estimator
-        self.backward = objectives.backward
-        self.estimator = self.estimator_at(0.0)
-        check_fit(model, split, self.estimator, recipe)
-        device = split.grey.device
-        self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
-        self.optimizer = OPTIMIZERS[recipe.optimizer](list(model.parameters()), recipe)
-        self.captures = compile and self.optimizer.defaults.get("capturable", False)
-        self.streams = {
-            "order": stream("order", recipe.seed),
-            "binarisation": stream("binarisation", recipe.seed, device),
-            "noise": stream("noise", recipe.seed, device),
-        }
-        self.step = 0
-        self.order = torch.arange(len(split), device=device)
-        self.bounds = torch.zeros(self.steps_per_epoch, device=device)
-        self.history: list[dict[str, Any]] = []
-        self.seconds = 0.0
+        with drawing_from(self.streams["layers"]):
+            if not self.captures or self.steps_per_epoch - self.step % self.steps_per_epoch < CAPTURED_STEPS:
+                return self.learn(self.index(1)[0]).unsqueeze(0)
+            if self.captured is None:
+                self.captured = fast.Captured(self.learn, self.generators())
+            return self.captured(self.index(CAPTURED_STEPS))
 
     def index(self, steps: int) -> Tensor:
         """Return the observations of the next ``steps`` steps, by their numbers, ``[steps, B]``."""
@@ -305,18 +448,48 @@ class Trainer(Loop):
 
     def learn(self, index: Tensor) -> Tensor:
         """Take one step with the observations ``index`` ``[B]`` and return its mean bound, ``[]``."""
-        return self.update(self.split.batch(index, self.streams["binarisation"]))
+        x = self.split.batch(index, self.streams["binarisation"])
+        self.estimator = self.estimator_at(self.progress)
+        return self.step_by(self, x)
 
-    def update(self, x: Tensor) -> Tensor:
-        """Learn from one batch and return its mean bound, ``[]``."""
-        self.estimator = self.estimator_at(self.step / self.total_steps)
-        q = self.model.encoder(x)
-        eps = q.noise(self.recipe.k, self.streams["noise"])
-        return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip, self.backward)
+    def noise(self, x: Tensor) -> Latent:
+        """Draw the noise for a batch; what it is made of is learnt from the encoder once for a batch's shape."""
+        key = (x.shape, x.dtype)
+        if key not in self.noises:
+            with torch.no_grad(), self.undisturbed():
+                self.noises[key] = posteriors.as_posterior(self.model.encoder(x)).noise_like(self.recipe.k)
+        return posteriors.draw(self.noises[key], self.streams["noise"])
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Put the model into evaluation mode, and afterwards it and all randomness back to where they were."""
+        before = {name: generator.get_state() for name, generator in self.streams.items()}
+        try:
+            with evaluation.evaluating(self.model), drawing_from(torch.Generator(self.device)):
+                yield
+        finally:
+            for name, state in before.items():
+                self.streams[name].set_state(state)
 
     def generators(self) -> list[torch.Generator]:
         """Return all that :meth:`learn` draws from."""
         return [self.streams["binarisation"], self.streams["noise"]]
+
+    def begin_epoch(self) -> None:
+        """Put the data into the epoch's order and set the learning rate."""
+        self.order = self.order_by(self)[: len(self.order)].to(self.device)
+        if set_lr(self.optimizer, self.lr):
+            self.captured = None  # which holds the old rate
+
+    @property
+    def lr(self) -> float:
+        """The learning rate."""
+        return self.recipe.lr * self.decay * self.schedule(self.progress)
+
+    def restart_optimizer(self) -> None:
+        """Begin with a new optimiser, without memories, at the learning rate as it is now."""
+        self.optimizer, self.captured = build_optimizer(self.model.parameters(), self.recipe), None
+        set_lr(self.optimizer, self.lr)
 
     def note(self, bounds: Tensor) -> None:
         """Count the steps that gave ``bounds`` ``[steps]``; look at them now and then, and at the end of an epoch."""
@@ -325,33 +498,26 @@ class Trainer(Loop):
         self.step += len(bounds)
         if before // CHECK_EVERY != self.step // CHECK_EVERY:
             self.check_bounds()
-        if self.step % self.steps_per_epoch == 0:
+        if self.epoch_ends:
             self.end_epoch()
-
-    def summary(self) -> str:
-        """Say how the last epoch went."""
-        return f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
-
-    def begin_epoch(self) -> None:
-        """Shuffle the data, if the recipe says so, and set the learning rate."""
-        if self.recipe.shuffle:
-            self.order = torch.randperm(len(self.split), generator=self.streams["order"]).to(self.order.device)
-        lr = self.recipe.lr * SCHEDULES[self.recipe.schedule](self.step // self.steps_per_epoch + 1)
-        if set_lr(self.optimizer, lr):
-            self.captured = None  # which holds the old rate
 
     def end_epoch(self) -> None:
         """Add the epoch to the history."""
         self.check_bounds()
-        self.history.append(
-            {
-                "epoch": self.step // self.steps_per_epoch,
-                "step": self.step,
-                "bound": self.bounds.double().mean().item(),
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "seconds": round(self.seconds, 3),
-            }
-        )
+        record = {
+            "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "bound": self.bounds.double().mean().item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self.seconds, 3),
+        }
+        self.history.append(record)
+        for hook in self.hooks:
+            hook.after_epoch(self, record)
+
+    def summary(self) -> str:
+        """Say how the last epoch went."""
+        return f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
 
     def check_bounds(self) -> None:
         """Raise Diverged, with the step, if one of this epoch's bounds is not finite."""
@@ -363,89 +529,128 @@ class Trainer(Loop):
 
     def diverged(self, what: str) -> Diverged:
         """Return the error that says so."""
-        lr = self.optimizer.param_groups[0]["lr"]
         return Diverged(
-            f"{what} with estimator '{self.estimator.name}', k = {self.recipe.k} and learning rate {lr:g}: "
-            "train anew with a lower lr, or limit the gradient with clip"
+            f"{what} with estimator '{self.estimator.name}', k = {self.recipe.k} and learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:g}: train anew with a lower lr, or limit the gradient with clip"
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that :meth:`load_state_dict` needs to go on bit for bit; only if all of it is finite.
+    def state(self) -> dict[str, Any]:
+        """Return the record: all that :meth:`load_state` needs to go on bit for bit; only if all of it is finite.
 
         Raises
         ------
         Diverged
-            if a bound, a parameter or a moment of Adam is not.
+            if a bound, a parameter or a moment of the optimiser is not.
         """
         self.check_bounds()
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
         if not all(bool(tensor.isfinite().all()) for tensor in (*self.model.parameters(), *moments)):
             raise self.diverged(f"a parameter or its gradient is not finite at step {self.step}")
         return {
-            "device": self.order.device.type,
-            "step": self.step,
+            "device": self.device.type,
+            **{name: getattr(self, name) for name in EVOLVES},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "streams": {name: generator.get_state() for name, generator in self.streams.items()},
-            "order": self.order,
-            "bounds": self.bounds,
-            "history": self.history,
-            "seconds": self.seconds,
+            "hooks": [part.state() for part in self.keepers],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, bit for bit; on another kind of device with other noise from there on."""
-        self.captured = None  # with the tensors of before
+        for part, own in zip(self.keepers, state["hooks"], strict=True):
+            part.load_state(own)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # where it was captured is of no concern here
-            group.update({name: self.optimizer.defaults[name] for name in group if name == "capturable"})
-        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
-        self.order.copy_(state["order"])
-        self.bounds.copy_(state["bounds"])
+            group.update({name: self.optimizer.defaults[name] for name in group if name in ("capturable", "fused")})
+        for name in EVOLVES:
+            there, here = state[name], getattr(self, name)
+            setattr(self, name, here.copy_(there) if isinstance(here, Tensor) else there)
+        self.captured = None  # with the tensors of before
         for name, generator in self.streams.items():
-            if name == "order" or state["device"] == self.order.device.type:
-                generator.set_state(state["streams"][name])
-            else:
-                self.streams[name] = stream(name, self.recipe.seed, generator.device, self.step)
+            same = name == "order" or state["device"] == self.device.type
+            anew = stream(name, self.recipe.seed, generator.device, self.step)
+            generator.set_state(state["streams"][name] if same else anew.get_state())
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
-    """Set the learning rate and return whether it is another one now."""
-    changed = any(group["lr"] != lr for group in optimizer.param_groups)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return changed
+# --- what goes together -----------------------------------------------------------------------------------------------
 
 
-def check_fit(model: nn.Module, split: Split, estimator: Estimator, recipe: Recipe) -> None:
-    """Raise InputError if these do not go together."""
+def check_fit(training: Training) -> None:
+    """Raise InputError if model, data, estimator and recipe do not go together; try them on one observation.
+
+    An exception of the model's own reaches the caller as it is, unless the same model takes the same observation in
+    another dtype or with another number of pixels: then it is said which.
+    """
+    model, split, estimator, recipe = training.model, training.split, training.estimator, training.recipe
     estimator.check(recipe.k)
+    what = "images" if isinstance(split, Split) else "observations"
     if recipe.batch_size > len(split):
-        raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training images")
-    if model.binary and split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
+        raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training {what}")
+    if isinstance(split, Split):
+        check_levels(split, getattr(model, "binary", False))
+    noise = stream("test", 0, training.device)
+    x = split.batch(slice(0, 1), noise)
+
+    def attempt(x: Tensor) -> Tensor:
+        with torch.enable_grad(), training.undisturbed():
+            q = posteriors.as_posterior(model.encoder(x))
+            return estimator.loss(model.joint, q, x, q.noise(recipe.k, noise))
+
+    def works(x: Tensor) -> bool:
+        try:
+            return attempt(x) is not None
+        except Exception:  # whatever else is wrong with the model is not what was looked for
+            return False
+
+    try:
+        attempt(x)
+    except RuntimeError as error:
+        if not x.is_floating_point():
+            raise
+        parameters = list(model.parameters())
+        for dtype in {p.dtype for p in parameters} - {x.dtype}:
+            if works(x.to(dtype)):
+                raise InputError(
+                    f"the images are {x.dtype}, but the model is {dtype}: convert one of them, such as by "
+                    f"model.to({x.dtype}), which is float() or double(), or replace(split, grey=split.grey.to({dtype}))"
+                ) from error
+        pixels = x.shape[-1]
+        for width in sorted({size for p in parameters for size in p.shape} - {pixels}):
+            if works(x.repeat(1, -(-width // pixels))[:, :width]):
+                raise InputError(
+                    f"the model cannot take these images of {pixels} pixels, but would take {width} ({error}): build "
+                    f"it with data_dim={pixels}"
+                ) from error
+        raise
+
+
+def check_levels(split: Split, binary: bool) -> None:
+    """Raise InputError if the images of a split are not what its binarisation, or a Bernoulli likelihood, wants."""
+    grey = split.grey
+    if not grey.is_floating_point():
+        raise InputError(
+            f"the images are {grey.dtype}, but must be floating-point numbers from 0 to 1: give images.float() / 255"
+        )
+    low, high = (level.item() for level in grey.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("the images have levels that are not finite: leave these images out, or put numbers there")
+    if (binary or split.binarisation != "grey") and not 0 <= low <= high <= 1:
+        raise InputError(
+            f"the images have levels from {low:g} to {high:g}, but to be black or white, or drawn as such, they must "
+            "be between 0 and 1: divide by the largest possible one, such as 255"
+        )
+    if binary and split.binarisation != "dynamic" and not ((grey == 0) | (grey == 1)).all():
         raise InputError(
             "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
             "use binarisation=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"
         )
-    x = split.batch(slice(0, 1), stream("test", 0, split.grey.device))
-    mode = model.training
-    try:
-        with torch.enable_grad():
-            q = model.eval().encoder(x)
-            estimator.loss(model.joint, q, x, q.noise(recipe.k, stream("test", 0, x.device)))
-    except RuntimeError as error:
-        raise InputError(
-            f"the model cannot take these images of {x.shape[1]} pixels ({error}): build it with data_dim={x.shape[1]}"
-        ) from error
-    finally:
-        model.train(mode)
 
 
 def fit(
     model: nn.Module,
-    split: Split,
-    estimator: Estimator | Callable[[float], Estimator] | str = "elbo-path",
+    split: Split | Sentences,
+    estimator: Estimator | str | Callable[[Progress], Estimator] = "elbo-path",
     progress: bool = False,
     compile: bool = False,
     **recipe: Any,
@@ -453,9 +658,7 @@ def fit(
     """Train ``model`` in place, in memory, and return its history, one record an epoch.
 
     ``fit(model, images.train, "elbo-path", epochs=5, lr=1e-3, seed=0)``; the keywords are the fields of
-    :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Trainer`. Introduced in
+    :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Training`. Introduced in
     book/01-elbo-forms.ipynb.
     """
-    if isinstance(estimator, str):
-        estimator = known.get(estimator)
-    return Trainer(model, split, estimator, Recipe(**recipe), compile).run(progress=progress)
+    return Training(model, split, estimator, Recipe(**recipe), compile=compile).run(progress=progress)

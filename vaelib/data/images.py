@@ -24,11 +24,11 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (float32 [N
 
 
 def draw(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Return x ~ Bernoulli(grey), zeros and ones of torch's default dtype; exact for grey 0 and 1, to 2**-24 between.
+    """Return x ~ Bernoulli(grey), zeros and ones of the dtype of grey; exact for grey 0 and 1, to 2**-24 between.
 
     Four times as fast on a CPU as ``torch.bernoulli``, which draws a double for each pixel.
     """
-    return torch.rand(grey.shape, generator=generator, device=grey.device).lt_(grey)
+    return torch.rand(grey.shape, generator=generator, dtype=grey.dtype, device=grey.device).lt_(grey)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vaelib.errors import whole_number
 from vaelib.data.files import File, fetch
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, whole_number
 
 PAD, BEGIN, END = range(3)
 MARKS = ("<pad>", "<s>", "</s>")

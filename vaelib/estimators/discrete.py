@@ -40,7 +40,9 @@ def exact_elbo(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
     """
     q, z = every_value(q, x)
     log_q = q.log_prob(z)
-    return times(log_q.exp(), log_weight(joint, x, z, log_q)).sum(0)
+    mass, log_w = log_q.exp(), log_weight(joint, x, z, log_q)
+    never = (log_w == -math.inf) & (mass > 0)  # impossible, but not for q: the bound is -inf, without a slope
+    return times(mass, log_w.masked_fill(never, 0.0)).sum(0).masked_fill(never.any(0), -math.inf)
 
 
 def log_marginal(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
@@ -85,7 +87,9 @@ def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -
         log_w = log_weight(joint, x, both, q.log_prob(both).detach())
         with torch.no_grad():
             first, second = log_w.chunk(2)
-            gradient = (first - second).unsqueeze(-1) * weigh(eps, z - twin, q)
+            delta = first - second
+            delta = delta.masked_fill(~delta.isfinite(), 0.0)  # of an impossible sample nothing is learned
+            gradient = delta.unsqueeze(-1) * weigh(eps, z - twin, q)
         logits = q.logits.masked_fill(q.logits.isinf(), 0.0)  # a bit that is sure has nothing to learn
         total = (gradient * logits).sum(-1).mean(0)
         return -(log_w.mean(0) + total - total.detach())

@@ -34,8 +34,8 @@ def gdreg(row: Row) -> LossEstimator:
 
     where the plain theta channel has :math:`a_k\, \partial_\theta \log p_\theta(z_{1k} \mid z_{2k})`. Decoder and
     encoder get what the row gives them. The joint must show its parts, as :class:`vaelib.models.HierarchicalJoint`
-    does: ``priors`` (one module, which returns a diagonal Gaussian), ``log_prior`` and ``log_likelihood``.
-    Introduced in book/05-mixtures-and-iwae.ipynb.
+    does: ``priors`` (one module, which returns a Gaussian) and ``log_likelihood``. Introduced in
+    book/05-mixtures-and-iwae.ipynb.
 
     Parameters
     ----------
@@ -52,21 +52,21 @@ def gdreg(row: Row) -> LossEstimator:
 
     def loss(joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         if len(getattr(joint, "priors", ())) != 1:
+            layers = f" with {len(joint.priors) + 1}" if hasattr(joint, "priors") else ""
             raise InputError(
                 "GDReG is for the one conditional prior of a HierarchicalJoint with two stochastic layers, but the "
-                f"joint is a {type(joint).__name__}"
-                + (f" of {len(joint.priors) + 1}" if hasattr(joint, "priors") else "")
+                f"joint is a {type(joint).__name__}{layers}: use the row '{row.name}' itself"
             )
         still, held = stop_gradient(joint), q.stop_gradient()
-        rest = row.loss(joint.with_priors(still.priors), q, x, eps)
         z1, z2 = map_latent(Tensor.detach, held.sample(eps))
         prior = joint.priors[0](z2)
-        e = ((z1 - prior.mean) * (-prior.log_std).exp()).detach()
+        e = prior.whiten(z1 - prior.mean).detach()
         moved = prior.sample(e), z2  # the same point, now a function of the prior's parameters
         log_w = log_weight(still, x, moved, held.log_prob_of_sample(moved, eps))
         a, b, _ = row.weights(log_w.detach())
-        total = (a * still.log_likelihood(x, moved) - b * log_w).sum(0)
-        return rest - (total - total.detach())
+        score = prior.log_prob(z1)  # what the row has for the prior, taken back
+        total = (a * (still.log_likelihood(x, moved) - score) - b * log_w).sum(0)
+        return row.loss(joint, q, x, eps) - (total - total.detach())
 
     name = f"{row.name}-gdreg"
     return LossEstimator(name, row.bound, row.target, row.least_k, "bauer2021", loss, "With a path for the prior too.")

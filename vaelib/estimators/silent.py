@@ -62,7 +62,14 @@ def expected_square_error(x: Tensor, q, weight: Tensor, bias: Tensor) -> Tensor:
     InputError
         if the posterior does not know its moments, or the sizes do not go together.
     """
-    mean, variance = linear_moments(q, weight)
+    q = as_posterior(q)
+    if not hasattr(q, "linear_moments"):
+        raise InputError(
+            f"a {type(q).__name__} does not know the mean and variance of W z (method linear_moments), of which the "
+            "exact expectation is made: use a Gaussian, Bernoulli, categorical or mixture posterior, or a row of the "
+            "tableau such as elbo-path, which only needs draws"
+        )
+    mean, variance = q.linear_moments(weight)
     if mean.shape != x.shape:
         raise InputError(
             f"decoder and posterior make images of the shape [B, X] = {list(mean.shape)}, but x is {list(x.shape)}"
@@ -225,6 +232,7 @@ def elbo(joint: Callable[..., Tensor], x: Tensor, q) -> Tensor:
     InputError
         if the likelihood or the divergence has no closed form.
     """
+    q = as_posterior(q)
     for part in (joint, getattr(joint, "decode", None)):
         if hasattr(part, "expected_log_likelihood"):
             return part.expected_log_likelihood(x, q) - divergence(joint, q)
@@ -236,32 +244,15 @@ def elbo(joint: Callable[..., Tensor], x: Tensor, q) -> Tensor:
     )
 
 
-def linear_moments(q, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance of W z under q, ``[B, X]`` each, or say why they are not to be had.
-
-    Raises
-    ------
-    InputError
-        if the posterior does not know its moments.
-    """
-    q = as_posterior(q)
-    if not hasattr(q, "linear_moments"):
-        raise InputError(
-            f"a {type(q).__name__} does not know the mean and variance of W z (method linear_moments), of which the "
-            "exact expectation is made: use a Gaussian, Bernoulli, categorical or mixture posterior, or a row of the "
-            "tableau such as elbo-path, which only needs draws"
-        )
-    return q.linear_moments(weight)
-
-
-def _loss(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor | None) -> Tensor:
+def exact(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor | None) -> Tensor:
+    """Return minus :func:`elbo`, ``[B]``; there is no noise."""
     return -elbo(joint, x, q)
 
 
 ELBO = LossEstimator(
-    "elbo-silent", "elbo", "elbo", 1, "shao2025", _loss, "For linear Gaussian decoders: no draws, the closed form."
+    "elbo-silent", "elbo", "elbo", 1, "shao2025", exact, "For linear Gaussian decoders: no draws, the closed form."
 )
-"""The silent gradient as an estimator, ``objectives.backward(silent.ELBO, joint, encoder, x, None)``: without noise."""
+"""The silent gradient as an estimator, without noise: ``objectives.backward(silent.ELBO, joint, q, x, None)``."""
 
 
 # --- beside a nonlinear decoder ---------------------------------------------------------------------------------------
@@ -468,8 +459,7 @@ class TrackedScale:
     def __call__(self, progress: Any = None) -> LossEstimator:
         """Return the estimator for the next step, and look at the scale again every few calls."""
         if self.calls % self.every == 0:
-            with torch.no_grad():
-                q = self.model.encoder(self.x)
+            q = stop_gradient(self.model.encoder)(self.x)  # its batch norms do not count these images
             eps = q.noise(self.k, self.generator)
             covariance, variance = covariances(self.base, self.model.joint, q, self.x, eps, self.control)
             kept = self.memory if self.calls else 0.0

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaelib.errors import whole_number
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, whole_number
 
 Plain = str | int | float | None
 Cell = Mapping[str, Plain]

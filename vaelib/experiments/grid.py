@@ -22,8 +22,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from vaelib.config import DEVICES
-from vaelib.errors import positive, whole_number
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, positive, whole_number
 from vaelib.experiments import EXPERIMENTS, find, results
 from vaelib.experiments.experiment import Task
 from vaelib.runs import Folder, InUse, find_device, in_use, read_json, write, write_json

@@ -6,7 +6,6 @@ are those of the paper's Tables 1 and 2: NLL by importance sampling, KL, mutual 
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +18,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from vaelib import collapse, data, evaluation, models, plots, runs
-from vaelib.collapse import METHODS, Training
+from vaelib.collapse import METHODS
 from vaelib.data import Images, Sentences, Split, Text
 from vaelib.errors import choose
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
 from vaelib.experiments.results import curves, over_seeds
 from vaelib.models.text import lstm_vae
-from vaelib.training import stream
+from vaelib.training import Training, drawing_from, offspring, stream, train_step
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -44,12 +43,12 @@ class Family:
         ``build(config, data, generator)`` returns the model before its first step; without z where the method is
         "no-z".
     recipe
-        what :class:`vaelib.collapse.Recipe` it is trained by, where the configuration does not say otherwise.
+        what :class:`vaelib.collapse.LagRecipe` it is trained by, where the configuration does not say otherwise.
     """
 
     load: Callable[[Cell], Text | Images]
     build: Callable[[Cell, Any, torch.Generator], nn.Module]
-    recipe: collapse.Recipe
+    recipe: collapse.LagRecipe
 
 
 def load_text(config: Cell) -> Text:
@@ -129,16 +128,25 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
     recipe = replace(family.recipe, seed=seed, **changes, **choose("method", config["method"], CHANGES))
     valid = some(found.valid, config["evaluated"], seed=0)
     clock = time.process_time if device == "cpu" else time.monotonic  # other runs may be at work on the same core
-    training = Training(model, found.train, valid, recipe, clock)
+    training = collapse.prepare(model, found.train, valid, recipe, clock)
     looked_at = config["points"] and seed == 0 and config["method"] in ("plain", "aggressive")
     space = Space(found.train, config, folder / "space.csv") if looked_at else None
-    train(training, folder, lambda: report(0.8 * training.step / max(training.total_steps, 1)), space)
+    place = runs.Folder(folder)
+    if place.checkpoint.exists():
+        runs.restore(training, place.checkpoint)
+
+    def after_step(training: Training) -> None:
+        report(0.8 * training.progress.done)
+        if space:
+            space.look(training)
+
+    runs.go_on(training, place, SAVE_EVERY, after_step)
     if space:
         space.add_trajectories(family, found, seed)
 
     x = found.test.batch(slice(0, config["evaluated"]), stream("test", 0, device))
     noise = stream("noise", seed, x.device, step=1)
-    with collapse.own_randomness(noise):
+    with drawing_from(offspring(noise)):
         final = collapse.measure(model, x, recipe.batch_size, noise)
         values = evaluation.log_likelihood(model, x, config["samples"], 10, noise, batch_size=recipe.batch_size)
     nll, error = evaluation.mean_and_standard_error(-values)
@@ -147,7 +155,7 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
         for record in training.history
         for name in ("nll_bound", "kl", "mi", "mi_all", "au", "encoder_steps")
     ]
-    cost = training.cost
+    cost = training.history[-1]
     return [
         Measured("nll", nll, error),
         *(Measured(name, value) for name, value in final.items()),
@@ -163,27 +171,6 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
 def some(split: Any, most: int, seed: int) -> Any:
     """Return at most ``most`` sentences of a split, by lot; images, which are quick, as they are."""
     return split.sample(most, seed) if isinstance(split, Sentences) and len(split) > most else split
-
-
-def train(training: Training, folder: Path, tell: Callable[[], None], space: Space | None) -> None:
-    """Train to the end, from the folder's checkpoint if it has one, saving now and then and when asked to stop."""
-    path, due = folder / "checkpoint.pt", time.monotonic() + SAVE_EVERY
-    if path.exists():
-        runs.restore(training, path)
-    with runs.noticed(signal.SIGINT, signal.SIGTERM) as stop:
-
-        def after_step() -> None:
-            nonlocal due
-            tell()
-            if space:
-                space.look(training)
-            if stop or time.monotonic() >= due or training.step == training.total_steps:
-                runs.save(training, path)
-                due = time.monotonic() + SAVE_EVERY
-            if stop:
-                raise KeyboardInterrupt(f"stopped after step {training.step}, with a checkpoint")
-
-        training.run(after_step)
 
 
 # --- the posterior-mean space -----------------------------------------------------------------------------------------
@@ -210,10 +197,9 @@ class Space:
     def look(self, training: Training) -> None:
         """Note where the points are, if this step ends a stage."""
         stages = {int(epoch * training.steps_per_epoch) for epoch in (*STAGES, self.config["epochs"])}
-        if training.step in stages or training.step == training.total_steps:  # it may end early
-            mode = training.model.training
-            self.note("stage", training.step, training.model.eval(), self.x)
-            training.model.train(mode)
+        if training.step in stages or training.over:  # it may end early
+            with evaluation.evaluating(training.model):
+                self.note("stage", training.step, training.model, self.x)
             self.save()
 
     @torch.no_grad()
@@ -232,16 +218,15 @@ class Space:
         optimizer, objective = torch.optim.SGD(model.parameters(), family.recipe.lr), collapse.elbo_kl()
 
         def eps(x: torch.Tensor) -> torch.Tensor:
-            return model.encoder.noise(1, x, noise)
+            return model.encoder(x).noise(1, noise)
 
         self.note("trajectory", 0, model, x[:TRAJECTORIES])
         for step in range(1, config["path"] + 1):
-            with collapse.own_randomness(noise):
+            with drawing_from(offspring(noise)):
                 if CHANGES[config["method"]].get("aggressive"):
                     collapse.aggressive_step(model, objective, optimizer, x, lambda: x, eps, units=self.split.units)
                 else:
-                    collapse.gradient(model, objective, x, eps(x))
-                    optimizer.step()
+                    train_step(model, objective, optimizer, x, eps(x), clip=family.recipe.clip)
             self.note("trajectory", step, model, x[:TRAJECTORIES])
         self.save()
 

@@ -21,15 +21,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from vaelib import data, discrete, evaluation, gradients, models, objectives, plots, silent
+from vaelib import data, estimators, evaluation, gradients, models, objectives, plots
 from vaelib.bounds import divergence
 from vaelib.config import Recipe
 from vaelib.data import Images
-from vaelib.estimators import Estimator, LossEstimator, every
+from vaelib.estimators import Estimator, discrete, silent
 from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
 from vaelib.experiments.results import Summary, over_seeds, paired, summarise
 from vaelib.models import VAE
-from vaelib.training import Diverged, Trainer, stream
+from vaelib.training import Diverged, Progress, Training, stream
 
 TEST_IMAGES = 300
 
@@ -53,20 +53,20 @@ def recipe(config: Cell, seed: int) -> Recipe:
     return Recipe(k=config["k"], batch_size=config["batch_size"], epochs=config["epochs"], lr=config["lr"], seed=seed)
 
 
-def train(trainer: Trainer, look: Callable[[int], list[Measured]], report: Report) -> list[Measured]:
+def train(training: Training, look: Callable[[int], list[Measured]], report: Report) -> list[Measured]:
     """Train to the end, and ``look(epoch)`` before it, and after the epochs 1, 2, 3, 5, 7, 10, 15 ... and the last."""
     measured = look(0)
-    due = {*(1, 2, 3, 5, 7), *range(10, trainer.recipe.epochs, 5), trainer.recipe.epochs}
+    due = {*(1, 2, 3, 5, 7), *range(10, training.recipe.epochs, 5), training.recipe.epochs}
 
-    def after_step() -> None:
-        report(0.9 * trainer.step / trainer.total_steps)
-        epoch, rest = divmod(trainer.step, trainer.steps_per_epoch)
-        if rest == 0 and epoch in due:
+    def after_step(training: Training) -> None:
+        report(0.9 * training.progress.done)
+        epoch = training.step // training.steps_per_epoch
+        if training.epoch_ends and epoch in due:
             measured.extend(look(epoch))
 
     try:
-        trainer.run(after_step)
-        trainer.state_dict()  # refuses parameters that are not finite
+        training.run(after_step)
+        training.state()  # refuses parameters that are not finite
         measured.append(Measured("diverged", 0))
     except Diverged:
         measured.append(Measured("diverged", 1))
@@ -132,8 +132,8 @@ def run_linear(config: Cell, seed: int, folder: Path, device: str, report: Repor
         with torch.no_grad():
             return [Measured("elbo", silent.elbo(model.joint, x, model.encoder(x)).mean().item(), at=epoch)]
 
-    trainer = Trainer(model, images.train, every()[config["estimator"]], recipe(config, seed))
-    measured = train(trainer, look, report)
+    training = Training(model, images.train, config["estimator"], recipe(config, seed))
+    measured = train(training, look, report)
     if measured[-1].value:
         return measured
     with torch.no_grad():
@@ -327,20 +327,21 @@ def annealed_grid(sets: Mapping[str, int], methods: Iterable[str], epochs: int) 
     ]
 
 
-def estimator_at(config: Cell) -> Callable[[float], Estimator | LossEstimator]:
-    """Return the estimator by the fraction of the training that is done."""
-    base, (schedule, exact) = every()[config["estimator"]], METHODS[config["method"]]
+def estimator_at(config: Cell) -> Callable[[Progress], Estimator]:
+    """Return the estimator for each step of a training."""
+    base, (schedule, exact) = estimators.get(config["estimator"]), METHODS[config["method"]]
     guide = silent.ELBO if exact else base
     if schedule is None:
-        return lambda done: silent.annealed(base, 0.0)
-    return lambda done: silent.annealed(base, silent.SCHEDULES[schedule](done / config["anneal"]), guide)
+        return lambda progress: silent.annealed(base, 0.0)
+    weight = silent.SCHEDULES[schedule]
+    return lambda progress: silent.annealed(base, weight(progress.done / config["anneal"]), guide)
 
 
 def run_annealed(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
     """Train an encoder with two decoders, from the linear one's gradient to the nonlinear one's."""
     model, images = start(config, seed, BASES[config["estimator"]][0], device, **SIZES)
-    trainer = Trainer(model, images.train, estimator_at(config), recipe(config, seed))
-    measured = train(trainer, lambda epoch: test_elbo(model, images.test.grey, epoch), report)
+    training = Training(model, images.train, estimator_at(config), recipe(config, seed))
+    measured = train(training, lambda epoch: test_elbo(model, images.test.grey, epoch), report)
     return measured if measured[-1].value else measured + test_log_likelihood(model, images.test.grey)
 
 
@@ -348,7 +349,7 @@ def test_elbo(model: VAE, x: Tensor, epoch: int, draws: int = 10) -> list[Measur
     """Return the test ELBO of the model, whatever it is trained with; the same noise every time."""
     with torch.no_grad():
         q = model.encoder(x)
-        z = q.sample(model.encoder.noise(draws, x, stream("test", 0, x.device)))
+        z = q.sample(q.noise(draws, stream("test", 0, x.device)))
         elbo = model.joint.log_likelihood(x, z).mean(0) - divergence(model.joint.joint, q)
     return [Measured("elbo", elbo.mean().item(), at=epoch)]
 
@@ -451,8 +452,8 @@ LOOK_AT, DRAWS, LOOKS = 50, 50, 3
 def run_controlled(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
     """Train with a control variate, or without; on the way measure its variance beside that of the bare estimator."""
     model, images = start(config, seed, CONTROLLED[config["estimator"]][0], device, **SIZES)
-    x, base, control = images.train.grey, every()[config["estimator"]], CONTROLS[config["method"]]
-    bare, path = silent.annealed(base, 0.0), silent.annealed(every()["elbo-path"], 0.0)
+    x, base, control = images.train.grey, estimators.get(config["estimator"]), CONTROLS[config["method"]]
+    bare, path = silent.annealed(base, 0.0), silent.annealed(estimators.get("elbo-path"), 0.0)
     noise = stream("noise", seed, device, step=1)
     tracked = (
         silent.TrackedScale(base, model, x[-50:], config["k"], control=control, generator=noise) if control else bare
@@ -462,14 +463,14 @@ def run_controlled(config: Cell, seed: int, folder: Path, device: str, report: R
         found = test_elbo(model, images.test.grey, epoch)
         settings = {"draws": DRAWS, "k": config["k"], "wrt": "posterior"}
 
-        def variance(row: LossEstimator) -> float:
+        def variance(row: Estimator) -> float:
             noise = stream("test", epoch, device)
             (moments,) = gradients.measure(
                 [row], model.joint, model.encoder, x[:LOOK_AT], generator=noise, **settings
             ).values()
             return moments.total_variance
 
-        mine = variance(trainer.estimator)
+        mine = variance(training.estimator)
         found.append(Measured("variance", mine, at=epoch))
         if control:
             found.append(Measured("variance ratio", mine / variance(bare), at=epoch))
@@ -478,8 +479,8 @@ def run_controlled(config: Cell, seed: int, folder: Path, device: str, report: R
             found.append(Measured("variance over path", mine / variance(path), at=epoch))
         return found
 
-    trainer = Trainer(model, images.train, tracked, recipe(config, seed))
-    measured = train(trainer, look, report)
+    training = Training(model, images.train, tracked, recipe(config, seed))
+    measured = train(training, look, report)
     if measured[-1].value:
         return measured
     if control:
@@ -489,16 +490,16 @@ def run_controlled(config: Cell, seed: int, folder: Path, device: str, report: R
 
 def cost_ratio(tracked: silent.TrackedScale, model: VAE, x: Tensor) -> float:
     """Return the processor time of gradients with a control variate, guide and looks at the scale, over bare ones."""
-    eps = model.encoder.noise(tracked.k, x, stream("test", 2, x.device))
+    eps = model.encoder(x).noise(tracked.k, stream("test", 2, x.device))
 
-    def seconds(estimator: Callable[[], Estimator | LossEstimator], joint: nn.Module) -> float:
+    def seconds(estimator: Callable[[], Estimator], joint: nn.Module) -> float:
         model.zero_grad()
         begin = time.process_time()
-        objectives.backward(estimator(), joint, model.encoder, x, eps)
+        objectives.backward(estimator(), joint, model.encoder(x), x, eps)
         return time.process_time() - begin
 
     pairs = [
-        (seconds(lambda: tracked(1.0), model.joint), seconds(lambda: tracked.base, model.joint.joint))
+        (seconds(tracked, model.joint), seconds(lambda: tracked.base, model.joint.joint))
         for _ in range(LOOKS * tracked.every)
     ]
     return sum(mine for mine, _ in pairs) / sum(bare for _, bare in pairs)

@@ -266,7 +266,7 @@ def fit_gaussian(config: Cell, seed: int, folder: Path, device: str, report: Rep
                 measured.append(Measured("kl", kl_divergence(here, there).sum().item(), at=step))
             report(step / config["steps"])
         adam.zero_grad()
-        objectives.backward(row, lambda _, z: target.log_prob(z), q, x, q(x).noise(1, options["generator"]))
+        objectives.backward(row, lambda _, z: target.log_prob(z), q(x), x, q(x).noise(1, options["generator"]))
         adam.step()
     return [*measured, Measured("final kl", measured[-1].value)]
 

@@ -57,10 +57,6 @@ class HierarchicalJoint(Joint):
         one = isinstance(priors, nn.Module) and not isinstance(priors, nn.ModuleList)
         self.priors, self.decode = nn.ModuleList([priors] if one else priors), decode
 
-    def with_priors(self, priors: Iterable[nn.Module]) -> HierarchicalJoint:
-        """Return the same model with other modules as its conditional priors."""
-        return HierarchicalJoint(priors, self.decode)
-
     def log_prior(self, z: Latent) -> Tensor:
         """Return log p(z1, z2, ...), ``[K, B]``."""
         log_p = standard_normal_log_prob(z[-1])
@@ -121,7 +117,7 @@ class Guided(nn.Module):
         the model, with any decoder.
     guide
         a joint density whose expected log-likelihood has a closed form, such as
-        :class:`vaelib.models.LinearGaussian` or a joint made of a :class:`vaelib.silent.LinearDecoder`.
+        :class:`vaelib.models.LinearGaussian` or a joint made of a :class:`vaelib.models.LinearDecoder`.
     """
 
     def __init__(self, joint: nn.Module, guide: nn.Module) -> None:

@@ -110,6 +110,11 @@ def _(q: distributions.Independent) -> Posterior:
 @convert.register
 def _(q: distributions.MixtureSameFamily) -> Posterior:
     parts = q.component_distribution
+    if len(parts.event_shape) != 1:
+        raise InputError(
+            f"the components of a mixture must be distributions of whole z, but one has the event shape "
+            f"{list(parts.event_shape)}: wrap them as Independent(Normal(...), 1), or give them multivariate ones"
+        )
     parts = parts.base_dist if isinstance(parts, distributions.Independent) else parts
     (logits,) = _shaped(q, q.mixture_distribution.logits)
     if isinstance(parts, distributions.Normal):

@@ -49,6 +49,10 @@ class Gaussian(Posterior):
         residual = (z - z.detach()) + (self.stop_gradient().sample(eps) - self.sample(eps))
         return standard_normal_log_prob(eps + self.whiten(residual)) - self.log_det()
 
+    def log_prob_near(self, centre: Tensor, offset: Tensor) -> Tensor:
+        r"""Return :math:`\log q(c + o)` from the residual :math:`(c - \mu) + o`, which keeps its digits."""
+        return standard_normal_log_prob(self.whiten((centre - self.mean) + offset)) - self.log_det()
+
     def sample_and_log_prob(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return z and :math:`\log q(z) = \log \mathcal N(\varepsilon; 0, I) - \log\det L`, both live in phi."""
         return self.sample(eps), standard_normal_log_prob(eps) - self.log_det()
@@ -147,11 +151,11 @@ class FullGaussian(Gaussian):
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> FullGaussian:
         """As for every posterior; a scale that all observations share is first given to each."""
         *batch, dim = self.mean.shape
-        return FullGaussian(function(self.mean), function(self.scale_tril.expand(*batch, dim, dim)))
+        return replace(self, mean=function(self.mean), scale_tril=function(self.scale_tril.expand(*batch, dim, dim)))
 
     def stop_gradient(self) -> FullGaussian:
         """Return the same Gaussian with its parameters held constant."""
-        return FullGaussian(self.mean.detach(), self.scale_tril.detach())
+        return replace(self, mean=self.mean.detach(), scale_tril=self.scale_tril.detach())
 
 
 @dataclass(frozen=True)
@@ -307,13 +311,17 @@ class Mixture(Posterior):
         return self.mixed([q.log_prob(z) for q in self.components])
 
     def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
-        """As :meth:`log_prob`; each component knows the noise of its own draws."""
-
-        def log_prob(c: int, q: DiagonalGaussian | FullGaussian) -> Tensor:
-            draws = enumerate(zip(z.chunk(self.strata), eps.chunk(self.strata), strict=True))
-            return torch.cat([q.log_prob_of_sample(*draw) if d == c else q.log_prob(draw[0]) for d, draw in draws])
-
-        return self.mixed([log_prob(c, q) for c, q in enumerate(self.components)])
+        """As :meth:`log_prob`; a Gaussian drew at its mean plus a step, and no component needs their sum."""
+        if not all(isinstance(q, Gaussian) for q in self.components):
+            return self.log_prob(z)
+        still = [q.stop_gradient() for q in self.components]
+        steps = [
+            replace(q, mean=torch.zeros_like(q.mean)).sample(e)
+            for q, e in zip(still, eps.chunk(self.strata), strict=True)
+        ]
+        centre = torch.stack([q.mean for q in still]).unsqueeze(1)  # [C, 1, B, D]
+        offset = torch.stack(steps) + (z - z.detach()).unflatten(0, (self.strata, -1))  # [C, K / C, B, D]
+        return self.mixed([q.log_prob_near(centre, offset).flatten(0, 1) for q in self.components])
 
     def mixed(self, log_q: list[Tensor]) -> Tensor:
         r"""Return :math:`\log \sum_c \pi_c\, q_c` from the components' log-densities, ``[K, B]``."""
@@ -344,8 +352,10 @@ class Mixture(Posterior):
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> Mixture:
         """As for every posterior; the logits are told with the observations first, ``[B, C]``."""
-        return Mixture(tuple(q.map_parameters(function) for q in self.components), function(self.logits.mT).mT)
+        components = tuple(q.map_parameters(function) for q in self.components)
+        return replace(self, components=components, logits=function(self.logits.mT).mT)
 
     def stop_gradient(self) -> Mixture:
         """Return the same mixture with its components and weights held constant."""
-        return Mixture(tuple(q.stop_gradient() for q in self.components), self.logits.detach())
+        components = tuple(q.stop_gradient() for q in self.components)
+        return replace(self, components=components, logits=self.logits.detach())
