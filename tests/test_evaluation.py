@@ -241,7 +241,8 @@ def test_grey_values_have_no_bernoulli_density():
     model = models.build("mlp-1", 16, generator=torch.Generator().manual_seed(0), hidden=8, latent=3)
     binary = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)).round()
     assert (evaluation.log_likelihood(model, binary, 10) < 0).all()
-    for wrong in (binary * 255, 2 * binary - 1, 0.7 * binary, binary.fill_diagonal_(math.nan)):
+    off = [binary.clone().index_fill_(1, torch.tensor([3]), value) for value in (math.nan, math.inf)]
+    for wrong in (binary * 255, 2 * binary - 1, 0.7 * binary, *off):
         with pytest.raises(InputError, match="pixels of 0 and 1"):
             evaluation.log_likelihood(model, wrong, 10)
 

@@ -1,7 +1,8 @@
-"""The house: versions in step, commands documented, nothing of one machine in the files, a quiet import."""
+"""The house: versions in step, commands documented, nothing of one machine in the files, a quiet import, no circles."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -268,3 +269,150 @@ def test_an_import_that_changes_something_is_found(tmp_path):
     (tmp_path / "loud/__init__.py").write_text("")
     (tmp_path / "loud/module.py").write_text(LOUD)
     assert touched("loud", tmp_path) == {"socket", *re.findall(r'"([\w ]+)":', PROBE)}
+
+
+# Who imports whom
+
+
+def imports(folder: Path) -> dict[str, set[str]]:
+    """For each module of a package, those of its modules that it imports, also inside functions; ``folder`` is it."""
+    files = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in folder.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+                base = base if node.level else node.module
+                found = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Call) and "import" in ast.unparse(
+                node.func
+            ):  # import_module("vaelib.objectives")
+                found = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            else:
+                continue
+            graph[name].update({*found} & files.keys() - {name})
+    root = folder.name  # loads nothing by itself, and finds on demand what is above all others
+    return {name: set() if name == root else found - {root} for name, found in graph.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves by way of others."""
+
+    def reached(name: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [name]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    return sorted(name for name in graph if name in reached(name))
+
+
+def test_no_two_files_import_each_other():
+    graph = imports(ROOT / "vaelib")
+    assert circles(graph) == []
+    assert "vaelib.models.pixelcnn" in graph["vaelib.models.builders"]  # a lazy one is seen too
+    assert "vaelib.errors" in graph["vaelib.posteriors.base"] and not graph["vaelib.errors"]
+
+
+@pytest.mark.parametrize(
+    "line", ["from loud.a import x", "from loud import a", "import loud.a", "from .a import x", "from . import a",
+             "import_module('loud.a')"],
+)  # fmt: skip
+def test_a_circle_is_found_however_it_is_written(line, tmp_path):
+    (tmp_path / "loud").mkdir()
+    for name, text in {
+        "__init__": "",
+        "a": "import loud.b",
+        "b": f"def f():\n    {line}",
+        "c": "import loud.a",
+    }.items():
+        (tmp_path / f"loud/{name}.py").write_text(text)
+    assert circles(imports(tmp_path / "loud")) == ["loud.a", "loud.b"]
+    (tmp_path / "loud/b.py").write_text("import loud")
+    assert circles(imports(tmp_path / "loud")) == []
+
+
+LAYERS = (
+    ("errors",),
+    ("posteriors", "likelihoods", "bounds"),
+    ("layers",),
+    ("estimators", "objectives"),
+    ("flows", "models"),
+    ("gradients", "evaluation", "checks"),
+    ("training", "collapse", "stacked"),
+    ("runs",),
+    ("experiments",),
+    ("cli",),
+)
+"""The floors of the house, from the ground up; what is not named here may stand on any."""
+
+
+def upwards(graph: dict[str, set[str]], layers: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports of a module of a higher floor."""
+    floor = {name: i for i, names in enumerate(layers) for name in names}
+
+    def of(module: str) -> int | None:
+        return floor.get(module.split(".")[1]) if "." in module else None
+
+    return sorted(
+        f"{name} imports {other}"
+        for name, found in graph.items()
+        for other in found
+        if None not in (of(name), of(other)) and of(other) > of(name)
+    )
+
+
+def test_imports_run_downwards():
+    graph = imports(ROOT / "vaelib")
+    assert upwards(graph, LAYERS) == []
+    assert {name.split(".")[1] for name in graph if "." in name} >= {name for floor in LAYERS for name in floor}
+    assert upwards({"vaelib.bounds": {"vaelib.models.vae"}}, LAYERS) == ["vaelib.bounds imports vaelib.models.vae"]
+
+
+def loaded(statement: str) -> set[str]:
+    """Every module that is there after ``statement`` in a new process."""
+    command = [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("statement", "light"),
+    [
+        ("import vaelib", {"torch", "numpy", "vaelib.errors"}),
+        ("from vaelib import errors, config", {"torch", "numpy"}),
+        ("from vaelib import models, gradients, evaluation", {"vaelib.models.pixelcnn", "vaelib.models.text"}),
+        ("from vaelib import posteriors", {"vaelib.models", "vaelib.data", "vaelib.training", "matplotlib"}),
+        ("import vaelib; vaelib.loss", {"vaelib.models", "vaelib.data", "vaelib.training", "matplotlib"}),
+    ],
+)  # fmt: skip
+def test_an_import_loads_what_it_needs(statement, light):
+    found = loaded(statement)
+    assert "vaelib" in found and not found & light
+
+
+def test_what_is_loaded_where_it_is_asked_for_is_found():
+    assert "vaelib.models.pixelcnn" in loaded(
+        "from vaelib import models; models.build('pixelcnn', 16, layers=3, maps=2)"
+    )
+    assert {"vaelib.estimators.silent", "torch"} <= loaded("from vaelib import silent, discrete, gdreg, tableau")
+
+
+def test_the_package_s_own_names():
+    import vaelib
+    from vaelib import objectives
+
+    assert vaelib.loss is objectives.loss
+    with pytest.raises(AttributeError, match="module 'vaelib' has no attribute 'los'"):
+        _ = vaelib.los
+    with pytest.raises(ImportError):
+        from vaelib import silence  # noqa: F401

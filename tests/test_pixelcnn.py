@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from scipy import stats
 from vaelib import collapse, evaluation, models, objectives, training
 from vaelib.data import Split
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS
+from vaelib.estimators import TABLEAU
 from vaelib.experiments import lag
-from vaelib.models.pixelcnn import CausalConvolution, PixelCNN, kernel_sizes
+from vaelib.models.pixelcnn import CausalConvolution, NoLatent, PixelCNN, kernel_sizes, pixelcnn_alone
 from vaelib.posteriors import stop_gradient
 
 SIZES = {"latent": 2, "maps": 4, "layers": 4, "encoder_maps": 3, "hidden": 5}
@@ -141,6 +143,19 @@ def test_the_density_sums_to_one():
     assert total().abs() > 1e-3
 
 
+def test_the_layers_are_the_equations():
+    """Layer after layer as they are written: each output skips three layers, through a block of its own."""
+    network = build(5, layers=6).joint.decode
+    x, z = binary(3, 25), torch.randn(2, 3, 2, generator=generator(), dtype=torch.float64)
+    maps = torch.nn.functional.linear(z, network.weight, network.bias).reshape(6, 4, 5, 5)
+    images = x.view(3, 1, 5, 5).repeat(2, 1, 1, 1)
+    y = [network.first(network.pixels(images) + network.latent(maps))]
+    for layer, block in enumerate(network.blocks, 1):
+        y.append(block(y[layer - 1] + (network.skips[layer - 3](y[layer - 3]) if layer >= 3 else 0.0)))
+    logits = network.last(y[5] + network.skips[3](y[3])).reshape(2, 3, 25)
+    torch.testing.assert_close(network(z).conditional(x).logits, logits)
+
+
 # --------------------------------------------------------------------------------------- the model's contract
 
 
@@ -148,7 +163,7 @@ def test_every_draw_and_image_on_its_own():
     """A batch of K x B is a loop over single images and draws."""
     model = build(6)
     x = binary(3, 36)
-    z = model.encoder(x).sample(model.encoder.noise(4, x.double(), generator()))
+    z = model.encoder(x).sample(model.encoder(x).noise(4, generator()))
     together = model.joint(x, z)
     assert together.shape == (4, 3)
     for k, b in itertools.product(range(4), range(3)):
@@ -167,7 +182,7 @@ def test_the_sizes_are_those_of_he_et_al():
     assert decoder.pixels.weight.shape == (64, 1, 4, 7)
     body = [p.shape for p in decoder.blocks[0].parameters() if p.ndim > 1]
     assert body == [(32, 64, 1, 1), (32, 32, 4, 7), (64, 32, 1, 1)]
-    assert model.encoder.noise(2, torch.zeros(3, 784)).shape == (2, 3, 32)
+    assert model.eval().encoder(torch.zeros(3, 784)).noise(2).shape == (2, 3, 32)
 
 
 def test_other_image_sizes_are_named():
@@ -188,13 +203,14 @@ def test_other_image_sizes_are_named():
 
 def test_without_a_latent():
     """The bound is log p(x), one draw is enough, and training it is maximum likelihood."""
-    model = models.pixelcnn_alone(36, generator(), maps=4, layers=4)
+    model = pixelcnn_alone(36, generator(), maps=4, layers=4)
     x = binary(20, 36).float()
     model.eval()
     exact = model.joint.decode(torch.zeros(1, 20, 0)).log_prob(x)[0]
     torch.testing.assert_close(evaluation.log_likelihood(model, x, 1), exact.detach())
     torch.testing.assert_close(evaluation.log_likelihood(model, x, 3, chunk=2), exact.detach())
-    objectives.backward(ESTIMATORS["elbo-score"], model.joint, model.encoder, x, model.encoder.noise(1, x))
+    q = model.encoder(x)
+    objectives.backward(TABLEAU["elbo-score"], model.joint, q, x, q.noise(1))
     found = model.joint.decode.pixels.weight.grad
     torch.testing.assert_close(found, torch.autograd.grad(-exact.mean(), model.joint.decode.pixels.weight)[0])
 
@@ -206,7 +222,7 @@ def test_trains_on_made_images():
     split = Split(grey, None, (4, 4), "fixed")
     for model, row in (
         (models.build("pixelcnn", 16, generator=generator(), **SIZES), "elbo-path"),
-        (models.pixelcnn_alone(16, generator(), maps=4, layers=4), "elbo-score"),
+        (pixelcnn_alone(16, generator(), maps=4, layers=4), "elbo-score"),
     ):
         training.fit(model, split, row, epochs=25, batch_size=16, lr=1e-2)
         values = evaluation.log_likelihood(model.eval(), grey[:2], 100, generator=generator())
@@ -258,10 +274,10 @@ def gradients(function, model):
 
 
 def both_gradients(name: str, model: models.VAE, x: torch.Tensor, k: int):
-    row, eps = ESTIMATORS[name], model.encoder.noise(k, x, generator())
-    engine = gradients(lambda: objectives.backward(row, model.joint, model.encoder, x, eps), model)
+    row, eps = TABLEAU[name], model.encoder(x).noise(k, generator())
+    engine = gradients(lambda: objectives.backward(row, model.joint, model.encoder(x), x, eps), model)
     reference = gradients(
-        lambda: objectives.surrogate(row, model.joint, model.encoder, x, eps).mean().backward(), model
+        lambda: objectives.reference(row, model.joint, model.encoder(x), x, eps).mean().backward(), model
     )
     return engine, reference
 
@@ -292,10 +308,11 @@ def test_running_statistics_move_once_a_step(name):
     """As far as one plain pass moves them; a second pass through the encoder itself moves them again."""
     x = binary(4, 25)
     once, stepped, twice = (build(5).train() for _ in range(3))
-    eps = once.encoder.noise(1, x, generator())
-    once.joint(x, once.encoder(x).sample(eps))
+    q = once.encoder(x)
+    eps = q.noise(1, generator())
+    once.joint(x, q.sample(eps))
     for model in (stepped, twice):
-        objectives.backward(ESTIMATORS[name], model.joint, model.encoder, x, eps)
+        objectives.backward(TABLEAU[name], model.joint, model.encoder(x), x, eps)
     for moved, plain, start in zip(buffers(stepped), buffers(once), buffers(build(5).train()), strict=True):
         torch.testing.assert_close(moved, plain)
         assert moved.ndim == 2 or not torch.equal(moved, start)  # masks stay
@@ -309,7 +326,7 @@ def test_running_statistics_move_once_a_step(name):
 def test_stopping_parameters_is_stopping_outputs():
     """One stochastic layer: d log q / dz alone is left, by either way, also through the statistics of the batch."""
     model, x = build(5).train(), binary(4, 25)
-    eps = model.encoder.noise(2, x, generator())
+    eps = model.encoder(x).noise(2, generator())
 
     def loss(stop):
         posterior = model.encoder(x)
@@ -354,23 +371,23 @@ def made_images(count: int = 30, side: int = 4) -> Split:
 @pytest.mark.parametrize("method", ["plain", "aggressive", "sa-vae"])
 def test_a_stopped_training_ends_where_an_uninterrupted_one_does(method):
     """Bit for bit, running statistics included; without them it would not."""
-    recipe = collapse.replace(collapse.IMAGES, epochs=2, batch_size=10, most=3, block=2, **collapse.METHODS[method])
+    recipe = replace(collapse.IMAGES, epochs=2, batch_size=10, most=3, block=2, **collapse.METHODS[method])
 
     def start():
         model = models.build("pixelcnn", 16, generator=generator(), **SIZES)
-        return collapse.Training(model, made_images(), made_images(10), recipe)
+        return collapse.prepare(model, made_images(), made_images(10), recipe)
 
     whole, first, second, forgetful = (start() for _ in range(4))
     whole.run()
 
-    def stop():
-        if first.step == 4:
+    def stop(training):
+        if training.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         first.run(stop)
-    state = first.state_dict()
-    second.load_state_dict(state)
+    state = copy.deepcopy(first.state())
+    second.load_state(copy.deepcopy(state))
     second.run()
     pairs = zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -378,7 +395,7 @@ def test_a_stopped_training_ends_where_an_uninterrupted_one_does(method):
     if method == "plain":
         start_again = models.build("pixelcnn", 16, generator=generator(), **SIZES).state_dict()
         lost = {name: start_again[name] if "running" in name else value for name, value in state["model"].items()}
-        forgetful.load_state_dict(state | {"model": lost})
+        forgetful.load_state(state | {"model": lost})
         forgetful.run()
         assert [r["nll_bound"] for r in whole.history] != [r["nll_bound"] for r in forgetful.history]
 
@@ -392,7 +409,7 @@ def test_the_grid_of_lag_omniglot():
         for task in tasks[:2]:
             images = lag.Images("made", "", made_images(2, task.config["side"] or 8), None, made_images(2))
             model = lag.build_pixelcnn(task.config, images, generator())
-            assert isinstance(model.encoder, models.NoLatent) == (task.config["method"] == "no-z")
+            assert isinstance(model.encoder, NoLatent) == (task.config["method"] == "no-z")
     paper = experiment.tasks("paper", 1)[1].config
     published = {"data": "omniglot-burda", "valid": 2000, "latent": 32, "maps": 64, "layers": 13}
     assert published.items() <= paper.items()

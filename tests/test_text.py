@@ -229,6 +229,38 @@ def test_log_prob_is_the_loop_over_words(model, sentences):
         torch.testing.assert_close(decode.log_prob(x, z.unsqueeze(0))[0, i], total)
 
 
+def test_the_encoder_is_the_loop_over_words(model, sentences):
+    """An LSTMCell over the whole sentence, marks included; mean and log-variance are halves of a linear map of h."""
+    x, encode = sentences.tokens, model.encoder
+    cell = nn.LSTMCell(5, 6).double()
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in encode.lstm.state_dict().items()})
+    q = encode(x)
+    for i, length in enumerate(sentences.lengths):
+        h = c = torch.zeros(6, dtype=torch.float64)
+        for word in x[i, :length]:
+            h, c = cell(encode.embed.weight[word], (h, c))
+        numbers = encode.head.weight @ h
+        torch.testing.assert_close(q.mean[i], numbers[:2])
+        torch.testing.assert_close((2 * q.log_std[i]).exp(), numbers[2:].exp())
+
+
+def test_dropout_leaves_out_embeddings_and_outputs(sentences):
+    """As drawn from torch's generator one after the other; the rest is twice as large, and the encoder has none."""
+    model = perturbed(lstm_vae(7, latent=2, embedding=5, hidden=6, dropout=0.5).double())
+    decode, x, z = model.joint.decode, sentences.tokens, torch.ones(2, 3, 2, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = decode.log_prob(x, z)
+    assert torch.equal(model.encoder(x).mean, model.encoder(x).mean)
+    torch.manual_seed(1)
+    words = nn.functional.dropout(decode.embed(x[:, :-1]), 0.5)
+    inputs = torch.cat([words.expand(2, -1, -1, -1), z.unsqueeze(2).expand(-1, -1, 7, -1)], -1).flatten(0, 1)
+    c = decode.lift(z).reshape(1, 6, 6)
+    states = nn.functional.dropout(decode.lstm(inputs, (c.tanh(), c))[0], 0.5)
+    log_p = decode.readout(states).log_softmax(-1).unflatten(0, (2, 3))
+    picked = log_p.gather(-1, x[:, 1:].expand(2, -1, -1).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found, picked.masked_fill(x[:, 1:] == PAD, 0.0).sum(-1))
+
+
 def test_a_sentence_has_the_product_of_its_softmaxes():
     """The probability of a sentence is the product of the softmaxes, each over all the words and marks."""
     model = perturbed(lstm_vae(5, latent=1, embedding=3, hidden=4, dropout=0.0).double())
@@ -244,7 +276,8 @@ def test_every_word_learns():
     """No word is frozen: with nn.Embedding(padding_idx=-1), as in the authors' code, the last one is."""
     model = lstm_vae(9, latent=2, embedding=5, hidden=6, dropout=0.0)
     x = torch.tensor([[BEGIN, *range(3, 9), 8, END]])
-    objectives.backward(ESTIMATORS["elbo-total"], model.joint, model.encoder, x, model.encoder.noise(1, x))
+    q = model.encoder(x)
+    objectives.backward(ESTIMATORS["elbo-total"], model.joint, q, x, q.noise(1))
     for part in (model.encoder, model.joint.decode):
         assert (part.embed.weight.grad[3:].abs().sum(1) > 0).all()
     frozen = nn.Embedding(9, 5, padding_idx=-1)
@@ -342,10 +375,10 @@ def test_bad_tokens_and_sizes_get_a_sentence(model, sentences):
 @pytest.mark.parametrize("name", ["elbo-path", "elbo-total", "iwae-dreg"])
 def test_the_engine_agrees_with_its_reference(name, model, sentences):
     x = sentences.tokens
-    eps = model.encoder.noise(3, x, torch.Generator().manual_seed(0))
-    estimator = ESTIMATORS[name]
-    objectives.backward(estimator, model.joint, model.encoder, x, eps)
-    loss = objectives.surrogate(estimator, model.joint, model.encoder, x, eps).mean()
+    q, estimator = model.encoder(x), ESTIMATORS[name]
+    eps = q.noise(3, torch.Generator().manual_seed(0))
+    objectives.backward(estimator, model.joint, q, x, eps)
+    loss = objectives.reference(estimator, model.joint, model.encoder(x), x, eps).mean()
     reference = torch.autograd.grad(loss, list(model.parameters()))
     for parameter, expected in zip(model.parameters(), reference):
         torch.testing.assert_close(parameter.grad, expected)

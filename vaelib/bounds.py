@@ -128,9 +128,9 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
     Raises
     ------
     InputError
-        for a name that does not exist, for a closed form that the posterior does not have, and for the
-        importance-weighted bound in a form that is not the full Monte Carlo one: its integrand is then not a
-        log-weight, and the "bound" bounds nothing.
+        for a name that does not exist, for a closed form that the posterior does not have, for densities that do not
+        have the shape ``[K, B]``, and for the importance-weighted bound in a form that is not the full Monte Carlo one:
+        its integrand is then not a log-weight, and the "bound" bounds nothing.
     """
     integrand = choose("form of the ELBO", form, FORMS)
     combine = choose("bound", bound, BOUNDS)
@@ -141,4 +141,11 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
         )
     if form != "monte-carlo" and not hasattr(posterior, form):
         raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
-    return combine(integrand(joint, x, posterior, z), posterior.log_share(layers_of(z)[0].shape[0]))
+    k = layers_of(z)[0].shape[0]
+    values = integrand(joint, x, posterior, z)
+    if values.shape != (k, len(x)):
+        raise InputError(
+            f"the densities of joint and posterior must be of the shape [K, B] = {[k, len(x)]}, but returned "
+            f"{list(values.shape)} together; see that they sum over the last axis"
+        )
+    return combine(values, posterior.log_share(k))

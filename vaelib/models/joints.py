@@ -53,9 +53,9 @@ class HierarchicalJoint(Joint):
     """
 
     def __init__(self, priors: nn.Module | Iterable[nn.Module], decode: nn.Module) -> None:
-        super().__init__(decode)
+        nn.Module.__init__(self)
         one = isinstance(priors, nn.Module) and not isinstance(priors, nn.ModuleList)
-        self.priors = nn.ModuleList([priors] if one else priors)
+        self.priors, self.decode = nn.ModuleList([priors] if one else priors), decode
 
     def log_prior(self, z: Latent) -> Tensor:
         """Return log p(z1, z2, ...), ``[K, B]``."""

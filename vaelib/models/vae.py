@@ -42,4 +42,5 @@ class Start(NamedTuple):
     @property
     def bias(self) -> Tensor:
         """The mean image, or zeros, as a parameter's own copy."""
-        return torch.zeros(self.pixels) if self.mean is None else self.mean.clone()
+        zeros = torch.zeros(self.pixels)
+        return zeros if self.mean is None else zeros.copy_(self.mean)
