@@ -13,7 +13,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,10 +112,10 @@ class SideBySide(Row):
 
     rows: tuple[Row, ...] = ()
 
-    @cached_property
-    def example(self) -> Weights:
-        """The weights of three draws in each batch."""
-        return self.rule(torch.arange(3.0).unsqueeze(-1).expand(-1, len(self.rows)))
+    @property
+    def three(self) -> Tensor:
+        """Log-weights of three draws in each batch, ``[3, S]``."""
+        return super().three.expand(-1, len(self.rows))
 
     def value(self, log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
         """Return the bound that each row reports, ``[K, S B] -> [S B]``."""

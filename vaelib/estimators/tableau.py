@@ -33,9 +33,6 @@ from vaelib.errors import InputError
 from vaelib.estimators.base import Estimator, draws, log_joint, log_weight
 from vaelib.posteriors import Latent, Posterior, layers_of, map_latent, stop_gradient
 
-THREE = torch.arange(3.0).unsqueeze(-1)
-"""Log-weights of three draws, ``[3, 1]``."""
-
 
 class Weights(NamedTuple):
     """The three channel weights a, b, c of a row, each ``[K, B]``; None in a rule's answer is a channel not used."""
@@ -70,10 +67,15 @@ class Row(Estimator):
         """What it does, in a line."""
         return inspect.getdoc(self.rule) or ""
 
+    @property
+    def three(self) -> Tensor:
+        """Log-weights of three draws, ``[3, 1]``."""
+        return torch.arange(3.0).unsqueeze(-1)
+
     @cached_property
     def example(self) -> Weights:
         """The rule's weights of three draws, which show the channels that it uses."""
-        return self.rule(THREE)
+        return self.rule(self.three)
 
     @property
     def reparameterised(self) -> bool:
@@ -84,7 +86,7 @@ class Row(Estimator):
     def whole(self) -> bool:
         """Whether the row differentiates its bound as one function of log w, with q held constant in it or not."""
         a, b, c = self.example
-        slope = torch.func.grad(lambda log_w: self.value(log_w).sum())(THREE)
+        slope = torch.func.grad(lambda log_w: self.value(log_w).sum())(self.three)
         path = b is not None and torch.equal(b, a) and torch.allclose(a, slope)
         return path and (c is None or torch.equal(c, -a))
 
