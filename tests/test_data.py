@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import vaelib.files
 from vaelib import data
-from vaelib.data import files, images
+from vaelib.data import Split, files, images
 from vaelib.data.files import File
 from vaelib.errors import InputError
 
@@ -245,14 +246,19 @@ def test_a_damaged_file_in_the_named_folder_is_refused(mirrors, cache, offered, 
 
 def test_what_killed_downloads_left_is_swept_up_after_a_day(tmp_path):
     target = tmp_path / "digits.gz"
-    old, young, other = (tmp_path / name for name in (".digits.gz.aa.part", ".digits.gz.bb.part", ".else.gz.cc.part"))
-    for part in (old, young, other):
+    old, young = (tmp_path / f".digits.gz.{32 * letter}.part" for letter in "ab")
+    theirs, folder = tmp_path / ".thesis.odt.part", tmp_path / f".folder.{32 * 'c'}.part"
+    for part in (old, young, theirs):
         part.write_bytes(b"half")
-    for part in (old, other):
+    folder.mkdir()
+    for part in (old, theirs, folder):
         os.utime(part, (time.time() - 90_000,) * 2)
-    with files.whole(target) as part:
+    with vaelib.files.atomic(target) as part:
         part.write_bytes(b"all")
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.gz", young.name, other.name}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"digits.gz", young.name, theirs.name, folder.name}  # nothing that another program made
+    vaelib.files.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == left - {young.name}
 
 
 def test_a_file_missing_from_the_named_folder_is_downloaded_or_named(mirrors, cache, offered, toy):
@@ -262,10 +268,21 @@ def test_a_file_missing_from_the_named_folder_is_downloaded_or_named(mirrors, ca
     assert path == cache / toy.path and left_over(offered) == []
 
 
+def test_what_a_process_elsewhere_is_told_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VAELIB_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "kept")
+    assert files.environment() == {"XDG_CACHE_HOME": str(tmp_path / "kept")}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for said, absolute in (("data", "data"), ("~/data", "home/data"), (str(tmp_path / "a"), "a")):
+        monkeypatch.setenv("VAELIB_DATA", said)
+        assert files.environment()["VAELIB_DATA"] == str(tmp_path / absolute)
+
+
 def test_a_named_folder_that_is_none_is_refused(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for wrong in ("file", "absent"):
-        monkeypatch.setenv("VAELIB_DATA", str(tmp_path / wrong))
+    for wrong in ("file", "absent", "~nobody-of-this-name/x"):
+        monkeypatch.setenv("VAELIB_DATA", wrong if wrong[0] == "~" else str(tmp_path / wrong))
         with pytest.raises(InputError, match=f"VAELIB_DATA is '.*{wrong}', which is not a folder"):
             data.load("mnist")
         with pytest.raises(InputError, match="which is not a folder"):
@@ -300,12 +317,12 @@ def test_a_file_that_is_made_is_whole_or_absent(mirrors, cache, toy):
 # -------------------------------------------------------------------------------- registry and listing
 
 
-def test_every_row_says_what_it_must():
+def test_every_entry_says_what_it_must():
     assert data.names() == [*data.DATASETS, *data.TEXTS] and data.names()[0] == "digits"
-    for row in data.DATASETS.values():
-        assert all((row.description, row.splits, row.licence, row.citation))
-        assert set(row.binarisations) <= set(data.BINARISATIONS)
-        for parts in (row.files or {}).values():
+    for entry in data.DATASETS.values():
+        assert all((entry.description, entry.splits, entry.licence, entry.citation))
+        assert set(entry.binarisations) <= set(data.BINARISATIONS)
+        for parts in (entry.files or {}).values():
             assert sum(file.obtainable for file in parts) == 1
             leaves = [leaf for file in parts for leaf in (file.made_from or (file,))]
             assert all(leaf.digest.partition(":")[0] in ("sha256", "md5", "git") for leaf in leaves)
@@ -317,6 +334,12 @@ def test_unknown_names_get_a_sentence():
     for use in (data.load, data.fetch):
         with pytest.raises(InputError, match="no data set is called 'mnits', did you mean 'mnist'"):
             use("mnits")
+    for use in (data.load, data.fetch):
+        with pytest.raises(InputError, match="no data set is called 'MNIST', did you mean 'mnist'"):
+            use("MNIST")
+        for wrong in (["mnist"], 3, None, {}, torch.ones(3)):
+            with pytest.raises(InputError, match=f"data set must be a name, not of type {type(wrong).__name__}"):
+                use(wrong)
     with pytest.raises(InputError, match="no binarisation is called 'dynamik', did you mean 'dynamic'"):
         data.load("digits", binarisation="dynamik")
     for wrong in ("grey", "dynamic"):
@@ -390,7 +413,7 @@ def test_the_split_of_the_digits_never_changes():
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("digits", {}), ("synthetic-text", {"sentences": 300})])
-def test_a_sample_is_drawn_by_lot_and_is_the_same_for_a_seed(name, sizes):
+def test_a_sample_is_a_random_subset_and_is_the_same_for_a_seed(name, sizes):
     split = data.load(name, **sizes).test
     rows = split.tokens if name == "synthetic-text" else split.grey
     whole, seven, other = (
@@ -404,8 +427,8 @@ def test_a_sample_is_drawn_by_lot_and_is_the_same_for_a_seed(name, sizes):
 
 def test_a_sample_keeps_images_and_labels_together():
     split = data.load("digits").test
-    some = split.sample(20)
-    for grey, label in zip(some.grey, some.labels, strict=True):
+    subset = split.sample(20)
+    for grey, label in zip(subset.grey, subset.labels, strict=True):
         assert label in split.labels[(split.grey == grey).all(1)]
 
 
@@ -440,6 +463,81 @@ def test_dynamic_draws_come_from_the_generator_given_and_from_nothing_else():
         train.batch(index)
 
 
+def test_draws_have_the_dtype_of_the_data_and_single_ones_never_change(monkeypatch):
+    train = data.load("digits", "dynamic").train
+    seeded = torch.Generator().manual_seed(5)
+    expected = (torch.rand((9, 64), generator=seeded, dtype=torch.float32) < train.grey[:9]).float()
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            single = train.batch(slice(0, 9), torch.Generator().manual_seed(5))
+            double = train.to(dtype=torch.float64).batch(slice(0, 9), torch.Generator().manual_seed(5))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert single.dtype == torch.float32 and torch.equal(single, expected)
+        assert double.dtype == torch.float64 and set(double.unique().tolist()) == {0.0, 1.0}
+    images = data.load("digits", valid=10).to(dtype=torch.float64)
+    assert {split.grey.dtype for split in (images.train, images.valid, images.test)} == {torch.float64}
+    assert images.train.labels.dtype == torch.int64
+
+
+def levels(*wrong: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Three images of four pixels, the last ones with these levels."""
+    return torch.cat([torch.full((12 - len(wrong),), 0.5), torch.tensor(wrong)]).reshape(3, 4).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("grey", "complaint"),
+    [
+        (levels(0, 255), "from 0 to 255"),
+        (levels(-1, 1), "from -1 to 1"),
+        (levels(1 + 2**-20), r"from 0.5 to 1\b"),
+        (levels(math.nan), "from nan to nan"),
+        (levels(math.inf), "from 0.5 to inf"),
+        (levels(0, 255).to(torch.uint8), "but are torch.uint8"),
+        (levels(0, 1).round().bool(), "but are torch.bool"),
+        (levels(0, 1).numpy(), "but are of type ndarray"),
+        (levels(0, 1)[0], r"must be a tensor \[N, 4\], but its shape is \[4\]"),
+        (levels(0, 1)[:, :3], r"must be a tensor \[N, 4\], but its shape is \[3, 3\]"),
+        (levels(0, 1).reshape(3, 2, 2), r"but its shape is \[3, 2, 2\]"),
+    ],
+)
+def test_what_is_no_image_is_refused_when_the_split_is_made(grey, complaint):
+    with pytest.raises(InputError, match=complaint) as caught:
+        Split(grey, None, (2, 2), "dynamic")
+    assert "\n" not in str(caught.value)
+    good = Split(levels(0, 1), None, (2, 2), "dynamic")
+    with pytest.raises(InputError, match=complaint):
+        replace(good, grey=grey)
+
+
+def test_other_faults_of_a_split_are_refused():
+    for labels in (torch.zeros(2), torch.zeros(3, 1), [0, 1, 2]):
+        with pytest.raises(InputError, match=r"labels must be a tensor \[3\]"):
+            Split(levels(0, 1), labels, (2, 2), "grey")
+    with pytest.raises(InputError, match="no binarisation is called 'gray', did you mean 'grey'"):
+        Split(levels(0, 1), None, (2, 2), "gray")
+
+
+def test_images_of_ones_own_become_a_split():
+    pictures = np.random.default_rng(0).random((5, 2, 3))
+    split = Split.of(pictures, labels=np.arange(5), binarisation="dynamic")
+    assert split.shape == (2, 3) and split.binarisation == "dynamic" and split.labels.tolist() == list(range(5))
+    assert np.array_equal(split.grey.numpy(), pictures.reshape(5, 6)) and split.grey.dtype == torch.float64
+    flat = Split.of(torch.from_numpy(pictures).reshape(5, 6).float())
+    assert flat.shape == (1, 6) and flat.binarisation == "grey" and flat.labels is None
+    turned = Split.of(pictures[:, ::-1])  # a view that runs backwards
+    assert torch.equal(turned.grey[:, :3], split.grey[:, 3:])
+    for wrong, complaint in (
+        (np.zeros((5, 2, 3), np.uint8), "but are torch.uint8"),
+        (np.full((5, 6), 255.0), "from 255 to 255"),
+        (np.zeros(5), r"must be \[N, H, W\] or \[N, D\], but their shape is \[5\]"),
+        (np.zeros((5, 1, 2, 3)), r"but their shape is \[5, 1, 2, 3\]"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            Split.of(wrong)
+
+
 def test_fixed_images_are_the_same_at_every_access_and_load():
     one, two, other = (data.load("digits", "fixed", seed=seed) for seed in (3, 3, 4))
     for split in ("train", "test"):
@@ -460,8 +558,10 @@ def test_valid_holds_out_the_last_training_images():
     assert torch.equal(held.valid.grey, all_.train.grey[1400:])
     assert torch.equal(held.valid.labels, all_.train.labels[1400:])
     assert torch.equal(held.train.grey, all_.train.grey[:1400])
-    for wrong in (-1, 1497):
-        with pytest.raises(InputError, match="expected 0, or less than digits's 1,497"):
+    with pytest.raises(InputError, match="expected 0, or less than digits's 1,497"):
+        data.load("digits", valid=1497)
+    for wrong in (-1, "3", 1.5):
+        with pytest.raises(InputError, match="valid must be a whole number of at least 0"):
             data.load("digits", valid=wrong)
 
 
@@ -557,7 +657,7 @@ def test_amat_text_is_read_plain_and_gzipped(tmp_path, suffix):
     path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
     pixels, labels = images.read_amat({"train": path})["train"]
     assert labels is None and pixels.dtype == np.float32 and np.array_equal(pixels.reshape(7, 784), bits)
-    for wrong in (text[:-1], text.replace(b"1", b"2", 1)):
+    for wrong in (text[:-1], text.replace(b"1", b"2", 1), text.replace(b" ", b",", 1), text.replace(b"\n", b" "), b""):
         path.write_bytes(gzip.compress(wrong) if suffix.endswith("gz") else wrong)
         with pytest.raises(InputError, match="is not lines of 784 zeros and ones"):
             images.read_amat({"train": path})
@@ -625,6 +725,20 @@ def test_omniglot_comes_in_one_order_whatever_the_order_in_its_file(tmp_path):
     assert np.array_equal(*read) and np.array_equal(read[0][:4] * 255, pixels[:, 0])
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 20, 28, 28)), np.zeros((2, 19, 28, 28), np.uint8), np.zeros((2, 20), int)]
+)
+def test_a_made_file_of_another_kind_is_refused(tmp_path, wrong):
+    fields = {
+        "background": np.array([True, False]),
+        "alphabet": np.array(["A", "B"]),
+        "character": np.array(["1", "2"]),
+    }
+    np.savez(tmp_path / "file.npz", images=wrong, **fields)
+    with pytest.raises(InputError, match="is cut or altered .images are .*expected uint8"):
+        images.read_omniglot({"drawings": tmp_path / "file.npz"})
+
+
 @pytest.fixture(scope="module")
 def small_npz(tmp_path_factory):
     path = tmp_path_factory.mktemp("npz") / "small.npz"
@@ -672,10 +786,10 @@ def test_omniglot_is_made_from_the_zips(mirrors, cache, tmp_path, monkeypatch):
         body = (tmp_path / f"{top}.zip").read_bytes()
         address = mirrors.add(f"/{top}.zip", (200, body))
         sources.append(File(f"omniglot/{top}.zip", digest(body, tmp_path, "md5"), addresses=(address,)))
-    row = data.DATASETS["omniglot"]
-    area, made = row.files["drawings"]
+    omniglot = data.DATASETS["omniglot"]
+    area, made = omniglot.files["drawings"]
     parts = {"drawings": (area, replace(made, made_from=tuple(sources)))}
-    monkeypatch.setitem(data.DATASETS, "omniglot", replace(row, files=parts))
+    monkeypatch.setitem(data.DATASETS, "omniglot", replace(omniglot, files=parts))
     loaded = data.load("omniglot", "grey", valid=4)
     assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (4 * 14, 4, 4 * 5)
     assert "chardata.mat" in loaded.note
@@ -714,11 +828,11 @@ def test_the_conversion_agrees_pixel_for_pixel_with_the_file_that_was_made_elsew
         omniglot_zip(
             tmp_path / f"{top}.zip",
             {
-                f"{top}/{alphabet[row]}/{character[row]}": np.unpackbits(packed[row], axis=-1)[:, :11025].reshape(
+                f"{top}/{alphabet[i]}/{character[i]}": np.unpackbits(packed[i], axis=-1)[:, :11025].reshape(
                     20, 105, 105
                 )
-                for row in chosen
-                if background[row] == belongs
+                for i in chosen
+                if background[i] == belongs
             },
         )
     images.shrink_omniglot([tmp_path / "images_background.zip", tmp_path / "images_evaluation.zip"], tmp_path / "made")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,10 +19,11 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from pandas import DataFrame
 from tqdm import tqdm
 
 import vaelib
-from vaelib import cli, experiments, runs
+from vaelib import cli, experiments, files
 from vaelib.errors import InputError
 from vaelib.experiments import grid, results, stl
 from vaelib.experiments.experiment import Experiment, Measured, Preset, Task, as_text
@@ -74,49 +78,122 @@ def test_table_2_has_every_published_cell():
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(*values: float) -> list[dict]:
-    return results.as_rows([Measured("kl", value, at=i) for i, value in enumerate(values)], 1.0, "cpu")
+def numbers(*values: float) -> list[dict]:
+    return results.with_provenance([Measured("kl", value, at=i) for i, value in enumerate(values)], 1.0, "cpu")
 
 
 @pytest.fixture
 def table(tmp_path) -> Path:
     """A folder with a table of two runs."""
     for task in FIGURE_1.tasks("smoke"):
-        results.add(FIGURE_1, task, rows_of(2.0, 1.0), tmp_path)
+        results.add(FIGURE_1, task, numbers(2.0, 1.0), tmp_path)
     return tmp_path / "stl-figure-1.csv"
 
 
 def test_what_is_added_is_read_again_in_the_order_of_the_grid(table):
-    rows = experiments.load("stl-figure-1", folder=table.parent)
-    assert [(row["estimator"], row["at"], row["value"]) for row in rows] == [
-        ("elbo-total", 0, 2.0), ("elbo-total", 1, 1.0), ("elbo-path", 0, 2.0), ("elbo-path", 1, 1.0)
+    found = experiments.load("stl-figure-1", folder=table.parent)
+    assert found[["estimator", "at", "value"]].to_numpy().tolist() == [
+        ["elbo-total", 0, 2.0], ["elbo-total", 1, 1.0], ["elbo-path", 0, 2.0], ["elbo-path", 1, 1.0]
     ]  # fmt: skip
-    assert {"seed", "value", "standard_error", "seconds", "device", "vaelib", "date", *FIGURE_1.keys} <= set(rows[0])
-    assert experiments.load("stl-figure-1", "short", table.parent) == []
+    assert [found[name].dtype.kind for name in ("seed", "dim", "lr", "at", "value", "standard_error")] == list("iiffff")
+    assert list(found) == results.columns(FIGURE_1) and found["standard_error"].isna().all()
+    assert experiments.load("stl-figure-1", "short", table.parent).empty
+    with pytest.raises(InputError, match="no preset of 'stl-figure-1' is called 'shrt', did you mean 'short'"):
+        experiments.load("stl-figure-1", "shrt", table.parent)
 
 
 def test_a_run_is_not_added_twice(table):
     before = table.read_text()
-    results.add(FIGURE_1, FIGURE_1.tasks("smoke")[0], rows_of(7.0), table.parent)
+    results.add(FIGURE_1, FIGURE_1.tasks("smoke")[0], numbers(7.0), table.parent)
     assert table.read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (lambda lines: lines[2].rpartition(",")[0], "line 3 of .* has 16 fields, not 17"),
-        (lambda lines: lines[2].replace(",1,,1", ",one,,1"), "line 3 of .* has value 'one', not a number"),
-        (lambda lines: lines[1], "line 3 of .* repeats a number"),
-    ],
-)
-def test_a_corrupt_row_is_named_and_nothing_is_written(table, spoil, complaint):
-    lines = table.read_text().splitlines()
-    lines[2] = spoil(lines)
-    table.write_text("\n".join(lines) + "\n")
-    before = table.read_text()
-    with pytest.raises(InputError, match=complaint):
-        results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], rows_of(1.0), table.parent)
-    assert table.read_text() == before
+SPREADSHEETS = {
+    "Windows line ends": lambda text: text.replace("\n", "\r\n").encode(),
+    "a byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "both": lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
+    "blank lines at the end": lambda text: f"{text}\n\n".encode(),
+    "quotes": lambda text: text.replace("elbo-path", '"elbo-path"').encode(),
+    "numbers in its own way": lambda text: text.replace(",0.01,", ",1.00E-02,").encode(),
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+def test_a_table_saved_by_a_spreadsheet_reads_right_and_takes_more(table, kind):
+    before, text = experiments.load("stl-figure-1", folder=table.parent), table.read_text()
+    table.write_bytes(SPREADSHEETS[kind](text))
+    after = experiments.load("stl-figure-1", folder=table.parent)
+    assert after.equals(before) and list(after.dtypes) == list(before.dtypes)
+    known = results.finished(FIGURE_1, table.parent)
+    assert known == {task.key for task in FIGURE_1.tasks("smoke")}  # none of them is made again
+    results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], numbers(1.0), table.parent)
+    assert len(experiments.load("stl-figure-1", folder=table.parent)) == 5
+
+
+def in_line_3(change):
+    """Spoil the third line of a table, which is of seed 0 and has at 1 and value 1."""
+
+    def spoil(text: str) -> bytes:
+        lines = text.splitlines()
+        lines[2] = change(lines)
+        return ("\n".join(lines) + "\n").encode()
+
+    return spoil
+
+
+SPOILT = {
+    "a field less": (in_line_3(lambda lines: lines[2].rpartition(",")[0]), "line 3 of .* has 16 fields, not 17"),
+    "a field more": (in_line_3(lambda lines: lines[2] + ",x"), "line 3 of .* has 18 fields, not 17"),
+    "a word for a number": (
+        in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1,one,,1")), "line 3 of .* has value 'one', not a number",
+    ),
+    "no value": (in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1,,,1")), "line 3 of .* has value '', not a"),
+    "a line twice": (in_line_3(lambda lines: lines[1]), "line 3 of .* repeats a number"),
+    "a quote that does not end": (in_line_3(lambda lines: '"' + lines[2]), "is not CSV"),
+    "a place between epochs": (in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1.5,1,,1")), "has at '1.5'"),
+    "half a letter": (lambda text: text.replace("cpu", "cp\u00fc").encode("latin-1"), "is not text in UTF-8"),
+    "UTF-16": (lambda text: text.encode("utf-16"), "is not text in UTF-8"),
+    "zero bytes": (in_line_3(lambda lines: lines[2].replace("kl", "k\0l")), "line 3|repeats|metric"),
+    "semicolons": (lambda text: text.replace(",", ";").encode(), "has the columns preset;estimator"),
+    "nothing": (lambda text: b"", "has the columns , but"),
+    **{
+        f"the seed {seed}": (
+            in_line_3(lambda lines, seed=seed: lines[2].replace(",50,0,kl", f",50,{seed},kl")), f"has seed '{seed}'",
+        )
+        for seed in ("1.5", "nan", "1e9", "-1", "", "\u0663", "9" * 30)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPOILT if kind != "zero bytes"])
+def test_a_spoilt_table_gets_one_sentence_and_nothing_is_written(table, kind, capsys):
+    spoil, complaint = SPOILT[kind]
+    table.write_bytes(spoil(table.read_text()))
+    before = table.read_bytes()
+    for use in (
+        lambda: experiments.load("stl-figure-1", folder=table.parent),
+        lambda: results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], numbers(1.0), table.parent),
+    ):
+        with pytest.raises(InputError, match=complaint) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert table.read_bytes() == before
+    with pytest.raises(SystemExit) as end:
+        cli.main(["experiment", "list", "--results", str(table.parent)])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and [line for line in lines if line[0] != " "] == list(experiments.EXPERIMENTS)
+    assert re.search(complaint, lines[lines.index("stl-figure-1") + 2])
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+@pytest.mark.parametrize("share", [0.2, 0.97])
+def test_a_table_that_was_cut_between_two_lines_is_shown(tmp_path, name, share):
+    """Some runs lack numbers then, or all of a kind do; that is a dash, or a run less."""
+    lines = Path("results", f"{name}.csv").read_text().splitlines(keepends=True)
+    (tmp_path / f"{name}.csv").write_text("".join(lines[: int(share * len(lines))]))
+    found = experiments.load(name, "short", tmp_path)
+    assert str(experiments.Table(experiments.find(name).table(found)))
+    experiments.find(name).figure(found, Figure())
 
 
 def test_a_table_of_another_experiment_is_not_written_over(table):
@@ -130,39 +207,65 @@ def test_a_full_disk_leaves_the_table_whole(table, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = table.read_text()
-    monkeypatch.setattr(runs, "whole", full)
+    monkeypatch.setattr(files, "atomic", full)
     with pytest.raises(InputError, match="could not be written .No space left.*what was there before is whole"):
-        results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], rows_of(1.0), table.parent)
+        results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], numbers(1.0), table.parent)
     assert table.read_text() == before
 
 
-def test_means_over_seeds(tmp_path):
-    for task, value in zip(FIGURE_1.tasks("smoke", 3)[:3], (1.0, 2.0, 6.0), strict=True):
-        results.add(FIGURE_1, task, rows_of(value), tmp_path)
-    rows = experiments.load("stl-figure-1", folder=tmp_path)
-    summary = experiments.over_seeds(rows, "kl", ("estimator",), at=0)["elbo-total",]
-    assert summary.mean == 3.0 and summary.n == 3
-    assert summary.standard_error == pytest.approx((7 / 3) ** 0.5)
-    assert str(summary) == "3.00 ± 1.53"
+def frame(columns: str, *lines: tuple) -> DataFrame:
+    return DataFrame(list(lines), columns=columns.split())
+
+
+def test_means_over_seeds():
+    found = frame("method seed value", ("b", 0, 1.0), ("a", 0, 4.0), ("b", 1, 2.0), ("b", 2, 6.0))
+    means = experiments.over_seeds(found, ["method"])
+    assert list(means.index) == ["b", "a"] and list(means["n"]) == [3, 1]  # in order of appearance
+    assert list(means["mean"]) == [3.0, 4.0]
+    assert means.at["b", "standard_error"] == pytest.approx((7 / 3) ** 0.5) and math.isnan(
+        means.at["a", "standard_error"]
+    )
+    assert list(experiments.plus_minus(means)) == ["3.00 ± 1.53", "4.00"]
+    assert experiments.over_seeds(found[:0], ["method"]).empty
+
+
+def test_a_value_that_is_not_a_number_is_not_left_out_of_a_mean():
+    means = experiments.over_seeds(frame("method seed value", ("a", 0, 1.0), ("a", 1, math.nan)), ["method"])
+    assert math.isnan(means.at["a", "mean"]) and math.isnan(means.at["a", "standard_error"]) and means.at["a", "n"] == 2
+
+
+def test_what_is_selected_is_one_number_a_run():
+    found = frame("metric at value", ("kl", None, 1.0), ("kl", 3, 2.0), ("mi", None, 3.0), ("kl", 4, 4.0))
+    assert list(experiments.select(found, "kl")["value"]) == [1.0]
+    assert list(experiments.select(found, "kl", 3)["value"]) == [2.0]
+    assert experiments.select(found, "mi", 3).empty
 
 
 def test_differences_are_paired_by_seed():
-    values = {("a", "plain", 0): 1.0, ("a", "plain", 1): 5.0, ("a", "new", 0): 3.0, ("a", "new", 1): 8.0}
-    found = results.paired({**values, ("b", "new", 0): 9.0}, "plain")
-    assert found == {("a", "plain"): (0.0, 0.0, 2), ("a", "new"): (2.5, pytest.approx(0.5), 2)}
-    assert results.paired(values, "other") == {}
+    found = frame(
+        "data method seed value",
+        ("a", "plain", 0, 1.0), ("a", "new", 1, 8.0), ("a", "plain", 1, 5.0), ("a", "new", 0, 3.0),
+        ("b", "new", 0, 9.0),
+    )  # fmt: skip
+    less = experiments.differences(found, ["data", "method"], method="plain")
+    assert less[["data", "method", "seed", "value"]].to_numpy().tolist() == [
+        ["a", "plain", 0, 0.0], ["a", "new", 1, 3.0], ["a", "plain", 1, 0.0], ["a", "new", 0, 2.0]
+    ]  # fmt: skip
+    means = experiments.over_seeds(less, ["data", "method"])
+    assert means.loc[("a", "new")].tolist() == [2.5, pytest.approx(0.5), 2]  # unpaired, the error would be 3.2
+    assert experiments.differences(found, ["data", "method"], method="other").empty
+    shifted = experiments.differences(
+        found, ["data", "method"], data=lambda f: f["data"].replace("b", "a"), method="plain"
+    )
+    assert shifted["value"].tolist() == [0.0, 3.0, 0.0, 2.0, 8.0]
+    with pytest.raises(InputError, match="several lines are the same in method, seed"):
+        experiments.differences(found, ["method"], method="plain")
 
 
 def test_a_curve_has_the_places_that_its_own_runs_have():
-    rows = [
-        {"metric": "kl", "at": at, "value": value, "method": method}
-        for method, at, value in (("b", 2, 4.0), ("b", None, 9.0), ("a", 1, 1.0), ("b", 1, 3.0), ("b", 1, 5.0))
-    ]
-    found = results.curves(rows, "kl", "method")
-    assert {name: (at, [s.mean for s in means]) for name, (at, means) in found.items()} == {
-        "a": ([1], [1.0]),
-        "b": ([1, 2], [4.0, 4.0]),
-    }
+    found = frame("metric at value", ("kl", 2, 4.0), ("kl", None, 9.0), ("mi", 1, 7.0), ("kl", 1, 3.0), ("kl", 1, 5.0))
+    points = experiments.curve(found, "kl")
+    assert list(points.index) == [1, 2] and list(points["mean"]) == [4.0, 4.0] and list(points["n"]) == [2, 1]
 
 
 def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path):
@@ -209,9 +312,9 @@ def finish(pool: grid.Pool, jobs: list[grid.Job], table: Path) -> dict:
 
 def values(folder: Path) -> dict:
     """Everything the runs of Table 2 measured, by seed and metric, times apart."""
-    rows = experiments.load("stl-table-2", folder=folder)
-    assert len({(row["seed"], row["metric"]) for row in rows}) == len(rows)
-    return {(row["seed"], row["metric"]): row["value"] for row in rows if "seconds" not in row["metric"]}
+    found = experiments.load("stl-table-2", folder=folder).set_index(["seed", "metric"])["value"]
+    assert found.index.is_unique
+    return {key: value for key, value in found.items() if "seconds" not in key[1]}
 
 
 @pytest.fixture(scope="module")
@@ -221,19 +324,16 @@ def undisturbed(tmp_path_factory) -> dict:
     for job in jobs_of([training_task(0), training_task(1)], folder):
         job.folder.mkdir()
         subprocess.run([sys.executable, "-c", ONE_RUN, str(job.task.seed), str(job.folder)], check=True)
-        results.add(
-            stl.EXPERIMENTS["stl-table-2"], job.task, runs.read_json(job.folder / "measured.json")["rows"], folder
-        )
+        results.add(stl.EXPERIMENTS["stl-table-2"], job.task, grid.measured_in(job.folder / "measured.json"), folder)
     return values(folder)
 
 
 ONE_RUN = """
-import sys, pathlib, torch
+import sys, pathlib
 sys.path.insert(0, "tests")
 from test_experiments import training_task
 from vaelib.experiments import grid
-torch.set_num_threads(1)
-grid.execute(training_task(int(sys.argv[1])), pathlib.Path(sys.argv[2]), "cpu")
+assert not grid.execute(training_task(int(sys.argv[1])), pathlib.Path(sys.argv[2]), "cpu")
 """
 
 
@@ -284,6 +384,73 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     assert {seed for seed, _ in values(tmp_path)} == {0}
 
 
+class Told:
+    """A pool whose jobs end at once, with the word that is given."""
+
+    def __init__(self, word: str | None) -> None:
+        self.word, self.started = word, []
+
+    def has_room(self) -> bool:
+        return True
+
+    def start(self, job: grid.Job) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self.started.append(job)
+
+    def ended(self) -> list:
+        ended, self.started = [(job, self.word) for job in self.started], []
+        return ended
+
+    def stop(self) -> None:
+        pass
+
+
+def test_a_full_disk_is_the_reason_that_is_told_and_nothing_is_tried_again(tmp_path, monkeypatch):
+    """The reason travels by another way than a file."""
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "atomic", full)
+    task = FIGURE_1.tasks("smoke")[0]
+    why = grid.execute(task, tmp_path / "run", "cpu")
+    assert "could not be written (No space left on device)" in why
+    monkeypatch.setattr(Path, "mkdir", lambda path, **_: full(path))
+    assert grid.execute(task, tmp_path / "run", "cpu") == f"{tmp_path / 'run'}: No space left on device"
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "atomic", full)
+    (job,) = jobs_of([task], tmp_path)
+    assert finish(Told(why), [job], tmp_path) == {job: why} and job.deaths == 0
+    assert [path.name for path in job.folder.iterdir()] == []
+
+
+def test_an_error_of_the_program_is_kept_whole_in_the_folder(tmp_path):
+    (job,) = jobs_of([FIGURE_1.tasks("smoke")[0]], tmp_path)
+    assert finish(Told("Traceback ...\n  line\nKeyError: 'x'"), [job], tmp_path) == {job: "KeyError: 'x'"}
+    assert (job.folder / "error.txt").read_text() == "Traceback ...\n  line\nKeyError: 'x'\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["null", "[]", "{}", '{"rows": []}', '{"measured": 3}', '{"measured": [{"value": 1}]}', "[" * 10**5, "{", None],
+)
+def test_a_damaged_file_of_a_run_fails_that_run_alone(tmp_path, content):
+    damaged, whole = jobs_of(FIGURE_1.tasks("smoke"), tmp_path)
+    pool = Told("")
+
+    def start(job: grid.Job) -> None:
+        Told.start(pool, job)
+        if job is whole:
+            files.write_json(job.folder / "measured.json", {"measured": numbers(1.0)})
+        elif content is not None:
+            (job.folder / "measured.json").write_text(content)
+
+    pool.start = start
+    failed = finish(pool, [damaged, whole], tmp_path)
+    assert list(failed) == [damaged] and "measured.json" in failed[damaged] and "\n" not in failed[damaged]
+    assert len(experiments.load("stl-figure-1", folder=tmp_path)) == 1
+
+
 def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
     where = {"results_folder": tmp_path / "results", "runs_folder": tmp_path / "runs"}
     path = grid.run("stl-figure-3", "smoke", **where)
@@ -314,23 +481,40 @@ def test_two_grids_at_once_share_the_work(tmp_path):
     both = [command(tmp_path, "stl-figure-1", "--preset", "smoke", "--seeds", 3, "--jobs", 1) for _ in range(2)]
     for process in both:
         assert process.wait() == 0, process.communicate()
-    rows = experiments.load("stl-figure-1", folder=tmp_path / "results")
-    runs_made = {(row["estimator"], row["seed"]) for row in rows}
-    assert len(runs_made) == 6 and len(rows) == 6 * 6  # KL at 5 steps and in the end
+    found = experiments.load("stl-figure-1", folder=tmp_path / "results")
+    made = found[["estimator", "seed"]].drop_duplicates()
+    assert len(made) == 6 and len(found) == 6 * 6  # KL at 5 steps and in the end
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see the workers")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_grid_that_is_stopped_leaves_no_worker_and_goes_on(tmp_path, number):
     process = command(tmp_path, "stl-table-2", "--preset", "smoke", "--jobs", 1)
     wait_for(lambda: list(tmp_path.glob("runs/*/*/*/model/checkpoint.pt")))
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on from here" in err
+    if number != signal.SIGKILL:
+        assert (process.returncode, err) == (130, "vaelib: stopped; the same command goes on from here\n")
     folder = str(tmp_path)
     wait_for(lambda: not any(folder in line for line in open_locks()))
-    assert not list(tmp_path.glob("results/*.csv")) or experiments.load("stl-table-2", folder=tmp_path / "results")
+    assert not list(tmp_path.glob("results/*.csv")) or len(experiments.load("stl-table-2", folder=tmp_path / "results"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_a_hangup_interrupts_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt), grid.interruptible():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with grid.interruptible() as listen:
+            listen()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def open_locks() -> list[str]:
@@ -349,42 +533,76 @@ def open_locks() -> list[str]:
 # --- a cluster --------------------------------------------------------------------------------------------------------
 
 
-def test_ray_resumes_elsewhere_what_a_lost_node_was_at(tmp_path, undisturbed, monkeypatch):
+@pytest.fixture
+def cluster(monkeypatch):
+    """Start an empty Ray cluster on this machine, which knows nothing of a data folder."""
     ray = pytest.importorskip("ray", reason="the extra vaelib[ray] is not installed")
     from ray.cluster_utils import Cluster
 
+    monkeypatch.delenv("VAELIB_DATA", raising=False)
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # notice a lost node sooner
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        jobs = jobs_of([training_task(0), training_task(1)], tmp_path)
-        pool = grid.OnRay(cluster.address, "cpu", 1.0)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
-        class Losing:
-            """The pool, but one node is lost while both runs are under way."""
 
-            lost = False
-            has_room, start, stop = pool.has_room, pool.start, pool.stop
+def test_ray_resumes_elsewhere_what_a_lost_node_was_at(tmp_path, undisturbed, cluster):
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    jobs = jobs_of([training_task(0), training_task(1)], tmp_path)
+    pool = grid.OnRay(cluster.address, "cpu", 1.0)
 
-            def ended(self):
-                if not self.lost and all(under_way(job) for job in jobs):
-                    self.lost = True
-                    cluster.remove_node(nodes[0], allow_graceful=False)
-                return pool.ended()
+    class Losing:
+        """The pool, but one node is lost while both runs are under way."""
 
-        losing = Losing()
-        assert finish(losing, jobs, tmp_path) == {}
-        assert losing.lost
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+        lost = False
+        has_room, start, stop = pool.has_room, pool.start, pool.stop
+
+        def ended(self):
+            if not self.lost and all(under_way(job) for job in jobs):
+                self.lost = True
+                cluster.remove_node(nodes[0], allow_graceful=False)
+            return pool.ended()
+
+    losing = Losing()
+    assert finish(losing, jobs, tmp_path) == {}
+    assert losing.lost and sum(job.deaths for job in jobs) == 1
     assert values(tmp_path) == undisturbed
 
 
-def test_a_cluster_that_is_not_there_is_one_sentence():
+def test_the_data_folder_travels_to_the_workers_of_a_cluster(tmp_path, cluster, monkeypatch):
+    cluster.add_node(num_cpus=1)
+    (tmp_path / "data/ptb").mkdir(parents=True)
+    (tmp_path / "data/ptb/ptb.train.txt").write_text("damaged")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAELIB_DATA", "data")
+    config = dict(experiments.find("lag-text").presets["short"].grid[0])
+    (job,) = jobs_of([Task("lag-text", "short", config, 0)], tmp_path)
+    (why,) = finish(grid.OnRay(cluster.address, "cpu", 1.0), [job], tmp_path).values()
+    assert why.startswith(f"'{tmp_path}/data/ptb/ptb.train.txt' is cut or altered")
+
+
+@pytest.mark.parametrize("listens", ["nobody", "somebody silent", "a web server", "no address", "no port", "auto"])
+def test_a_cluster_that_is_not_there_is_one_sentence_at_once(listens, monkeypatch):
+    """Within ten seconds, the start of ray apart."""
     pytest.importorskip("ray", reason="the extra vaelib[ray] is not installed")
-    with pytest.raises(InputError, match="there is no Ray cluster at 'nowhere'"):
-        grid.OnRay("nowhere", "cpu", 1.0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as server:
+        server.bind(("0.0.0.0", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if listens != "nobody":
+            server.listen()
+        if listens == "a web server":
+            answer = lambda: server.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")  # noqa: E731
+            threading.Thread(target=answer, daemon=True).start()
+        address = {"no address": "nowhere", "no port": "ray://nowhere"}.get(listens, address)
+        if listens == "auto":  # what auto means, says the environment
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            server.close()
+        start = time.monotonic()
+        with pytest.raises(InputError, match="there is no Ray cluster at '.*'") as caught:
+            grid.OnRay("auto" if listens == "auto" else address, "cpu", 1.0)
+    assert time.monotonic() - start < 10 and "\n" not in str(caught.value)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -394,12 +612,12 @@ def test_the_gain_on_the_total_derivative_is_paired_by_seed(tmp_path):
     nll = {("elbo-total", 0): 100.0, ("elbo-path", 0): 99.0, ("elbo-total", 1): 90.0, ("elbo-path", 1): 88.0}
     for (estimator, seed), value in nll.items():
         task = Task("stl-table-2", "smoke", stl.cell("digits", "mlp-1", estimator, 1, 2, 50), seed)
-        measured = results.as_rows([Measured("nll", value, 0.5)], 1.0, "cpu")
+        measured = results.with_provenance([Measured("nll", value, 0.5)], 1.0, "cpu")
         results.add(stl.EXPERIMENTS["stl-table-2"], task, measured, tmp_path)
-    rows = experiments.load("stl-table-2", folder=tmp_path)
-    (gain,) = stl.gains(rows).values()
-    assert (gain.mean, gain.standard_error, gain.n) == (1.5, 0.5, 2)  # unpaired, the error would be 7
-    words = stl.table_2(rows)
+    found = experiments.load("stl-table-2", folder=tmp_path)
+    (gain,) = stl.gains(found).to_numpy().tolist()
+    assert gain == [1.5, 0.5, 2]  # unpaired, the error would be 7
+    words = stl.table_2(found)
     assert words[0] == ("recipe", "data", "model", "estimator", "k = 1", "published", "seeds")
     assert words[1] == ("paper", "digits", "mlp-1", "elbo-total", "95.00 ± 5.00", "-", "2")
     assert words[3] == ("paper", "digits", "mlp-1", "elbo-total - elbo-path", "1.50 ± 0.50", "-", "2")
@@ -415,9 +633,9 @@ def test_table_2_sets_ours_beside_the_published_figures(tmp_path):
     }
     for (data, model, estimator), nll in figures.items():
         task = Task("stl-table-2", "short", stl.cell(data, model, estimator, 5, 40, 1000), 0)
-        results.add(experiment, task, results.as_rows([Measured("nll", nll)], 1.0, "cpu"), tmp_path)
-    rows = experiments.load("stl-table-2", "short", tmp_path)
-    assert [line[1:] for line in experiment.table(rows)] == [
+        results.add(experiment, task, results.with_provenance([Measured("nll", nll)], 1.0, "cpu"), tmp_path)
+    found = experiments.load("stl-table-2", "short", tmp_path)
+    assert [line[1:] for line in experiment.table(found)] == [
         ("data", "model", "estimator", "k = 5", "published", "seeds"),
         ("mnist", "mlp-2", "iwae-total", "93.89", "83.89", "1"),
         ("mnist", "mlp-2", "iwae-path", "93.50", "83.57", "1"),
@@ -426,7 +644,7 @@ def test_table_2_sets_ours_beside_the_published_figures(tmp_path):
         ("mnist", "mlp-2", "iwae-total - iwae-path", "0.39", "0.32", "1"),
         ("mnist", "mlp-2-detached", "iwae-total - iwae-path", "-0.11", "0.32", "1"),
     ]
-    experiment.figure(rows, figure)
+    experiment.figure(found, figure)
     drawn = {ax.get_title(): [*line.get_ydata()] for ax in figure.axes for line in ax.containers[1].lines[:1]}
     assert drawn == {"mnist, mlp-2": [pytest.approx(0.39)], "mnist, mlp-2-detached": [pytest.approx(-0.11)]}
     crosses = [
@@ -441,13 +659,13 @@ def test_a_table_2_that_is_not_complete_is_shown(tmp_path):
 
     def add(estimator, k, nll):
         task = Task("stl-table-2", "short", stl.cell("mnist", "mlp-1", estimator, k, 40, 1000), 0)
-        results.add(experiment, task, results.as_rows([Measured("nll", nll)], 1.0, "cpu"), tmp_path)
+        results.add(experiment, task, results.with_provenance([Measured("nll", nll)], 1.0, "cpu"), tmp_path)
         return experiments.load("stl-table-2", "short", tmp_path)
 
-    rows = add("elbo-total", 1, 92.0)
-    assert len(experiment.table(rows)) == 2
+    found = add("elbo-total", 1, 92.0)
+    assert len(experiment.table(found)) == 2
     with pytest.raises(InputError, match="nothing to draw yet"):
-        experiment.figure(rows, Figure())
+        experiment.figure(found, Figure())
     add("elbo-path", 1, 91.5)
     lines = experiment.table(add("elbo-total", 5, 91.0))
     assert lines[-1][3:] == ("elbo-total - elbo-path", "0.50", "0.36", "-", "0.14", "1")
@@ -458,19 +676,19 @@ def test_the_figures_are_drawn(tmp_path):
     where = {"results_folder": tmp_path, "runs_folder": tmp_path / "runs"}
     for name in ("stl-figure-1", "stl-figure-3"):
         grid.run(name, "smoke", **where)
-        experiment, rows, figure = experiments.find(name), experiments.load(name, folder=tmp_path), Figure()
-        assert len(experiment.table(rows)) == 3 + (name == "stl-figure-3")
-        experiment.figure(rows, figure)
+        experiment, found, figure = experiments.find(name), experiments.load(name, folder=tmp_path), Figure()
+        assert len(experiment.table(found)) == 3 + (name == "stl-figure-3")
+        experiment.figure(found, figure)
         assert figure.axes[0].lines
-    rows = experiments.load("stl-figure-1", folder=tmp_path)
-    final = {row["estimator"]: row["value"] for row in rows if row["metric"] == "final kl"}
+    found = experiments.load("stl-figure-1", folder=tmp_path)
+    final = experiments.select(found, "final kl").set_index("estimator")["value"]
     assert final["elbo-path"] < final["elbo-total"]
 
 
 def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
     for arguments, sentence in [
         (("show", "stl-figure-1"), "has no results of 'stl-figure-1': make them with"),
-        (("show", "stl-figure-1", "--preset", "huge"), "no preset is called 'huge'"),
+        (("show", "stl-figure-1", "--preset", "huge"), "no preset of 'stl-figure-1' is called 'huge'"),
         (("run", "stl-figure-1", "--preset", "smoke", "--jobs", "0"), "jobs must be a whole number of at least 1"),
         (("run", "stl-figure-1", "--preset", "smoke", "--device", "tpu"), "no device is called 'tpu'"),
     ]:
@@ -478,7 +696,7 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
             cli.main(["experiment", *arguments, "--results", str(tmp_path)])
         assert end.value.code == 2 and sentence in capsys.readouterr().err
     for task in FIGURE_1.tasks("smoke"):
-        measured = results.as_rows([Measured("kl", 1.25, at=0), Measured("final kl", 1.25)], 1.0, "cpu")
+        measured = results.with_provenance([Measured("kl", 1.25, at=0), Measured("final kl", 1.25)], 1.0, "cpu")
         results.add(FIGURE_1, task, measured, tmp_path)
     with pytest.raises(SystemExit):
         cli.main(
@@ -491,7 +709,7 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
 def test_the_list_says_what_is_done_and_how_long_it_takes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(grid, "default_jobs", lambda device: 4)
     first, _ = FIGURE_1.tasks("smoke")
-    results.add(FIGURE_1, first, results.as_rows([Measured("kl", 1.25, at=0)], 1.0, "cpu"), tmp_path)
+    results.add(FIGURE_1, first, results.with_provenance([Measured("kl", 1.25, at=0)], 1.0, "cpu"), tmp_path)
     with pytest.raises(SystemExit) as end:
         cli.main(["experiment", "list", "--results", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()

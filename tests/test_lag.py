@@ -2,84 +2,87 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from vaelib import data
 from vaelib.collapse import METHODS
-from vaelib.experiments import find, lag
-from vaelib.experiments.results import as_rows
+from vaelib.experiments import curve, find, lag
+from vaelib.experiments.results import with_provenance
 
 QUIET = lambda fraction: None  # noqa: E731
 
 
 def measure(experiment, folder, **changes):
-    rows = []
+    lines = []
     for config in experiment.presets["smoke"].grid:
         config = {**config, **changes}
         place = folder / config["method"]
         place.mkdir()
-        measured = as_rows(lag.run(config, 0, place, "cpu", QUIET), 1.0, "cpu")
-        rows += [{**config, "seed": 0, "preset": "smoke", **row} for row in measured]
-    return rows
+        measured = with_provenance(lag.run(config, 0, place, "cpu", QUIET), 1.0, "cpu")
+        lines += [{**config, "seed": 0, "preset": "smoke", **number} for number in measured]
+    return pd.DataFrame(lines).astype({"at": float, "standard_error": float})
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def results(tmp_path_factory):
     return measure(find("lag-toy"), tmp_path_factory.mktemp("runs") / "")
 
 
-def test_a_run_measures_what_the_paper_s_tables_have(rows):
+def test_a_run_measures_what_the_paper_s_tables_have(results):
+    whole = results[results["at"].isna()].pivot(index="method", columns="metric", values="value")
+    measured = {"nll", "kl", "mi", "mi_all", "au", "collapsed", "training_seconds", "aggressive_seconds"}
     for method in ("no-z", "plain", "sa-vae", "aggressive"):
-        final = {row["metric"]: row["value"] for row in rows if row["method"] == method and row["at"] is None}
-        assert {"nll", "kl", "mi", "mi_all", "au", "collapsed", "training_seconds", "aggressive_seconds"} <= set(final)
+        final = whole.loc[method]
+        assert measured <= set(final.dropna().index)
         assert final["collapsed"] == (final["au"] == 0) and final["nll"] > 0
         assert (final["encoder_steps"] > final["decoder_steps"]) == (method == "aggressive")
-        curve = [row["at"] for row in rows if row["method"] == method and row["metric"] == "mi" and row["at"]]
-        assert curve == [1, 2]
-    exact = {row["metric"]: row["value"] for row in rows if row["method"] == "no-z" and row["at"] is None}
+        assert list(curve(results[results["method"] == method], "mi").index) == [1, 2]
+    exact = whole.loc["no-z"]
     assert exact["nll"] == pytest.approx(exact["nll_bound"], rel=1e-5)  # a language model's bound is its likelihood
-    assert all(row["standard_error"] > 0 for row in rows if row["metric"] == "nll")
+    assert (results[results["metric"] == "nll"]["standard_error"] > 0).all()
 
 
-def test_the_table_has_a_line_a_method_and_the_published_numbers_beside(rows):
-    ours, beside = find("lag-toy").table(rows), find("lag-text").table(rows)
+def test_the_table_has_a_line_a_method_and_the_published_numbers_beside(results):
+    ours, beside = find("lag-toy").table(results), find("lag-text").table(results)
     assert ours[0][:2] == ("method", "NLL") and len({len(line) for line in ours}) == 1
     assert [line[0] for line in ours[1:]] == ["no z (autoregressive)", "VAE", "SA-VAE", "aggressive"]
     assert ours[2][6] == "1.00" and float(ours[4][6]) > 1.5  # time, relative to plain
     assert beside[0][9] == "NLL (yahoo, He et al.)" and beside[4][9:] == ("328.0", "5.4", "3.0", "2.20")
-    twice = rows + [{**row, "seed": 1} for row in rows]
+    twice = pd.concat([results, results.assign(seed=1)])
     assert find("lag-toy").table(twice)[1][8] == "2" and "± 0.00" in find("lag-toy").table(twice)[1][1]
 
 
-def test_the_figure_draws_every_method(rows):
+def test_the_figure_draws_every_method(results):
     fig = Figure()
-    find("lag-toy").figure(rows, fig)
+    find("lag-toy").figure(results, fig)
     assert [len(axes.lines) for axes in fig.axes] == [4, 4]
 
 
-def test_the_posterior_mean_space_is_noted_and_gathered(rows, tmp_path_factory, tmp_path):
+def test_the_posterior_mean_space_is_noted_and_gathered(results, tmp_path_factory, tmp_path):
     folder = next(tmp_path_factory.getbasetemp().glob("runs*"))
     folders = [folder / config["method"] for config in find("lag-toy").presets["smoke"].grid]
     assert not (folder / "sa-vae" / "space.csv").exists()
     table = tmp_path / "lag-toy-space.csv"
-    earlier = "smoke,plain,stage,0,99,0,0\nshort,plain,stage,0,99,0,0\n"
+    earlier = "smoke,plain,stage,0,99,0,0\nshort,plain,stage,0,99,0,0\nsmoke,other,stage,0,99,0,0\n"
     table.write_text("preset,method,kind,step,point,model_mean,encoder_mean\n" + earlier)
     find("lag-toy").gather("smoke", folders, tmp_path)
     whole = table.read_text()
-    found = list(csv.DictReader(whole.splitlines()))
-    others = [row["preset"] for row in found if row["point"] == "99"]
-    assert others == ["short"]  # what there was of its own preset is replaced
-    found = [row for row in found if row["preset"] == "smoke"]
+    space = pd.read_csv(table)
+    assert list(space[space["point"] == 99][["preset", "method"]].itertuples(index=False, name=None)) == [
+        ("short", "plain"), ("smoke", "other")
+    ]  # what there was of the preset's own methods is replaced  # fmt: skip
+    space = space[(space["preset"] == "smoke") & (space["point"] != 99)]
     for method in ("plain", "aggressive"):
-        stages = [row for row in found if row["method"] == method and row["kind"] == "stage"]
-        paths = [row for row in found if row["method"] == method and row["kind"] == "trajectory"]
-        assert len({row["step"] for row in stages}) in (3, 4) and {row["point"] for row in stages} == set("01234")
-        assert len(paths) == 9 * 11 and all(-20 <= float(row["model_mean"]) < 20 for row in found)
+        stages, paths = (
+            space[(space["method"] == method) & (space["kind"] == kind)] for kind in ("stage", "trajectory")
+        )
+        assert stages["step"].nunique() in (3, 4) and set(stages["point"]) == set(range(5))
+        assert len(paths) == 9 * 11 and space["model_mean"].between(-20, 20).all()
     find("lag-toy").gather("smoke", [tmp_path / "gone"], tmp_path)
     assert table.read_text() == whole
 
@@ -127,7 +130,7 @@ def test_images_are_trained_by_the_same_run(tmp_path, monkeypatch):
 
     def load(config):
         images = data.load("digits", valid=100)
-        return replace(images, train=replace(images.train, grey=images.train.grey[:200]))
+        return replace(images, train=replace(images.train, grey=images.train.grey[:200], labels=None))
 
     def build(config, images, generator):
         return models.build("linear", 64, images.train.grey.mean(0), generator, latent=2)

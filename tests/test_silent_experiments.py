@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from pandas import DataFrame, concat
 
 from vaelib import estimators
 from vaelib.estimators import silent
-from vaelib.experiments import find, results
+from vaelib.experiments import find, load, results, select
 from vaelib.experiments import silent as experiments
 from vaelib.experiments.experiment import Task
 from vaelib.training import Progress
@@ -17,7 +17,7 @@ from vaelib.training import Progress
 NAMES = ("silent-linear", "silent-annealed", "silent-control-variate")
 
 
-def rows_of(name: str, folder, **changes) -> list[dict]:
+def measure(name: str, folder, **changes) -> DataFrame:
     """Make the first seeds of some configurations of the smoke preset, through a table on disk."""
     experiment = find(name)
     wanted = changes.pop("only")
@@ -25,8 +25,8 @@ def rows_of(name: str, folder, **changes) -> list[dict]:
         if all(task.config[key] in values for key, values in wanted.items()):
             small = Task(name, "smoke", {**task.config, **changes}, 0)
             measured = experiment.run(small.config, 0, folder, "cpu", lambda fraction: None)
-            results.add(experiment, small, results.as_rows(measured, 0.0, "cpu"), folder)
-    return results.load(name, folder=folder)
+            results.add(experiment, small, results.with_provenance(measured, 0.0, "cpu"), folder)
+    return load(name, folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -60,22 +60,18 @@ def rows_of(name: str, folder, **changes) -> list[dict]:
     ],
 )
 def test_a_small_run_gives_its_numbers_its_table_and_its_figure(name, only, metrics, tmp_path):
-    rows = rows_of(name, tmp_path, only=only, images=100, epochs=2)
-    assert {row["metric"] for row in rows} == metrics
-    assert all(math.isfinite(row["value"]) for row in rows)
-    elbo = [row for row in rows if row["metric"] == "elbo"]
-    assert {row["at"] for row in elbo} == {0, 1, 2}
-    table = find(name).table(rows)
+    found = measure(name, tmp_path, only=only, images=100, epochs=2)
+    assert set(found["metric"]) == metrics
+    assert np.isfinite(found["value"]).all()
+    assert set(found[found["metric"] == "elbo"]["at"]) == {0, 1, 2}
+    table = find(name).table(found)
     assert len(table) > 1 and len({len(line) for line in table}) == 1
-    find(name).figure(rows, Figure())
-    for row in rows:
-        if row["metric"] == "ppca":
-            mine = [
-                r["value"]
-                for r in rows
-                if (r["metric"], r["estimator"], r["latent"]) == ("log-likelihood", row["estimator"], "gaussian")
-            ]
-            assert mine[0] < row["value"]
+    find(name).figure(found, Figure())
+    ours, best = (
+        found[(found["metric"] == metric) & (found.get("latent") == "gaussian")].set_index("estimator")["value"]
+        for metric in ("log-likelihood", "ppca")
+    )
+    assert (ours.reindex(best.index) < best).all() and ("ppca" not in metrics or len(best) == 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,15 +85,14 @@ def test_presets_are_sound(name):
 
 
 def test_the_same_seed_starts_at_the_same_place(tmp_path):
-    rows = rows_of(
+    found = measure(
         "silent-linear",
         tmp_path,
         only={"latent": ["bernoulli"], "estimator": ["elbo-silent", "elbo-arm"]},
         images=100,
         epochs=1,
     )
-    first = {row["value"] for row in rows if row["metric"] == "elbo" and row["at"] == 0}
-    later = {row["value"] for row in rows if row["metric"] == "elbo" and row["at"] == 1}
+    first, later = (set(select(found, "elbo", at)["value"]) for at in (0, 1))
     assert (len(first), len(later)) == (1, 2)
 
 
@@ -122,41 +117,40 @@ def test_the_method_names_the_estimator():
         assert names[method] == ["elbo-annealed(1)", "elbo-annealed(0.5)", "elbo-annealed(0)", "elbo-annealed(0)"]
 
 
-def made(estimator, lr, seed, curve, **more):
+def made(estimator, lr, seed, curve) -> list[dict]:
     key = {"data": "d", "latent": "gaussian", "estimator": estimator, "lr": lr, "seed": seed, "epochs": 2}
-    return [{**key, "metric": "elbo", "at": at, "value": value, **more} for at, value in enumerate(curve)]
+    return [{**key, "metric": "elbo", "at": at, "value": value} for at, value in enumerate(curve)]
 
 
-def test_shortfalls_and_best_rates_of_rows_made_by_hand():
-    rows = [
+def test_shortfalls_and_best_rates_made_by_hand():
+    found = DataFrame([
         *made("a", 0.1, 0, (0, 1, 10)), *made("a", 0.2, 0, (0, 2, 6)),
         *made("a", 0.1, 1, (0, 1, 12)), *made("a", 0.2, 1, (0, 2, 8)),
         *made("b", 0.1, 0, (0, 1, 4)), *made("b", 0.2, 0, (0, 3)),  # the second one diverged
-    ]  # fmt: skip
-    assert experiments.best_rates(rows) == {("d", "gaussian", "a"): 0.1, ("d", "gaussian", "b"): 0.1}
-    lost = experiments.shortfalls(rows)
-    assert lost["d", "gaussian", "a"] == results.summarise([(2 + 6) / 2, (0 + 4) / 2])
-    assert lost["d", "gaussian", "b"].mean == (8 + 12) / 2
-    assert len(experiments.at_best_rate(rows)) == 9
-    assert experiments.best_rates(rows, at=1)["d", "gaussian", "a"] == 0.2
-    quiet = [
-        {**row, "estimator": "elbo-silent", "value": row["value"] + 1 + row["seed"]}
-        for row in rows
-        if row["estimator"] == "a"
-    ]
-    assert experiments.leads(rows + quiet, "elbo")["d", "gaussian", "a"] == results.summarise([1, 2])
-    assert experiments.leads(rows + quiet, "elbo", at=1)["d", "gaussian", "b"].mean == 3 + 0 - 3
+    ])  # fmt: skip
+    assert experiments.best_rates(found).to_dict() == {("d", "gaussian", "a"): 0.1, ("d", "gaussian", "b"): 0.1}
+    lost = experiments.shortfalls(found)
+    assert lost.loc["d", "gaussian", "a"].tolist() == [3.0, 1.0, 2]  # of 4, (2 + 6) / 2, and of 2, (0 + 4) / 2
+    assert lost.at[("d", "gaussian", "b"), "mean"] == (8 + 12) / 2
+    assert len(experiments.at_best_rate(found)) == 9
+    assert experiments.best_rates(found, at=1)["d", "gaussian", "a"] == 0.2
+    quiet = found[found["estimator"] == "a"].assign(estimator="elbo-silent", value=lambda f: f["value"] + 1 + f["seed"])
+    both = concat([found, quiet])
+    leads = experiments.leads(both, "elbo")
+    assert leads.loc["d", "gaussian", "a"].tolist() == [1.5, 0.5, 2]
+    assert "elbo-silent" not in leads.index.get_level_values("estimator")
+    assert experiments.leads(both, "elbo", at=1).at[("d", "gaussian", "b"), "mean"] == 3 + 0 - 3
 
 
 def test_gains_are_paired_by_seed():
-    rows = []
+    lines = []
     for seed, (plain, mine) in enumerate([(0.0, 1.0), (100.0, 101.5)]):
         for method, value in (("plain", plain), ("linear", mine)):
             key = {"data": "d", "estimator": "e", "method": method, "seed": seed, "epochs": 7}
-            rows += [{**key, "metric": "m", "at": at, "value": value * factor} for at, factor in ((1, 2), (7, 1))]
-    gains = experiments.over_plain(rows, "m")
-    assert gains["d", "e", "linear"] == results.summarise([1.0, 1.5]) and gains["d", "e", "plain"].mean == 0
-    assert experiments.over_plain(rows, "m", at=1)["d", "e", "linear"].mean == 2.5
+            lines += [{**key, "metric": "m", "at": at, "value": value * factor} for at, factor in ((1, 2), (7, 1))]
+    gains = experiments.over_plain(DataFrame(lines), "m")
+    assert gains.loc["d", "e", "linear"].tolist() == [1.25, 0.25, 2] and gains.at[("d", "e", "plain"), "mean"] == 0
+    assert experiments.over_plain(DataFrame(lines), "m", at=1).at[("d", "e", "linear"), "mean"] == 2.5
 
 
 def test_the_cost_holds_the_looks_at_the_scale(monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 
 from vaelib import data, evaluation, objectives
 from vaelib.data.files import File
-from vaelib.data.text import BEGIN, END, PAD, Vocabulary
+from vaelib.data.text import BEGIN, END, PAD, Vocabulary, lines
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
 from vaelib.models.text import lstm_vae
@@ -83,22 +83,54 @@ def test_unknown_and_missing_words_get_a_sentence():
 def files(tmp_path, monkeypatch):
     """A data set in the paper's format, where VAELIB_DATA is."""
 
-    def write(**parts: str):
+    def write(of: str = "ptb", **parts: str | bytes):
         for split, text in parts.items():
-            (tmp_path / f"{split}.txt").write_bytes(text.encode("utf-8"))
-        row = replace(data.TEXTS["ptb"], name="toy", files={split: (File(f"{split}.txt"),) for split in parts})
-        monkeypatch.setitem(data.TEXTS, "toy", row)
+            (tmp_path / f"{split}.txt").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        toy = replace(data.TEXTS[of], name="toy", files={split: (File(f"{split}.txt"),) for split in parts})
+        monkeypatch.setitem(data.TEXTS, "toy", toy)
 
     monkeypatch.setenv("VAELIB_DATA", str(tmp_path))
     return write
 
 
-def test_documents_with_and_without_labels(files):
-    for train in ("to be or not\nbe\nnot\n", "1\tto be or not\n2\tbe\n1\tnot\n"):
-        files(train=train, valid="be to\n", test="not be\n")
-        text = data.load("toy")
-        assert text.vocabulary.decode(text.train.tokens) == ["to be or not", "be", "not"]
-        assert text.valid.vocabulary is text.vocabulary and text.vocabulary.decode(text.test.tokens) == ["not be"]
+def test_there_are_labels_where_the_format_says_so_and_nowhere_else(files):
+    files(of="yelp", train="1\tto be or\tnot\n2\tbe\n1\tnot\n", valid="0\tbe to\n", test="0\tnot be\n")
+    text = data.load("toy")
+    assert text.vocabulary.decode(text.train.tokens) == ["to be or not", "be", "not"]
+    assert text.valid.vocabulary is text.vocabulary and text.vocabulary.decode(text.test.tokens) == ["not be"]
+    files(train="to be\tor not\nbe\nnot\n", valid="be\tto\n", test="not be\n")
+    text = data.load("toy")
+    assert text.vocabulary.decode(text.train.tokens) == ["to be or not", "be", "not"]
+    assert text.vocabulary.decode(text.valid.tokens) == ["be to"]
+    files(of="yelp", train="1\tto be\nnot\n", valid="0\tto\n", test="0\tnot\n")
+    with pytest.raises(InputError, match="line 2 of .*train.txt' has no label and tab"):
+        data.load("toy")
+
+
+LINES = {  # bytes, and the documents in them: one a line, as `wc -l` counts them
+    "U+2028": ("good food\u2028but slow\nbad\n", ["good food but slow", "bad"]),
+    "U+2029": ("good food\u2029but slow\nbad\n", ["good food but slow", "bad"]),
+    "U+0085": ("good food\u0085but slow\nbad\n", ["good food but slow", "bad"]),
+    "form feed": ("one\x0ctwo three\nfour\n", ["one two three", "four"]),
+    "vertical tab": ("one\x0btwo three\nfour\n", ["one two three", "four"]),
+    "file separator": ("one\x1ctwo three\nfour\n", ["one two three", "four"]),
+    "tab": ("hello\tworld again\nbye\n", ["hello world again", "bye"]),
+    "byte order mark": ("\ufeffone two\nthree\n", ["one two", "three"]),
+    "Windows": ("one two\r\nthree\r\n", ["one two", "three"]),
+    "no end": ("one two\nthree", ["one two", "three"]),
+    "blank end": ("one two\nthree\n\n", ["one two", "three"]),
+    "blank ends": ("one two\r\nthree\r\n\r\n \n\n", ["one two", "three"]),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_lines_end_at_line_feeds_alone(kind, tmp_path):
+    text, right = LINES[kind]
+    (tmp_path / "mine.txt").write_bytes(text.encode())
+    assert [" ".join(words) for words in lines(tmp_path / "mine.txt")] == right
+    labelled = "\n".join(f"7\t{line}" if line.strip() else line for line in text.lstrip("\ufeff").split("\n"))
+    (tmp_path / "mine.txt").write_bytes(labelled.encode())
+    assert [" ".join(words) for words in lines(tmp_path / "mine.txt", labelled=True)] == right
 
 
 def test_sizes_of_real_text(files):
@@ -130,15 +162,25 @@ def test_damaged_text_gets_a_sentence(files, tmp_path):
     files(train="to be\n\nnot\n", valid="be\n", test="be\n")
     with pytest.raises(InputError, match="line 2 of .*train.txt' is an empty sentence"):
         data.load("toy")
-    (tmp_path / "train.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is not text in UTF-8"):
-        data.load("toy")
+    for content in (
+        b"\xff\xfe\x00",
+        "to be\n".encode("utf-16"),
+        "to be\n".encode("utf-16-le"),
+        "\u00fc\n".encode("latin-1"),
+    ):
+        (tmp_path / "train.txt").write_bytes(content)
+        with pytest.raises(InputError, match="is not text in UTF-8"):
+            data.load("toy")
+    for empty in (b"", b"\n", b" \r\n\n"):
+        (tmp_path / "train.txt").write_bytes(empty)
+        with pytest.raises(InputError, match="line 1 of .*train.txt' is an empty sentence"):
+            data.load("toy")
 
 
 def test_registry_of_texts():
-    for row in data.TEXTS.values():
-        assert all((row.description, row.splits, row.licence, row.citation))
-        for parts in row.files.values():
+    for entry in data.TEXTS.values():
+        assert all((entry.description, entry.splits, entry.licence, entry.citation))
+        for parts in entry.files.values():
             assert all(
                 file.digest.partition(":")[0] in ("sha256", "git") and len(file.addresses) != 1 for file in parts
             )

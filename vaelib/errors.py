@@ -18,17 +18,19 @@ class InputError(ValueError):
     """Something the caller gave is not usable; the message is one sentence meant for them."""
 
 
-def choose(what: str, name: str, options: Mapping[str, Value]) -> Value:
+def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
     """Return ``options[name]``, or say which names exist and which one was probably meant.
 
     Raises
     ------
     InputError
-        if ``name`` is not a key of ``options``.
+        if ``name`` is not a key of ``options``, whatever type it has.
     """
-    if isinstance(name, str) and name in options:
+    if not isinstance(name, str):
+        raise InputError(f"{what} must be a name, not of type {type(name).__name__}; choose from: {', '.join(options)}")
+    if name in options:
         return options[name]
-    near = difflib.get_close_matches(str(name).lower(), options, n=1)
+    near = difflib.get_close_matches(name.lower(), options, n=1)
     hint = f", did you mean '{near[0]}'?" if near else ";"
     raise InputError(f"no {what} is called '{name}'{hint} choose from: {', '.join(options)}")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import signal
 import threading
 import time
@@ -32,14 +31,9 @@ from torch import Tensor
 from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config
 from vaelib.data import Images
-from vaelib.data.files import whole
 from vaelib.errors import InputError, choose, whole_number
+from vaelib.files import in_shell, locked, read_json, sweep, write, write_json
 from vaelib.training import Diverged, Training, stream
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one folder are not noticed
-    fcntl = None
 
 FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
@@ -49,10 +43,6 @@ READ_BY = {1: "0.1.0"}
 
 FREE = {"epochs", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
-
-
-class InUse(InputError):
-    """Another process works in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,7 @@ def train(
                 training, folder, config.checkpoint_seconds, lambda training: report(training.progress.done), progress
             )
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {shlex.quote(str(run_dir))}") from None
+            raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {in_shell(Path(run_dir))}") from None
         known = read_json(folder.result) if folder.result.exists() else {}
         if "training" not in known:
             known["training"] = {**training.history[-1], **provenance(training)}
@@ -211,7 +201,7 @@ def trained(folder: Folder, device: str) -> tuple[Training, Images]:
     """Return the training in a folder, its model in evaluation mode, and its data."""
     config = read_config(folder.config)
     if config is None or not folder.checkpoint.exists():
-        command = f"vaelib train {shlex.quote(str(folder.path))}"
+        command = f"vaelib train {in_shell(folder.path)}"
         raise InputError(f"there is no trained model in '{folder.path}': make one with `{command}`")
     config = replace(config, device=device)
     images = load_images(config)
@@ -339,16 +329,8 @@ def in_use(folder: Folder) -> Iterator[None]:
     if folder.path.exists() and not folder.path.is_dir():
         raise InputError(f"'{folder.path}' is a file, but a run needs a folder: choose another name")
     folder.path.mkdir(parents=True, exist_ok=True)
-    with open(folder.path / ".lock", "a") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InUse(
-                    f"another process works in '{folder.path}': wait for it, or choose another folder"
-                ) from None
-        for stray in folder.path.glob(".*.part"):
-            stray.unlink()
+    with locked(folder.path / ".lock"):
+        sweep(folder.path)
         yield
 
 
@@ -452,29 +434,6 @@ def check_same(stored: Config, asked: Config, folder: Folder) -> None:
             f"'{folder.path}' belongs to another configuration ({'; '.join(differences)}): "
             "leave these options out to go on with that run, or choose another folder"
         )
-
-
-def write(path: Path, content: bytes | memoryview) -> None:
-    """Write ``content`` to ``path``, whole or not at all."""
-    try:
-        with whole(path) as part:
-            part.write_bytes(content)
-    except OSError as error:
-        raise InputError(
-            f"'{path}' could not be written ({error.strerror}); what was there before is whole: "
-            "make room, then run the same command again to go on"
-        ) from error
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"'{path}' is not JSON ({error}): delete it, or put a whole copy in its place") from error
 
 
 def write_metrics(path: Path, training: Training) -> None:

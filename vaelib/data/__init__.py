@@ -14,7 +14,7 @@ from vaelib.data import files
 from vaelib.data.images import BINARISATIONS, Images, ImageSet, Split
 from vaelib.data.registry import DATASETS, TEXTS
 from vaelib.data.text import Sentences, Text, TextSet, Vocabulary
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, whole_number
 
 __all__ = [
     "BINARISATIONS",
@@ -81,14 +81,16 @@ def load(
         if a name is not known, if the files are cut, altered or not to be had, or if ``VAELIB_DATA`` is no
         folder.
     """
-    row = find(name)
-    if sizes and isinstance(row, ImageSet):
+    entry = find(name)
+    for what, number in (("seed", seed), ("valid", valid)):
+        whole_number(what, number, least=0)
+    if sizes and isinstance(entry, ImageSet):
         raise InputError(f"'{name}' has images, whose sizes are fixed: leave {', '.join(sizes)} out")
-    return row.load(binarisation, seed, valid, **sizes)
+    return entry.load(binarisation, seed, valid, **sizes)
 
 
 def find(name: str) -> ImageSet | TextSet:
-    """Return the row of a data set."""
+    """Return the entry of a data set in the registry."""
     return choose("data set", name, {**DATASETS, **TEXTS})
 
 
@@ -119,15 +121,15 @@ class Listing:
 
 def describe() -> list[Listing]:
     """Return a line for each data set; looks whether files exist, and opens none."""
-    return [Listing(row.name, row.description, row.splits, where(row), row.note) for row in map(find, names())]
+    return [Listing(one.name, one.description, one.splits, where(one), one.note) for one in map(find, names())]
 
 
-def where(row: ImageSet | TextSet) -> str:
+def where(entry: ImageSet | TextSet) -> str:
     """Say where the files of a data set are."""
-    if not row.files:
+    if not entry.files:
         return "built in"
-    found = {part: files.find(parts) for part, parts in row.files.items()}
-    missing = [parts for part, parts in row.files.items() if not found[part]]
+    found = {part: files.find(parts) for part, parts in entry.files.items()}
+    missing = [parts for part, parts in entry.files.items() if not found[part]]
     if not missing:
         return " and ".join(dict.fromkeys(f"{place} ({path.parent})" for place, _, path in found.values()))
     if by_hand := [parts[0].path for parts in missing if not any(file.obtainable for file in parts)]:

@@ -12,20 +12,18 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vaelib.errors import InputError
+from vaelib.files import atomic
 
 ROUNDS = 3  # how often the whole list of mirrors is tried
 PAUSE = 1.0  # seconds before the second round; twice as long before the third
 TIMEOUT = 30.0  # seconds without a sign of life from a server
-A_DAY = 86_400.0  # seconds after which nobody writes to a temporary file any more
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,18 @@ def folders() -> dict[str, Path]:
     named = os.environ.get("VAELIB_DATA")
     if not named:
         return {"cache": cache()}
-    if not (folder := Path(named).expanduser()).is_dir():
+    if not (folder := Path(os.path.expanduser(named))).is_dir():
         raise InputError(
             f"VAELIB_DATA is '{named}', which is not a folder: set it to a folder that holds the data "
             "already, or unset it to have the data downloaded"
         )
     return {"VAELIB_DATA": folder, "cache": cache()}
+
+
+def environment() -> dict[str, str]:
+    """Return the variables that say where these folders are, absolute: for a process elsewhere."""
+    said = {name: os.environ.get(name) for name in ("VAELIB_DATA", "XDG_CACHE_HOME")}
+    return {name: os.path.abspath(os.path.expanduser(path)) for name, path in said.items() if path}
 
 
 def find(files: Sequence[File]) -> tuple[str, File, Path] | None:
@@ -144,7 +148,7 @@ def fetch(name: str, files: Sequence[File]) -> Path:
         download(name, file, target)
     else:
         sources = [fetch(name, [source]) for source in file.made_from]
-        with whole(target) as part:
+        with atomic(target) as part:
             file.make(sources, part)
     return target
 
@@ -159,7 +163,7 @@ def download(name: str, file: File, target: Path) -> None:
         time.sleep(attempt * PAUSE)
         for address in file.addresses:
             try:
-                with whole(target) as part, progress(target.name, file.size) as bar:
+                with atomic(target) as part, progress(target.name, file.size) as bar:
                     get = pooch.HTTPDownloader(
                         progressbar=bar,
                         chunk_size=2**16,
@@ -192,28 +196,3 @@ def reason(error: Exception) -> str:
     if response is not None:
         return f"HTTP {response.status_code}"
     return str(error) if isinstance(error, InputError) else type(error).__name__
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``target`` to write to, and name it ``target`` once it is written and on
-    disk."""
-    for stray in target.parent.glob(f".{target.name}.*.part"):
-        with suppress(FileNotFoundError):
-            if time.time() - stray.stat().st_mtime > A_DAY:  # of a process that was killed
-                stray.unlink()
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    part.touch(exist_ok=False)
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
-        if os.name == "posix":  # the new name itself; Windows has no such call
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        part.unlink(missing_ok=True)

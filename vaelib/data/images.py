@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (float32 [N
 
 
 def draw(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Return x ~ Bernoulli(grey), zeros and ones of the dtype of grey; exact for grey 0 and 1, to 2**-24 between.
+    """Return x ~ Bernoulli(grey), zeros and ones in the dtype of ``grey``; exact for 0 and 1, to 2**-24 between.
 
     Four times as fast on a CPU as ``torch.bernoulli``, which draws a double for each pixel.
     """
@@ -33,19 +34,25 @@ def draw(grey: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, flattened to rows.
+    """Images of one split, flattened.
 
     Attributes
     ----------
     grey : Tensor
-        [N, D] float32 in [0, 1], D = H W, row by row from the top left; 1 is ink (white on black, as in
-        MNIST). For binarisation ``"fixed"`` these are the binary images themselves, zeros and ones.
+        [N, D] in [0, 1], of a floating dtype (float32 in the data sets by name), D = H W, line by line from the top
+        left; 1 is ink (white on black, as in MNIST). For binarisation ``"fixed"`` these are the binary images
+        themselves, zeros and ones.
     labels : Tensor or None
         [N] int64.
     shape : tuple of int
         (H, W).
     binarisation : str
         What :meth:`batch` returns: see :func:`vaelib.data.load`.
+
+    Raises
+    ------
+    InputError
+        for levels or shapes that are not those.
     """
 
     grey: Tensor
@@ -53,12 +60,47 @@ class Split:
     shape: tuple[int, int]
     binarisation: str
 
+    def __post_init__(self) -> None:
+        choose("binarisation", self.binarisation, BINARISATIONS)
+        if not isinstance(self.grey, Tensor) or not self.grey.is_floating_point():
+            kind = self.grey.dtype if isinstance(self.grey, Tensor) else f"of type {type(self.grey).__name__}"
+            raise InputError(
+                f"grey levels must be a tensor of floating-point numbers in [0, 1], but are {kind}: "
+                "bytes, say, become such by x.float() / 255"
+            )
+        if self.grey.shape[1:] != (math.prod(self.shape),):
+            raise InputError(
+                f"images of {' x '.join(map(str, self.shape))} pixels must be a tensor [N, {math.prod(self.shape)}], "
+                f"but its shape is {list(self.grey.shape)}"
+            )
+        if self.labels is not None and (found := tuple(getattr(self.labels, "shape", ()))) != self.grey.shape[:1]:
+            raise InputError(
+                f"labels must be a tensor [{len(self.grey)}], one an image, or None, but their shape is {list(found)}"
+            )
+        if self.grey.numel() and not self.grey.is_meta:
+            low, high = (level.item() for level in self.grey.detach().aminmax())
+            if not (low >= 0 and high <= 1):  # also if one is not a number
+                raise InputError(
+                    f"grey levels must be in [0, 1], but these are from {low:g} to {high:g}: scale them (0 to 255 by "
+                    "x / 255), and fill in what is not a number"
+                )
+
+    @classmethod
+    def of(cls, images: Tensor | np.ndarray, labels: Any = None, binarisation: str = "grey") -> Split:
+        """Return images of one's own, ``[N, H, W]`` or ``[N, D]``, as a split; dtype and device stay as they are."""
+        grey = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+        if grey.ndim not in (2, 3):
+            raise InputError(f"images must be [N, H, W] or [N, D], but their shape is {list(grey.shape)}")
+        shape = tuple(grey.shape[1:]) if grey.ndim == 3 else (1, grey.shape[1])
+        labels = None if labels is None else torch.as_tensor(labels, device=grey.device)
+        return cls(grey.flatten(1), labels, shape, binarisation)
+
     def __len__(self) -> int:
         return len(self.grey)
 
     def batch(self, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
-        """Return the images ``index`` as float32 [len(index), D]; for ``"dynamic"`` a fresh draw at every
-        call.
+        """Return the images ``index``, [len(index), D] in the dtype of the data; for ``"dynamic"`` a fresh draw at
+        every call.
 
         Parameters
         ----------
@@ -75,14 +117,14 @@ class Split:
         return draw(grey, generator)
 
     def sample(self, most: int | None, seed: int = 0) -> Split:
-        """Return at most ``most`` of the images, for None all, in an order drawn by lot: the same for a seed."""
+        """Return a random subset of at most ``most`` images, for None all, in random order: the same for a seed."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most].to(self.grey.device)
         return replace(self, grey=self.grey[chosen], labels=None if self.labels is None else self.labels[chosen])
 
-    def to(self, device: torch.device | str) -> Split:
-        """Return the same split on ``device``."""
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Split:
+        """Return the same split on ``device``, its images as ``dtype``; None for what stays as it is."""
         labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, grey=self.grey.to(device), labels=labels)
+        return replace(self, grey=self.grey.to(device, dtype), labels=labels)
 
 
 @dataclass(frozen=True)
@@ -100,10 +142,10 @@ class Images:
         """(H, W) of an image."""
         return self.train.shape
 
-    def to(self, device: torch.device | str) -> Images:
-        """Return the same data on ``device``."""
-        valid = None if self.valid is None else self.valid.to(device)
-        return replace(self, train=self.train.to(device), valid=valid, test=self.test.to(device))
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Images:
+        """Return the same data on ``device``, as ``dtype``; None for what stays as it is."""
+        splits = {name: getattr(self, name) for name in ("train", "valid", "test")}
+        return replace(self, **{name: split and split.to(device, dtype) for name, split in splits.items()})
 
 
 BINARISATIONS = {
@@ -115,7 +157,7 @@ BINARISATIONS = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A row of the registry: all that is known of one set of images.
+    """An entry of the registry: all that is known of one set of images.
 
     Attributes
     ----------
@@ -174,9 +216,9 @@ class ImageSet:
         if not 0 < valid < len(train):
             raise InputError(f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train")
 
-        def part(rows: slice) -> Split:
-            labels = None if train.labels is None else train.labels[rows]
-            return replace(train, grey=train.grey[rows], labels=labels)
+        def part(chosen: slice) -> Split:
+            labels = None if train.labels is None else train.labels[chosen]
+            return replace(train, grey=train.grey[chosen], labels=labels)
 
         return part(slice(None, -valid)), part(slice(-valid, None))
 
@@ -226,6 +268,9 @@ def read_idx(paths: Mapping[str, Path]) -> Arrays:
     return {"train": split("train"), "test": split("test")}
 
 
+BETWEEN_PIXELS = np.frombuffer(b" " * 783 + b"\n", np.uint8)
+
+
 def read_amat(paths: Mapping[str, Path]) -> Arrays:
     """Larochelle's binarized MNIST: an image a line, 784 digits parted by single spaces, so 1,568 bytes."""
 
@@ -233,7 +278,8 @@ def read_amat(paths: Mapping[str, Path]) -> Arrays:
         content = path.read_bytes()
         text = np.frombuffer(gzip.decompress(content) if path.suffix == ".gz" else content, np.uint8)
         pixels = text[::2].astype(np.float32) - ord("0")
-        if len(text) % 1568 or not np.isin(pixels, (0, 1)).all():
+        well_formed = len(text) and len(text) % 1568 == 0 and (text[1::2].reshape(-1, 784) == BETWEEN_PIXELS).all()
+        if not well_formed or not np.isin(pixels, (0, 1)).all():
             raise InputError(f"'{path}' is not lines of 784 zeros and ones: delete it and fetch it again")
         return pixels.reshape(-1, 28, 28), None
 
@@ -243,7 +289,7 @@ def read_amat(paths: Mapping[str, Path]) -> Arrays:
 def read_omniglot(paths: Mapping[str, Path]) -> Arrays:
     """Omniglot as :func:`shrink_omniglot` makes it: drawings 1 to 15 of each character train, 16 to 20 test.
 
-    Rows run through the characters (sorted by background before evaluation set, alphabet, number), then
+    They run through the characters (sorted by background before evaluation set, alphabet, number), then
     through the drawings, so the last 1,623 training images are the 15th drawing of every character. The label
     is the character.
     """
@@ -251,6 +297,8 @@ def read_omniglot(paths: Mapping[str, Path]) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as fields:
             images = fields["images"]
+            if images.dtype != np.uint8 or images.shape[1:] != (20, 28, 28):
+                raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [N, 20, 28, 28]")
             order = np.lexsort((fields["character"], fields["alphabet"], ~fields["background"]))
     except Exception as error:  # a damaged archive raises nearly anything, a TokenError among the rest
         raise InputError(f"'{path}' is cut or altered ({error}): delete it and fetch it again") from error

@@ -1,6 +1,8 @@
-"""The data sets, one row each. A new one is a new row."""
+"""The data sets, an entry each. A new one is a new entry."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from vaelib.data.files import File
 from vaelib.data.images import (
@@ -15,11 +17,11 @@ from vaelib.data.images import (
 from vaelib.data.text import REAL_TEXT_SIZES, TextSet, read_documents, synthetic
 
 
-def files(folder: str, mirrors: tuple[str, ...], *rows: tuple[str, str, int, str]) -> dict[str, tuple[File, ...]]:
-    """One file a part, each at every mirror: rows of (part, name, size, SHA-256)."""
+def files(folder: str, mirrors: tuple[str, ...], *parts: tuple[str, str, int, str]) -> dict[str, tuple[File, ...]]:
+    """One file a part, each at every mirror, from (part, name, size, SHA-256)."""
     return {
         part: (File(f"{folder}/{name}", f"sha256:{sha256}", size, tuple(at + name for at in mirrors)),)
-        for part, name, size, sha256 in rows
+        for part, name, size, sha256 in parts
     }
 
 
@@ -100,8 +102,8 @@ OMNIGLOT_ZIPS = tuple(
 )
 
 DATASETS: dict[str, ImageSet] = {
-    row.name: row
-    for row in (
+    entry.name: entry
+    for entry in (
         ImageSet(
             "digits",
             "1,797 handwritten digits, 8 x 8, 17 grey levels; comes with scikit-learn",
@@ -217,8 +219,8 @@ DRIVE = "https://docs.google.com/uc?export=download&id="
 """Where He et al. (2019) keep their data; it asks questions that only a person with a browser can answer."""
 
 TEXTS: dict[str, TextSet] = {
-    row.name: row
-    for row in (
+    entry.name: entry
+    for entry in (
         TextSet(
             "synthetic-text",
             "sentences from an LSTM with a latent of two dimensions, made here from the seed; 20,000 of 10 words, "
@@ -262,7 +264,7 @@ TEXTS: dict[str, TextSet] = {
             "yelp",
             "reviews of Yelp, a label and a tab before each, the rare words _UNK",
             splits="100,000 train, 10,000 valid, 10,000 test documents",
-            read=read_documents,
+            read=partial(read_documents, labelled=True),
             sizes=REAL_TEXT_SIZES,
             licence="none stated; unfiltered text of users: do not pass it on",
             citation="Z. Yang, Z. Hu, R. Salakhutdinov and T. Berg-Kirkpatrick (2017), Improved variational "

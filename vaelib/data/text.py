@@ -18,7 +18,7 @@ from vaelib.errors import InputError, choose, whole_number
 
 PAD, BEGIN, END = range(3)
 MARKS = ("<pad>", "<s>", "</s>")
-"""The words of these numbers: what fills a row up, what stands before a sentence, and what stands after it."""
+"""The words of these numbers: what fills a sentence up, what stands before it, and what stands after it."""
 
 UNKNOWN = ("<unk>", "_UNK")
 """How data sets write a word that is not in their vocabulary."""
@@ -58,30 +58,31 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, sentences: Sequence[Sequence[str]]) -> Tensor:
-        """Return sentences, each a list of words, as rows ``<s> words </s> <pad> ...``, ``[N, T]``.
+        """Return sentences, each a list of words, as tokens ``<s> words </s> <pad> ...``, ``[N, T]``.
 
         Raises
         ------
         InputError
             for a sentence without words, or an unknown word where the vocabulary has none for it.
         """
-        rows = []
+        tokens = []
         for i, sentence in enumerate(sentences):
             if not sentence:
                 raise InputError(f"sentence {i + 1} has no words: give it one at least, or leave it out")
-            row = [self.index.get(word, self.unknown) for word in sentence]
-            if None in row:
+            numbers = [self.index.get(word, self.unknown) for word in sentence]
+            if None in numbers:
                 raise InputError(
-                    f"sentence {i + 1} has the unknown token '{sentence[row.index(None)]}', which is not among the "
+                    f"sentence {i + 1} has the unknown token '{sentence[numbers.index(None)]}', which is not among the "
                     f"{len(self)} words of the vocabulary, and that has no '{UNKNOWN[0]}': use the data set that the "
                     "vocabulary was made from, or put known words in its place"
                 )
-            rows.append(torch.tensor([BEGIN, *row, END]))
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+            tokens.append(torch.tensor([BEGIN, *numbers, END]))
+        return nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Return the rows of ``tokens`` ``[N, T]`` as text, without marks."""
-        return [" ".join(self.words[token] for token in row if token >= len(MARKS)) for row in tokens.tolist()]
+        """Return the sentences ``tokens`` ``[N, T]`` as text, without marks."""
+        sentences = tokens.tolist()
+        return [" ".join(self.words[token] for token in sentence if token >= len(MARKS)) for sentence in sentences]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Sentences:
     Attributes
     ----------
     tokens : Tensor
-        [N, T] int64, rows ``<s> words </s> <pad> ...``.
+        [N, T] int64, ``<s> words </s> <pad> ...``.
     vocabulary : Vocabulary
         What the numbers mean.
     """
@@ -104,7 +105,7 @@ class Sentences:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens in each row that are not padding, [N]."""
+        """Tokens of each sentence that are not padding, [N]."""
         return (self.tokens != PAD).sum(1)
 
     def batch(self, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
@@ -117,7 +118,7 @@ class Sentences:
         return int((x[:, 1:] != PAD).sum())
 
     def sample(self, most: int | None, seed: int = 0) -> Sentences:
-        """Return at most ``most`` of the sentences, for None all, in an order drawn by lot: the same for a seed."""
+        """Return a random subset of at most ``most`` sentences, for None all, in random order: the same for a seed."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most]
         return replace(self, tokens=self.tokens[chosen.to(self.tokens.device)])
 
@@ -149,7 +150,7 @@ class Text:
 
 @dataclass(frozen=True)
 class TextSet:
-    """A row of the registry: all that is known of one set of texts; attributes as in :class:`vaelib.data.ImageSet`.
+    """An entry of the registry: all that is known of one set of texts; attributes as in :class:`vaelib.data.ImageSet`.
 
     Attributes
     ----------
@@ -189,15 +190,20 @@ REAL_TEXT_SIZES = {"sentences": None, "vocabulary": None, "longest": None}
 
 
 def read_documents(
-    paths: Mapping[str, Path], seed: int, sentences: int | None, vocabulary: int | None, longest: int | None
+    paths: Mapping[str, Path],
+    seed: int,
+    sentences: int | None,
+    vocabulary: int | None,
+    longest: int | None,
+    labelled: bool = False,
 ) -> tuple[dict[str, list[list[str]]], Vocabulary]:
-    """Files with a document a line, its words parted by spaces, after a label and a tab or not.
+    """Files with a document a line, its words parted by spaces; ``labelled``: after a label and a tab, left out here.
 
     The vocabulary is that of the training documents. ``sentences`` takes so many of these, ``vocabulary`` keeps so
     many words, and ``longest`` leaves longer documents out, of all splits.
     """
     documents = {
-        split: [words for words in lines(path) if longest is None or len(words) <= longest]
+        split: [words for words in lines(path, labelled) if longest is None or len(words) <= longest]
         for split, path in paths.items()
     }
     documents["train"] = list(islice(documents["train"], sentences))
@@ -207,23 +213,34 @@ def read_documents(
     return documents, Vocabulary.of(documents["train"], vocabulary)
 
 
-def lines(path: Path) -> list[list[str]]:
-    """Return the words of each line of a text file, without the label before a tab.
+def lines(path: Path, labelled: bool = False) -> list[list[str]]:
+    """Return the words of each line of a text file, without the label before the first tab if lines are ``labelled``.
+
+    Lines end at line feeds alone (or carriage return and line feed), and words at white space of any kind. A byte order
+    mark and blank lines at the end are left out.
 
     Raises
     ------
     InputError
-        for a line without words, or a file that is no text.
+        for a line without words or without its label, or a file that is no text.
     """
     try:
-        documents = [line.rpartition("\t")[2].split() for line in path.read_text("utf-8").splitlines()]
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not text in UTF-8 ({error}): delete it and fetch it again") from error
-    if [] in documents:
-        raise InputError(
-            f"line {documents.index([]) + 1} of '{path}' is an empty sentence, and a document has a word at least: "
-            "delete the line, or fetch the file again"
-        )
+        raise InputError(f"'{path}' is not text in UTF-8 ({error}): save it as UTF-8, or fetch it again") from error
+    if "\0" in text:
+        raise InputError(f"'{path}' is not text in UTF-8 (it has zero bytes): save it as UTF-8, or fetch it again")
+    documents = []
+    for number, line in enumerate(text.rstrip().split("\n"), start=1):
+        label, tab, document = line.partition("\t") if labelled else ("", "\t", line)
+        if not tab:
+            raise InputError(f"line {number} of '{path}' has no label and tab before its words: put them there")
+        if not (words := document.split()):
+            raise InputError(
+                f"line {number} of '{path}' is an empty sentence, and a document has a word at least: "
+                "delete the line, or fetch the file again"
+            )
+        documents.append(words)
     return documents
 
 
@@ -264,7 +281,7 @@ def synthetic(
 
     sizes = [min(SENTENCES_AT_ONCE, sentences - start) for start in range(0, sentences, SENTENCES_AT_ONCE)]
     names = [str(number) for number in range(vocabulary)]
-    drawn = [[names[token] for token in row] for size in sizes for row in draw(size).tolist()]
+    drawn = [[names[token] for token in sentence] for size in sizes for sentence in draw(size).tolist()]
     tenth = sentences // 10
     if not tenth:
         raise InputError(

@@ -9,12 +9,19 @@ To add an experiment, write it as data with a function for one run (:class:`Expe
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
+
+from pandas import DataFrame
 
 from vaelib.errors import choose
+from vaelib.experiments import results
 from vaelib.experiments.experiment import Experiment, Measured, Preset, Task
-from vaelib.experiments.results import Summary, Table, load, over_seeds
+from vaelib.experiments.results import RESULTS, Table, curve, differences, over_seeds, plus_minus, select
 
-__all__ = ["EXPERIMENTS", "Experiment", "Measured", "Preset", "Summary", "Table", "Task", "find", "load", "over_seeds"]
+__all__ = [
+    "EXPERIMENTS", "Experiment", "Measured", "Preset", "Table", "Task", "curve", "differences", "find", "load",
+    "over_seeds", "plus_minus", "select",
+]  # fmt: skip
 
 EXPERIMENTS = {
     "stl-table-2": "stl",
@@ -40,3 +47,8 @@ def find(name: str) -> Experiment:
     """
     module = importlib.import_module(f"vaelib.experiments.{choose('experiment', name, EXPERIMENTS)}")
     return module.EXPERIMENTS[name]
+
+
+def load(name: str, preset: str | None = None, folder: str | Path = RESULTS) -> DataFrame:
+    """Return what an experiment measured, by name; see :func:`vaelib.experiments.results.load`."""
+    return results.load(find(name), preset, folder)

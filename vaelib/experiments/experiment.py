@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pandas import DataFrame
+
 from vaelib.errors import InputError, choose, whole_number
 
 Plain = str | int | float | None
 Cell = Mapping[str, Plain]
 Report = Callable[[float], None]
-Row = dict[str, Any]
+Lines = list[tuple[str, ...]]
+"""Of a table: a header, then the lines, all words."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ class Experiment:
         ``run(config, seed, folder, device, report)`` makes one run. Checkpoints go to ``folder``, so that a killed run
         goes on; ``report(fraction)`` says how far it is.
     table
-        the rows of a table, from result rows: a header, then one tuple of words for each line.
+        its table, from its results (:func:`vaelib.experiments.load`) of one preset.
     figure
-        draws result rows on a matplotlib Figure.
+        draws these on a matplotlib Figure.
     gather
         ``gather(preset, folders, results_folder)``, if the runs leave more than numbers in their folders: puts that
         beside the table.
@@ -113,8 +116,8 @@ class Experiment:
     reproduces: str
     presets: Mapping[str, Preset]
     run: Callable[[Cell, int, Path, str, Report], Sequence[Measured]]
-    table: Callable[[Sequence[Row]], list[tuple[str, ...]]]
-    figure: Callable[[Sequence[Row], Any], None]
+    table: Callable[[DataFrame], Lines]
+    figure: Callable[[DataFrame, Any], None]
     gather: Callable[[str, Sequence[Path], Path], None] = lambda preset, folders, results_folder: None
 
     @property

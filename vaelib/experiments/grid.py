@@ -11,27 +11,36 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from vaelib import files
 from vaelib.config import DEVICES
+from vaelib.data.files import environment
 from vaelib.errors import InputError, choose, positive, whole_number
 from vaelib.experiments import EXPERIMENTS, find, results
 from vaelib.experiments.experiment import Task
-from vaelib.runs import Folder, InUse, find_device, in_use, read_json, write, write_json
+from vaelib.runs import find_device
 
 RUNS = Path("runs")
 TRIES = 3
 """How often a run is started whose process died."""
 PAUSE = 0.2
 """Seconds between two looks at the runs."""
+PATIENCE = 30
+"""Seconds that a run has to save and end."""
+ANSWER = 5
+"""Seconds that a cluster has to answer."""
 SLOW_IMPORTS = ("sklearn.datasets", "torch._dynamo")
 """What nearly every run imports when it needs it; the processes are forked from one that has."""
 
@@ -72,7 +81,7 @@ def run(
     InputError
         if there is no such experiment or preset, or if a run failed: all others are finished first.
     KeyboardInterrupt
-        after SIGINT; the runs under way have saved their checkpoints.
+        after SIGINT, SIGTERM or SIGHUP; the runs under way have saved their checkpoints.
     """
     experiment, table, folder = find(name), Path(results_folder), Path(runs_folder)
     choose("device", device, DEVICES)
@@ -85,9 +94,11 @@ def run(
     waiting = [Job(task, place, device) for task, place in zip(tasks, places) if task.key not in known]
     failed = {}
     if waiting:
-        pool = OnRay(ray, device, gpu_share) if ray else OnThisMachine(jobs or default_jobs(device))
-        with tqdm(total=float(len(tasks)), unit="run", disable=not progress, bar_format=BAR) as bar:
-            failed = Grid(pool, waiting, table, bar, done=len(tasks) - len(waiting)).finish()
+        with interruptible() as listen:
+            pool = OnRay(ray, device, gpu_share) if ray else OnThisMachine(jobs or default_jobs(device))
+            listen()  # anew, since Ray has handlers of its own
+            with tqdm(total=float(len(tasks)), unit="run", disable=not progress, bar_format=BAR) as bar:
+                failed = Grid(pool, waiting, table, bar, done=len(tasks) - len(waiting)).finish()
     experiment.gather(preset, places, table)
     if failed:
         first, why = next(iter(failed.items()))
@@ -113,7 +124,7 @@ class Job:
     @property
     def fraction(self) -> float:
         """How much of it is done."""
-        return noted(self.folder / "progress")
+        return number_in(self.folder / "progress")
 
 
 class Pool(Protocol):
@@ -125,8 +136,8 @@ class Pool(Protocol):
     def start(self, job: Job) -> None:
         """Start a job."""
 
-    def ended(self) -> list[Job]:
-        """Return the jobs that ended since the last call, well or not: their folders tell."""
+    def ended(self) -> list[tuple[Job, str | None]]:
+        """Return the jobs that ended since the last call, with what :func:`execute` said; None if its process died."""
 
     def stop(self) -> None:
         """Ask all jobs to save and end, and wait until they did."""
@@ -155,9 +166,9 @@ class Grid:
                 while self.waiting and self.pool.has_room():
                     self.running.append(self.waiting.pop(0))
                     self.pool.start(self.running[-1])
-                for job in self.pool.ended():
+                for job, why in self.pool.ended():
                     self.running.remove(job)
-                    self.settle(job)
+                    self.settle(job, why)
                 self.show()
                 time.sleep(PAUSE)
         except BaseException:
@@ -165,25 +176,28 @@ class Grid:
             raise
         return self.failed
 
-    def settle(self, job: Job) -> None:
-        """Put what a job measured into the table; or find out why it did not measure."""
+    def settle(self, job: Job, why: str | None) -> None:
+        """Put what a job measured into the table; or see to it that it is tried again, or say why not."""
         experiment = find(job.task.experiment)
-        outcome = job.folder / "measured.json"
-        if outcome.exists():
-            results.add(experiment, job.task, read_json(outcome)["rows"], self.table)
-            self.done += 1
-            return
-        error = job.folder / "error.txt"
-        why = error.read_text(encoding="utf-8").strip() if error.exists() else ""
-        if why == IN_USE:
+        if why is None and job.deaths + 1 < TRIES:
+            job.deaths += 1
+            self.waiting.insert(0, job)
+        elif why is None:
+            self.failed[job] = f"its process died {TRIES} times"
+        elif why == IN_USE:
             self.elsewhere.append(job)
         elif why:
             self.failed[job] = why.splitlines()[-1]
-        elif job.deaths + 1 < TRIES:
-            job.deaths += 1
-            self.waiting.insert(0, job)
+            with suppress(InputError):  # the disk may be full, and that be the reason
+                files.write(job.folder / "error.txt", f"{why}\n".encode())
         else:
-            self.failed[job] = f"its process died {TRIES} times"
+            try:
+                measured = measured_in(job.folder / "measured.json")
+            except (InputError, OSError) as error:
+                self.failed[job] = str(error)
+                return
+            results.add(experiment, job.task, measured, self.table)
+            self.done += 1
 
     def take_up_elsewhere(self) -> None:
         """See what became of the runs that another grid was at."""
@@ -206,8 +220,8 @@ class Grid:
 IN_USE = "another grid is at it"
 
 
-def execute(task: Task, folder: Path, device: str) -> None:
-    """Make one run in its folder, from wherever it was left; in the end the folder has measured.json or error.txt.
+def execute(task: Task, folder: Path, device: str) -> str:
+    """Make one run in its folder, from wherever it was left; return why it has no measured.json in the end, or "".
 
     Raises
     ------
@@ -216,15 +230,18 @@ def execute(task: Task, folder: Path, device: str) -> None:
     """
     import torch
 
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    error, outcome = folder / "error.txt", folder / "measured.json"
+    outcome = folder / "measured.json"
     try:
-        with in_use(Folder(folder)):
-            error.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder / ".lock"):
+            files.sweep(folder)
+            (folder / "error.txt").unlink(missing_ok=True)
             if outcome.exists():
-                return
+                return ""
             start = time.monotonic()
-            before = noted(folder / "seconds")  # of earlier starts
+            before = number_in(folder / "seconds")  # of earlier starts
 
             def report(fraction: float) -> None:
                 nonlocal reported
@@ -236,19 +253,41 @@ def execute(task: Task, folder: Path, device: str) -> None:
             reported = start
             place = find_device(device).type
             measured = find(task.experiment).run(task.config, task.seed, folder, place, report)
-            rows = results.as_rows(measured, before + time.monotonic() - start, place)
-            write_json(outcome, {"rows": rows})
-    except InUse:
-        write(error, IN_USE.encode())
+            numbers = results.with_provenance(measured, before + time.monotonic() - start, place)
+            files.write_json(outcome, {"measured": numbers})
+            return ""
+    except files.InUse:
+        return IN_USE
     except InputError as problem:
-        write(error, str(problem).encode())
+        return str(problem)
     except OSError as problem:
-        write(error, f"{problem.filename or folder}: {problem.strerror or problem}".encode())
+        return f"{problem.filename or folder}: {problem.strerror or problem}"
     except Exception:
-        write(error, traceback.format_exc().encode())
+        return traceback.format_exc()[-10_000:]
 
 
-def noted(path: Path) -> float:
+def measured_in(path: Path) -> list[dict[str, Any]]:
+    """Return what a run measured.
+
+    Raises
+    ------
+    InputError
+        if the file says something else.
+    """
+    found = files.read_json(path).get("measured")
+    known = {*results.NUMBERS, *results.PROVENANCE}
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(isinstance(one, dict) and set(one) == known for one in found)
+    ):
+        raise InputError(
+            f"'{path}' is not what a run measured: delete it, and the same command measures again, from the checkpoint"
+        )
+    return found
+
+
+def number_in(path: Path) -> float:
     """Return the number that a run keeps in this file; 0 as long as there is none."""
     try:
         return float(path.read_text())
@@ -271,7 +310,7 @@ class OnThisMachine:
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
-        self.processes: dict[Job, Any] = {}
+        self.processes: dict[Job, tuple[Any, Any]] = {}
         how = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self.context = multiprocessing.get_context(how)
         if how == "forkserver":
@@ -282,35 +321,46 @@ class OnThisMachine:
         return len(self.processes) < self.jobs
 
     def start(self, job: Job) -> None:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        process = self.context.Process(target=in_own_process, args=(job.task, job.folder, job.device), daemon=True)
-        process.start()
-        self.processes[job] = process
+        receiver, sender = self.context.Pipe(duplex=False)
+        arguments = (sender, job.task, job.folder, job.device)
+        process = self.context.Process(target=in_own_process, args=arguments, daemon=True)
+        with deaf_to_interrupts():  # and so is the fork server, which this starts
+            process.start()
+        sender.close()
+        self.processes[job] = process, receiver
 
-    def ended(self) -> list[Job]:
-        gone = [job for job, process in self.processes.items() if not process.is_alive()]
-        for job in gone:
-            self.processes.pop(job).join()
-        return gone
+    def ended(self) -> list[tuple[Job, str | None]]:
+        gone = [job for job, (process, _) in self.processes.items() if not process.is_alive()]
+        return [(job, self.last_word(*self.processes.pop(job))) for job in gone]
+
+    @staticmethod
+    def last_word(process: Any, receiver: Any) -> str | None:
+        """Return what a process that ended sent; None if it did not come to that."""
+        process.join()
+        with receiver:
+            try:
+                return receiver.recv() if receiver.poll() else None
+            except EOFError:
+                return None
 
     def stop(self) -> None:
-        for process in self.processes.values():
+        for process, _ in self.processes.values():
             process.terminate()
-        for process in self.processes.values():
+        end = time.monotonic() + PATIENCE
+        for process, _ in self.processes.values():
+            process.join(max(0, end - time.monotonic()))
+            process.kill()
             process.join()
 
 
-def in_own_process(task: Task, folder: Path, device: str) -> None:
-    """Make one run in a process of its own, which ends when the grid's does."""
-    import torch
-
+def in_own_process(sender: Any, task: Task, folder: Path, device: str) -> None:
+    """Make one run in a process of its own, which ends when the grid's does, and send what :func:`execute` says."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # the terminal's Ctrl-C is for the grid, which passes it on once
-    torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        execute(task, folder, device)
-    except KeyboardInterrupt:
+        sender.send(execute(task, folder, device))
+    except (KeyboardInterrupt, BrokenPipeError):  # asked to stop, or nobody is there any more
         sys.exit(130)
 
 
@@ -320,8 +370,41 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Hold SIGINT back; processes that are started here do not hear it for good."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM and SIGHUP interrupt as Ctrl-C does, unless they are ignored; what is given sets that again."""
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        before = {}
+
+    def listen() -> None:
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+
+    listen()
+    try:
+        yield listen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class OnRay:
-    """A Ray task for each run; the cluster decides where, and starts a run again whose worker died."""
+    """A Ray task for each run; the cluster decides where."""
 
     def __init__(self, address: str, device: str, gpu_share: float) -> None:
         try:
@@ -331,33 +414,58 @@ class OnRay:
         self.ray = ray
         if not ray.is_initialized():
             try:
+                if address != "local":
+                    check_answers(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
-            except (ConnectionError, ValueError) as error:
-                raise InputError(f"there is no Ray cluster at '{address}' ({str(error).splitlines()[0]})") from None
+            except (ConnectionError, OSError, ValueError) as error:
+                raise InputError(
+                    f"there is no Ray cluster at '{address}' ({str(error).partition(chr(10))[0]})"
+                ) from None
         gpus = 0 if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")) else gpu_share
-        self.execute = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES)(execute_on_ray)
+        self.execute = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(execute_on_ray)
         self.jobs: dict[Any, Job] = {}
 
     def has_room(self) -> bool:
         return True
 
     def start(self, job: Job) -> None:
-        self.jobs[self.execute.remote(job.task, str(job.folder.resolve()), job.device)] = job
+        reference = self.execute.remote(environment(), job.task, str(job.folder.resolve()), job.device)
+        self.jobs[reference] = job
 
-    def ended(self) -> list[Job]:
+    def ended(self) -> list[tuple[Job, str | None]]:
         ready, _ = self.ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=0) if self.jobs else ([], [])
-        return [self.jobs.pop(reference) for reference in ready]
+        return [(self.jobs.pop(reference), self.last_word(reference)) for reference in ready]
+
+    def last_word(self, reference: Any) -> str | None:
+        """Return what a task returned or raised; None if its process or its machine died."""
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            return str(error)
+        except self.ray.exceptions.RayError:
+            return None
 
     def stop(self) -> None:
         for reference in self.jobs:
             self.ray.cancel(reference)
-        self.ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=30)
+        self.ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=PATIENCE)
 
 
-def execute_on_ray(task: Task, folder: str, device: str) -> None:
-    """Make one run in a Ray worker."""
-    import torch
+def check_answers(address: str) -> None:
+    """Raise an error unless something at a Ray address speaks HTTP/2, as clusters do; Ray itself waits for minutes."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
 
-    torch.set_num_threads(1)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    execute(task, Path(folder), device)
+    place = address.removeprefix("ray://")
+    place = place if place != address else canonicalize_bootstrap_address_or_die(address)
+    host, _, port = place.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER) as probe:
+        probe.settimeout(ANSWER)
+        probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # no settings
+        if probe.recv(9)[3:4] != b"\4" and os.environ.get("RAY_USE_TLS", "0") == "0":
+            raise ConnectionError("what listens there is none")
+
+
+def execute_on_ray(folders: dict[str, str], task: Task, folder: str, device: str) -> str:
+    """Make one run in a Ray worker, with the data folders of the grid."""
+    os.environ.update(folders)
+    return execute(task, Path(folder), device)

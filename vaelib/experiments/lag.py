@@ -1,28 +1,31 @@
 """The experiments of "Lagging Inference Networks" (He et al. 2019): its toy, its text, and its images.
 
-An experiment is a grid of methods on one data set; another data set or model is another row (:data:`FAMILIES`). Columns
-are those of the paper's Tables 1 and 2: NLL by importance sampling, KL, mutual information, active units, and time.
+An experiment is a grid of methods on one data set; another data set or model is another entry of :data:`FAMILIES`.
+Columns are those of the paper's Tables 1 and 2: NLL by importance sampling, KL, mutual information, active units, time.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import nn
 
-from vaelib import collapse, data, evaluation, models, plots, runs
+from vaelib import collapse, data, evaluation, files, models, plots, runs
 from vaelib.collapse import METHODS
 from vaelib.data import Images, Sentences, Split, Text
 from vaelib.errors import choose
-from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import curves, over_seeds
+from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report
+from vaelib.experiments.results import curve, over_seeds, plus_minus, select
 from vaelib.models.text import lstm_vae
 from vaelib.training import Training, drawing_from, offspring, stream, train_step
 
@@ -189,10 +192,10 @@ class Space:
     def __init__(self, split: Sentences, config: Cell, path: Path) -> None:
         self.split, self.config, self.path = split, config, path
         self.x = some(split, config["points"], seed=1).batch(slice(None))
-        self.rows: dict[tuple[str, int, int], str] = {}
+        self.lines: dict[tuple[str, int, int], str] = {}
         for line in path.read_text().splitlines()[1:] if path.exists() else ():
             _, kind, step, point, _, _ = line.split(",")
-            self.rows[kind, int(step), int(point)] = line
+            self.lines[kind, int(step), int(point)] = line
 
     def look(self, training: Training) -> None:
         """Note where the points are, if this step ends a stage."""
@@ -204,11 +207,11 @@ class Space:
 
     @torch.no_grad()
     def note(self, kind: str, step: int, model: nn.Module, x: torch.Tensor) -> None:
-        """Add a row for each point."""
+        """Add a line for each point."""
         there, here = collapse.posterior_mean(model.joint, x)[:, 0], model.encoder(x).mean[:, 0]
         for i, means in enumerate(zip(there.tolist(), here.tolist())):
             values = ",".join(f"{mean:.4f}" for mean in means)
-            self.rows[kind, step, i] = f"{self.config['method']},{kind},{step},{i},{values}"
+            self.lines[kind, step, i] = f"{self.config['method']},{kind},{step},{i},{values}"
 
     def add_trajectories(self, family: Family, found: Text, seed: int) -> None:
         """Train anew on one fixed batch of 50, as for their Figure 3, and note some points after every step."""
@@ -232,7 +235,7 @@ class Space:
 
     def save(self) -> None:
         """Write the table."""
-        runs.write(self.path, "\n".join([",".join(SPACE_COLUMNS), *self.rows.values(), ""]).encode())
+        files.write(self.path, "\n".join([",".join(SPACE_COLUMNS), *self.lines.values(), ""]).encode())
 
 
 def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> None:
@@ -243,12 +246,15 @@ def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> 
     tables = [table for folder in folders if (table := folder / "space.csv").exists()]
     if not tables:
         return
-    path, header = results_folder / "lag-toy-space.csv", ",".join(("preset", *SPACE_COLUMNS))
-    new = [f"{preset},{line}" for table in tables for line in table.read_text().splitlines()[1:]]
-    made = {tuple(line.split(",")[:2]) for line in new}
-    old = path.read_text().splitlines()[1:] if path.exists() else []
-    kept = [line for line in old if tuple(line.split(",")[:2]) not in made]
-    runs.write(path, "\n".join([header, *kept, *new, ""]).encode())
+    path = results_folder / "lag-toy-space.csv"
+    with files.locked(results_folder, wait=True):
+        points = pd.concat([pd.read_csv(table, dtype=str) for table in tables])
+        points.insert(0, "preset", preset)
+        if path.exists():
+            old = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+            made = (old["preset"] == preset) & old["method"].isin(points["method"])
+            points = pd.concat([old[~made], points])
+        files.write(path, points.to_csv(index=False, lineterminator="\n").encode())
 
 
 # --- tables and figures -----------------------------------------------------------------------------------------------
@@ -284,30 +290,29 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """NLL, KL, MI (Table 1) and relative time (Table 2) as submitted to ICLR 2019, one run each, by data set."""
 
 
-def table_beside(published: str | None) -> Callable[[Sequence[Row]], list[tuple[str, ...]]]:
+def table_beside(published: str | None) -> Callable[[DataFrame], Lines]:
     """Return the function that makes a table, with the published numbers for the data set ``published`` beside ours."""
 
-    def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-        names = ("nll", "kl", "mi", "mi_all", "au", "training_seconds", "encoder_steps")
-        found = {name: over_seeds(rows, name, by=("method",)) for name in names}
-        plain = found["training_seconds"].get(("plain",))
+    def table(results: DataFrame) -> Lines:
+        found = {name: over_seeds(select(results, name), ["method"]) for name in MEASURES}
+        mean = DataFrame({name: each["mean"] for name, each in found.items()}, index=found["nll"].index)
+        plain = mean["training_seconds"].get("plain", math.nan)
         header = ("method", "NLL", "KL", "MI", "MI, whole set", "AU", "time", "encoder steps", "runs")
         theirs = PUBLISHED.get(published or "", {})
         if theirs:
             header += tuple(f"{name} ({published}, He et al.)" for name in ("NLL", "KL", "MI", "time"))
         lines = [header]
-        for (method,), nll in found["nll"].items():
-            mean = {name: found[name][(method,)].mean for name in names}
-            relative = f"{mean['training_seconds'] / plain.mean:.2f}" if plain else ""
+        for method, nll in plus_minus(found["nll"]).items():
+            ours = mean.loc[method]
             lines.append(
                 (
                     LABELS.get(method, method),
-                    str(nll),
-                    *(f"{mean[name]:.2f}" for name in ("kl", "mi", "mi_all")),
-                    f"{mean['au']:.1f}",
-                    relative,
-                    f"{mean['encoder_steps']:,.0f}",
-                    str(nll.n),
+                    nll,
+                    *(f"{ours[name]:.2f}" for name in ("kl", "mi", "mi_all")),
+                    f"{ours['au']:.1f}",
+                    "" if math.isnan(plain) else f"{ours['training_seconds'] / plain:.2f}",
+                    f"{ours['encoder_steps']:,.0f}",
+                    str(found["nll"].at[method, "n"]),
                     *(theirs.get(method, ("",) * 4) if theirs else ()),
                 )
             )
@@ -316,15 +321,17 @@ def table_beside(published: str | None) -> Callable[[Sequence[Row]], list[tuple[
     return table
 
 
-def figure(rows: Sequence[Row], fig: Figure) -> None:
+MEASURES = ("nll", "kl", "mi", "mi_all", "au", "training_seconds", "encoder_steps")
+
+
+def figure(results: DataFrame, fig: Figure) -> None:
     """Draw KL and mutual information on the validation set, epoch by epoch."""
     for axes, metric, label in zip(
         fig.subplots(1, 2), ("kl", "mi"), ("KL(q(z|x) || p(z)), nats", "mutual information, nats")
     ):
-        for method, (epochs, summaries) in curves(rows, metric, "method").items():
+        for method, runs_of_it in results.groupby("method", sort=False):
             look = plots.LOOKS.get(method) or plots.LOOKS["beta"]
-            means = [summary.mean for summary in summaries]
-            axes.plot(epochs, means, **look.line(label=LABELS.get(method, method)))
+            axes.plot(curve(runs_of_it, metric)["mean"], **look.line(label=LABELS.get(method, method)))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
     fig.set_layout_engine("constrained")

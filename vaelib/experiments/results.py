@@ -1,7 +1,7 @@
-"""Results on disk: ``results/<experiment>.csv``, one row a measured number.
+"""Results on disk: ``results/<experiment>.csv``, one line a measured number; read and grouped with pandas.
 
 Its columns are the preset, the configuration, the seed, what was measured (``metric``, ``at``), the number with its
-standard error, and what it was measured with: seconds, device, threads, versions, date. A row is never altered; a run
+standard error, and what it was measured with: seconds, device, threads, versions, date. A line is never altered; a run
 is added whole or not at all, under a lock, so that several grids can add to one table.
 """
 
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import io
 import math
-import os
+import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from vaelib import __version__
-from vaelib.errors import InputError
-from vaelib.experiments.experiment import Experiment, Measured, Row, Task, as_text
-from vaelib.runs import fcntl, write
+import pandas as pd
+from pandas import DataFrame, Series
+
+from vaelib import __version__, files
+from vaelib.errors import InputError, choose
+from vaelib.experiments.experiment import Experiment, Lines, Measured, Task, as_text
 
 RESULTS = Path("results")
 """Where the tables are, from the folder of the repository."""
@@ -30,23 +33,107 @@ RESULTS = Path("results")
 NUMBERS = ("metric", "at", "value", "standard_error")
 PROVENANCE = ("seconds", "device", "threads", "torch", "vaelib", "date")
 
+WORDS = {"preset", "metric", "device", "torch", "vaelib", "date"}
+"""The columns that hold words, even where they look like numbers."""
 
-class Summary(NamedTuple):
-    """The mean of a number over seeds, its standard error (not a number for one seed), and how many there were."""
+KINDS = {
+    "seed": ("a whole number", lambda text: bool(re.fullmatch(r"[0-9]{1,18}", text))),
+    "at": ("a whole number, or nothing", lambda text: bool(re.fullmatch(r"[0-9]{0,18}", text))),
+    "value": ("a number", lambda text: is_number(text)),
+    "standard_error": ("a number, or nothing", lambda text: not text or is_number(text)),
+    "seconds": ("a number", lambda text: is_number(text)),
+}
+"""What must stand in a column, and how that is told."""
 
-    mean: float
-    standard_error: float
-    n: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + (f" ± {self.standard_error:.2f}" if self.n > 1 else "")
+# --- reading and grouping ---------------------------------------------------------------------------------------------
+
+
+def load(experiment: Experiment, preset: str | None = None, folder: str | Path = RESULTS) -> DataFrame:
+    """Return the measured numbers of an experiment, a line each, in the order of its grid.
+
+    Columns are those of the file, with numbers as numbers; where nothing stands it is NaN, or None among words.
+    :func:`vaelib.experiments.load` does it by name.
+
+    Parameters
+    ----------
+    preset
+        its numbers alone.
+    folder
+        where the table is.
+    """
+    if preset is not None:
+        choose(f"preset of '{experiment.name}'", preset, experiment.presets)
+    found = read(experiment, Path(folder))
+    if preset is not None:
+        found = found[found["preset"] == preset]
+    grid = [task.key[:-1] for each in experiment.presets for task in experiment.tasks(each, 1)]
+    place = {key: i for i, key in enumerate(grid)}
+    order = [place.get(key[:-1], len(place)) for key in keys(found, experiment)]
+    found = found.apply(lambda column: column if column.name in WORDS else as_numbers(column))
+    found = found.astype({name: "float64" for name in ("at", "value", "standard_error", "seconds")})
+    return (
+        found.assign(order=order).sort_values(["order", "seed"], kind="stable", ignore_index=True).drop(columns="order")
+    )
+
+
+def select(frame: DataFrame, metric: str, at: int | None = None) -> DataFrame:
+    """Return a metric's numbers, one a run: at a point of its curve, or for None what stands for the whole run."""
+    here = frame["at"].isna() if at is None else frame["at"] == at
+    return frame[(frame["metric"] == metric) & here]
+
+
+def over_seeds(frame: DataFrame, by: Sequence[str], values: str = "value") -> DataFrame:
+    """Return the ``mean`` of a column over the seeds, its ``standard_error`` and ``n``, for each combination of ``by``.
+
+    Combinations are in order of appearance. The standard error is not a number for one seed; nothing is left out, so
+    that one value that is not a number makes a mean that is none.
+    """
+    groups = frame.groupby(list(by), sort=False, dropna=False)[values]
+    found = groups.agg(mean="mean", standard_error="sem", n="size")
+    found.loc[groups.count() < found["n"], ["mean", "standard_error"]] = math.nan
+    return found
+
+
+def differences(frame: DataFrame, by: Sequence[str], **reference: Any) -> DataFrame:
+    """Return the lines of ``frame`` with their ``value`` less that of their reference, paired by seed.
+
+    The reference is the line of the same seed and the same columns ``by``, but for what ``reference`` puts in its
+    columns: ``differences(nll, ["data", "method"], method="plain")``; a function gets ``frame``, as in
+    :meth:`pandas.DataFrame.assign`. Lines without a reference are left out.
+    """
+    by = [*by, "seed"]
+    values = frame.set_index(by)["value"]
+    if not values.index.is_unique:
+        raise InputError(f"several lines are the same in {', '.join(by)}: choose a metric, a place and a preset first")
+    partner = pd.MultiIndex.from_frame(frame.assign(**reference)[by])
+    return frame.assign(value=frame["value"] - values.reindex(partner).to_numpy())[partner.isin(values.index)]
+
+
+def curve(frame: DataFrame, metric: str) -> DataFrame:
+    """Return a metric's curve over the seeds: ``mean``, ``standard_error`` and ``n`` by ``at``, in rising order."""
+    points = frame[(frame["metric"] == metric) & frame["at"].notna()]
+    return over_seeds(points, ["at"]).sort_index()
+
+
+def plus_minus(found: DataFrame) -> Series:
+    """Return "1.50 ± 0.25" for each mean and standard error, or "1.50" for a single seed."""
+    parts = found[["mean", "standard_error", "n"]].itertuples(index=False)
+    words = [f"{mean:.2f}" + (f" ± {error:.2f}" if n > 1 else "") for mean, error, n in parts]
+    return Series(words, found.index, dtype=object)
+
+
+def as_lines(words: DataFrame) -> Lines:
+    """Return a data frame of words as the lines of a table, its index in front; a dash where nothing stands."""
+    words = words.where(words.notna(), "-").reset_index()
+    return [tuple(map(str, line)) for line in (words.columns, *words.itertuples(index=False))]
 
 
 @dataclass(frozen=True)
 class Table:
     """Lines of words, a header first; set in columns as text, and as a table in a notebook."""
 
-    lines: Sequence[tuple[str, ...]]
+    lines: Lines
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self.lines, strict=True)]
@@ -62,9 +149,12 @@ class Table:
         return "\n".join([header, f"|{' --- |' * len(self.lines[0])}", *rest])
 
 
-def columns(experiment: Experiment) -> tuple[str, ...]:
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def columns(experiment: Experiment) -> list[str]:
     """Return the header of an experiment's table."""
-    return ("preset", *experiment.keys, "seed", *NUMBERS, *PROVENANCE)
+    return ["preset", *experiment.keys, "seed", *NUMBERS, *PROVENANCE]
 
 
 def path_of(experiment: Experiment, folder: Path) -> Path:
@@ -72,86 +162,69 @@ def path_of(experiment: Experiment, folder: Path) -> Path:
     return folder / f"{experiment.name}.csv"
 
 
-def read(experiment: Experiment, folder: Path = RESULTS) -> list[dict[str, str]]:
-    """Return the rows of an experiment's table as they stand there; none if there is no table.
+def read(experiment: Experiment, folder: Path = RESULTS) -> DataFrame:
+    """Return an experiment's table as it stands there, every field as text; empty if there is no file.
+
+    A spreadsheet's byte order mark and line ends are nothing to it.
 
     Raises
     ------
     InputError
-        if the header or a row is not what it must be; it names the line.
+        if the file is no such table; it names the line.
     """
     path, header = path_of(experiment, folder), columns(experiment)
     if not path.exists():
-        return []
-    lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
-    rows, keys, advice = [], set(), "mend that line or delete it; nothing was written"
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
-            if tuple(line) != header:
-                raise InputError(
-                    f"'{path}' has the columns {', '.join(line)}, but '{experiment.name}' has {', '.join(header)}: "
-                    "move that file out of the way; nothing was written"
-                )
-            continue
+        return DataFrame(columns=header, dtype=object)
+    advice = "mend that line or delete it; nothing was written"
+    try:
+        reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        lines = {reader.line_num: line for line in reader if line}
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"'{path}' is not text in UTF-8 ({error}): save it as CSV in UTF-8, or put a whole copy in its place"
+        ) from error
+    except csv.Error as error:
+        raise InputError(f"line {reader.line_num} of '{path}' is not CSV ({error}): {advice}") from error
+    first = lines.pop(next(iter(lines), None), [])
+    if first != header:
+        raise InputError(
+            f"'{path}' has the columns {', '.join(first)}, but '{experiment.name}' has {', '.join(header)}: "
+            "move that file out of the way; nothing was written"
+        )
+    for number, line in lines.items():
         if len(line) != len(header):
             raise InputError(f"line {number} of '{path}' has {len(line)} fields, not {len(header)}: {advice}")
-        row = dict(zip(header, line, strict=True))
-        for name in ("seed", "at", "value", "standard_error", "seconds"):
-            if not _is_number(row[name], may_lack=name in ("at", "standard_error")):
-                raise InputError(f"line {number} of '{path}' has {name} '{row[name]}', not a number: {advice}")
-        key = (*_key(row, experiment), row["metric"], row["at"])
-        if key in keys:
-            raise InputError(f"line {number} of '{path}' repeats a number of the same run: {advice}")
-        keys.add(key)
-        rows.append(row)
-    return rows
-
-
-def load(name: str, preset: str | None = None, folder: str | Path = RESULTS) -> list[Row]:
-    """Return the rows of an experiment's table in the order of its grid, numbers as numbers and nothing as None.
-
-    Parameters
-    ----------
-    name
-        of the experiment.
-    preset
-        the rows of this preset alone.
-    folder
-        where the table is.
-    """
-    from vaelib.experiments import find
-
-    experiment = find(name)
-    text = ("preset", "metric", *PROVENANCE[1:])
-    rows = [row for row in read(experiment, Path(folder)) if preset in (None, row["preset"])]
-    place = {key: i for i, key in enumerate(_grid(experiment))}
-    rows.sort(key=lambda row: (place.get(_key(row, experiment)[:-1], len(place)), int(row["seed"])))
-    return [{key: value if key in text else _parse(value) for key, value in row.items()} for row in rows]
+    found = DataFrame(list(lines.values()), index=list(lines), columns=header, dtype=object)
+    for name, (kind, fits) in KINDS.items():
+        for number, text in found[name].items():
+            if not fits(text):
+                raise InputError(f"line {number} of '{path}' has {name} '{text}', not {kind}: {advice}")
+    again = found.duplicated(["preset", *experiment.keys, "seed", "metric", "at"])
+    if again.any():
+        raise InputError(f"line {again.idxmax()} of '{path}' repeats a number of the same run: {advice}")
+    return found.reset_index(drop=True)
 
 
 def finished(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
-    """Return the keys of the runs that the table holds."""
-    return {_key(row, experiment) for row in read(experiment, folder)}
+    """Return the keys of the runs that the table holds, as :attr:`Task.key` has them."""
+    return set(keys(read(experiment, folder), experiment))
 
 
-def add(experiment: Experiment, task: Task, measured: Sequence[Row], folder: Path) -> None:
+def add(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Add what a run measured to the table, unless it holds that run already; the table is whole at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        rows = read(experiment, folder)
-        if task.key in {_key(row, experiment) for row in rows}:
+    with files.locked(folder, wait=True):
+        found = read(experiment, folder)
+        if task.key in set(keys(found, experiment)):
             return
         known = dict(zip(("preset", *experiment.keys, "seed"), task.key, strict=True))
-        rows += [{**known, **{name: as_text(value) for name, value in row.items()}} for row in measured]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns(experiment), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write(path_of(experiment, folder), text.getvalue().encode())
+        new = [{**known, **{name: as_text(value) for name, value in number.items()}} for number in measured]
+        table = pd.concat([found, DataFrame(new, columns=found.columns, dtype=object)])
+        files.write(path_of(experiment, folder), table.to_csv(index=False, lineterminator="\n").encode())
 
 
-def as_rows(measured: Iterable[Measured], seconds: float, device: str) -> list[Row]:
-    """Return what a run measured with what it was measured with, a row a number."""
+def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -> list[dict[str, Any]]:
+    """Return what a run measured, each number with what it was measured with."""
     import torch
 
     provenance = {
@@ -187,89 +260,32 @@ CODE = code_version()
 """The version of the code that was loaded, whatever is committed while its runs are made."""
 
 
-def over_seeds(rows: Iterable[Row], metric: str, by: Sequence[str], at: int | None = None) -> dict[tuple, Summary]:
-    """Return the mean of ``metric`` over the seeds, for each combination of the columns ``by``, in order of appearance.
-
-    ``at`` chooses a point of a curve.
-    """
-    groups: dict[tuple, list[float]] = {}
-    for row in rows:
-        if row["metric"] == metric and row["at"] == at:
-            groups.setdefault(tuple(row[name] for name in by), []).append(row["value"])
-    return {key: summarise(values) for key, values in groups.items()}
+def keys(found: DataFrame, experiment: Experiment) -> list[tuple[str, ...]]:
+    """Return the key of the run of each line, with numbers as :attr:`Task.key` writes them: 0.001 for 1.00E-03."""
+    return [tuple(map(canonical, key)) for key in found[["preset", *experiment.keys, "seed"]].to_numpy()]
 
 
-def by_seed(rows: Iterable[Row], metric: str, by: Sequence[str], at: int | None = None) -> dict[tuple, float]:
-    """Return the values of ``metric`` by the columns ``by`` and the seed, as :func:`paired` takes them."""
-    return {
-        (*(row[name] for name in by), row["seed"]): row["value"]
-        for row in rows
-        if row["metric"] == metric and row["at"] == at
-    }
-
-
-def curves(rows: Iterable[Row], metric: str, by: str) -> dict[str, tuple[list[int], list[Summary]]]:
-    """Return a metric's curve over the seeds, places and summaries, for each value of the column ``by``."""
-    rows = [row for row in rows if row["metric"] == metric and row["at"] is not None]
-    found: dict[str, tuple[list[int], list[Summary]]] = {}
-    for at in sorted({row["at"] for row in rows}):
-        for (name,), summary in over_seeds(rows, metric, (by,), at).items():
-            places, summaries = found.setdefault(name, ([], []))
-            places.append(at)
-            summaries.append(summary)
-    return found
-
-
-def paired(values: Mapping[tuple, float], reference: str) -> dict[tuple, Summary]:
-    """Return each arm's difference from the arm ``reference``, paired by seed; the keys are ``(..., arm, seed)``."""
-    found: dict[tuple, list[float]] = {}
-    for (*rest, arm, seed), value in values.items():
-        if (base := values.get((*rest, reference, seed))) is not None:
-            found.setdefault((*rest, arm), []).append(value - base)
-    return {key: summarise(differences) for key, differences in found.items()}
-
-
-def summarise(values: Sequence[float]) -> Summary:
-    """Return the mean of ``values`` and its standard error."""
-    n = len(values)
-    mean = sum(values) / n
-    variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
-    return Summary(mean, math.sqrt(variance / n), n)
-
-
-def _grid(experiment: Experiment) -> Iterator[tuple[str, ...]]:
-    """Return the presets and configurations of an experiment as text, in order."""
-    return (task.key[:-1] for preset in experiment.presets for task in experiment.tasks(preset, 1))
-
-
-def _key(row: Mapping[str, str], experiment: Experiment) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("preset", *experiment.keys, "seed"))
-
-
-def _is_number(text: str, may_lack: bool) -> bool:
-    return may_lack if text == "" else isinstance(_parse(text), int | float)
-
-
-def _parse(text: str) -> str | int | float | None:
-    if text == "":
-        return None
+@functools.cache
+def canonical(text: str) -> str:
+    """Return the text that stands for the number in ``text``; words as they are."""
     for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            return as_text(kind(text))
     return text
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process adds to the tables in ``folder``."""
-    if fcntl is None:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def is_number(text: str) -> bool:
+    """Tell whether ``text`` is a number."""
+    with suppress(ValueError):
+        float(text)
+        return True
+    return False
+
+
+def as_numbers(column: Series) -> Series:
+    """Return a column of text as whole numbers, or as numbers with NaN where nothing stands, or else as words."""
+    with suppress(ValueError, OverflowError):
+        return column.astype("int64")
+    with suppress(ValueError):
+        return column.where(column != "", "nan").astype("float64")
+    return column.where(column != "", None)

@@ -7,18 +7,17 @@ decoders are models of the same data, their bounds are in the same units, and a 
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pandas import DataFrame, Series
 from torch import Tensor, nn
 
 from vaelib import data, estimators, evaluation, gradients, models, objectives, plots
@@ -26,8 +25,8 @@ from vaelib.bounds import divergence
 from vaelib.config import Recipe
 from vaelib.data import Images
 from vaelib.estimators import Estimator, discrete, silent
-from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import Summary, over_seeds, paired, summarise
+from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report
+from vaelib.experiments.results import as_lines, curve, differences, over_seeds, plus_minus, select
 from vaelib.models import VAE
 from vaelib.training import Diverged, Progress, Training, stream
 
@@ -159,101 +158,90 @@ def log_marginal(model: VAE, x: Tensor) -> Tensor:
     return torch.cat([discrete.log_marginal(model.joint, part, model.encoder(part)) for part in x.split(50)])
 
 
-def at_epoch(rows: Iterable[Row], metric: str, at: int | None = None) -> list[Row]:
-    """Return the rows of a metric at an epoch; at the last one, and what stands for a whole run, if ``at`` is None."""
-    places = (lambda row: (None, row["epochs"])) if at is None else (lambda row: (at,))
-    return [{**row, "at": None} for row in rows if row["metric"] == metric and row["at"] in places(row)]
+def at_epoch(found: DataFrame, metric: str, at: int | None = None) -> DataFrame:
+    """Return a metric's numbers at an epoch; for None at the last one, or what stands for the whole run."""
+    last = found["at"].isna() | (found["at"] == found["epochs"])
+    return found[(found["metric"] == metric) & (last if at is None else found["at"] == at)]
 
 
-def final(rows: Iterable[Row], metric: str, by: Sequence[str]) -> dict[tuple, Summary]:
+def final(found: DataFrame, metric: str, by: Sequence[str]) -> DataFrame:
     """Return the mean of a curve's last point over the seeds of the runs that got there."""
-    return over_seeds(at_epoch(rows, metric), metric, by)
+    return over_seeds(at_epoch(found, metric), by)
 
 
-ARM = ("data", "latent", "estimator")
+ARM = ["data", "latent", "estimator"]
 
 
-def best_rates(rows: Sequence[Row], at: int | None = None) -> dict[tuple[str, str, str], float]:
+def best_rates(found: DataFrame, at: int | None = None) -> Series:
     """Return the learning rate of the highest mean ELBO at an epoch, the last if None, for each arm of the study."""
-    best: dict[tuple, tuple[float, float]] = {}
-    for (*key, lr), found in over_seeds(at_epoch(rows, "elbo", at), "elbo", (*ARM, "lr")).items():
-        best[tuple(key)] = max(best.get(tuple(key), (-math.inf, 0.0)), (found.mean, lr))
-    return {key: lr for key, (_, lr) in best.items()}
+    means = over_seeds(at_epoch(found, "elbo", at), [*ARM, "lr"])["mean"]
+    return means.groupby(ARM, sort=False).idxmax().str[-1].rename("lr")
 
 
-def at_best_rate(rows: Sequence[Row], at: int | None = None) -> list[Row]:
-    """Return the rows of the runs at each arm's best learning rate."""
-    best = best_rates(rows, at)
-    return [row for row in rows if best.get(tuple(row[name] for name in ARM)) == row["lr"]]
+def at_best_rate(found: DataFrame, at: int | None = None) -> DataFrame:
+    """Return the runs at each arm's best learning rate."""
+    return found.merge(best_rates(found, at).reset_index(), on=[*ARM, "lr"])
 
 
-def leads(rows: Sequence[Row], metric: str, at: int | None = None) -> dict[tuple[str, str, str], Summary]:
+def leads(found: DataFrame, metric: str, at: int | None = None) -> DataFrame:
     """Return by how many nats the silent gradient leads each arm, both at their best rates, paired by seed."""
-    chosen = at_epoch(at_best_rate(rows, at), metric, at)
-    negated = {(*(row[name] for name in ARM), row["seed"]): -row["value"] for row in chosen}
-    return {key: lead for key, lead in paired(negated, "elbo-silent").items() if key[-1] != "elbo-silent"}
+    behind = differences(at_epoch(at_best_rate(found, at), metric, at), ARM, estimator="elbo-silent")
+    others = behind[behind["estimator"] != "elbo-silent"]
+    return over_seeds(others.assign(value=-others["value"]), ARM)
 
 
-def shortfalls(rows: Sequence[Row]) -> dict[tuple[str, str, str], Summary]:
+def shortfalls(found: DataFrame) -> DataFrame:
     """Return by how many nats the final ELBO falls short of the best of all, averaged over the learning rates.
 
     The mean and standard error are over seeds; a learning rate at which a run diverged counts as the ELBO it began at.
     """
-    keys = ("data", "latent", "estimator", "seed", "lr")
-    first, last, top = {}, {}, {}
-    for row in rows:
-        if row["metric"] == "elbo":
-            key = tuple(row[name] for name in keys)
-            if row["at"] == 0:
-                first[key] = row["value"]
-            if row["at"] == row["epochs"]:
-                last[key] = row["value"]
-                top[key[:2]] = max(top.get(key[:2], -math.inf), row["value"])
-    lost: dict[tuple, list[float]] = {}
-    for key in first:
-        lost.setdefault(key[:-1], []).append(top[key[:2]] - last.get(key, first[key]))
-    seeds: dict[tuple, list[float]] = {}
-    for key, values in lost.items():
-        seeds.setdefault(key[:-1], []).append(sum(values) / len(values))
-    return {key: summarise(values) for key, values in seeds.items()}
+    run = [*ARM, "lr", "seed"]
+    first, last = (at_epoch(found, "elbo", at).set_index(run)["value"] for at in (0, None))
+    ends = last.reindex(first.index).fillna(first).reset_index()
+    best = last.groupby(["data", "latent"]).max().rename("best")
+    ends = ends.join(best, on=["data", "latent"])
+    lost = (ends["best"] - ends["value"]).groupby([ends[name] for name in (*ARM, "seed")], sort=False).mean()
+    return over_seeds(lost.rename("value").reset_index(), ARM)
 
 
 EARLY = 3
 
 
-def table_linear(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_linear(found: DataFrame) -> Lines:
     """Return for each estimator the ELBO early and at the end, each at the best rate for it, test log p(x), what other
     rates cost, and by how much the silent gradient leads.
     """
-    early = over_seeds(at_epoch(at_best_rate(rows, EARLY), "elbo", EARLY), "elbo", ARM)
-    best, lost, rates = at_best_rate(rows), shortfalls(rows), best_rates(rows)
-    late, test = final(best, "elbo", ARM), final(best, "test log-likelihood", ARM)
-    lead = [leads(rows, "elbo", EARLY), leads(rows, "elbo"), leads(rows, "test log-likelihood")]
-    unfinished = Counter(
-        tuple(row[name] for name in ARM) for row in rows if row["metric"] == "diverged" and row["value"]
-    )
-    names = ("elbo early", "elbo", "test log p(x)")
-    lines = [(*ARM, "best lr", *names, "mean shortfall over rates", "diverged", *(f"silent leads: {n}" for n in names))]
-    for key, lr in rates.items():
-        found = (early.get(key, "-"), late[key], test.get(key, "-"), lost[key], unfinished[key])
-        lines.append((*key, f"{lr:g}", *map(str, found), *(str(one.get(key, "-")) for one in lead)))
-    return lines
+    early, best, rates = at_best_rate(found, EARLY), at_best_rate(found), best_rates(found)
+    diverged = select(found, "diverged").groupby(ARM)["value"].sum()
+    elbos = {
+        "elbo early": over_seeds(at_epoch(early, "elbo", EARLY), ARM),
+        "elbo": final(best, "elbo", ARM),
+        "test log p(x)": final(best, "test log-likelihood", ARM),
+    }
+    lead = [leads(found, "elbo", EARLY), leads(found, "elbo"), leads(found, "test log-likelihood")]
+    words = {
+        "best lr": rates.map("{:g}".format),
+        **{name: plus_minus(each) for name, each in elbos.items()},
+        "mean shortfall over rates": plus_minus(shortfalls(found)),
+        "diverged": diverged.map("{:.0f}".format),
+        **{f"silent leads: {name}": plus_minus(each) for name, each in zip(elbos, lead, strict=True)},
+    }
+    return as_lines(DataFrame(words, index=rates.index))
 
 
-def figure_linear(rows: Sequence[Row], figure: Figure) -> None:
+def figure_linear(found: DataFrame, figure: Figure) -> None:
     """Draw the ELBO by epoch at each estimator's best rate, and below it the final ELBO by rate."""
-    kinds = list(dict.fromkeys((row["data"], row["latent"]) for row in rows))
+    kinds = list(found[["data", "latent"]].drop_duplicates().itertuples(index=False, name=None))
     axes = figure.subplots(2, len(kinds), squeeze=False)
-    lines = ("data", "latent", "estimator", "lr")
-    ends, best = final(rows, "elbo", lines), at_best_rate(rows)
+    ends, best = final(found, "elbo", [*ARM, "lr"])["mean"].reset_index(), at_best_rate(found)
     for column, kind in zip(axes.T, kinds, strict=True):
+        here, ends_here = (each[(each["data"] == kind[0]) & (each["latent"] == kind[1])] for each in (best, ends))
         for name in LATENTS[kind[1]][1]:
-            curve = [row for row in best if (row["data"], row["latent"], row["estimator"]) == (*kind, name)]
-            draw_curve(column[0], curve, "elbo", plots.LOOKS[name])
-            rates = {lr: end for (*key, lr), end in ends.items() if tuple(key) == (*kind, name)}
-            column[1].plot(list(rates), [end.mean for end in rates.values()], **plots.LOOKS[name].points())
+            draw_curve(column[0], here[here["estimator"] == name], "elbo", plots.LOOKS[name])
+            by_rate = ends_here[ends_here["estimator"] == name]
+            column[1].plot(by_rate["lr"], by_rate["mean"], **plots.LOOKS[name].points())
         column[0].set(title=" ".join(kind), xlabel="epoch")
-        rates = sorted({lr for (*key, lr) in ends if tuple(key[:2]) == kind})
+        rates = sorted(ends_here["lr"].unique())
         column[1].set(xscale="log", xlabel="learning rate")
         column[1].set_xticks(rates, [f"{lr:g}" for lr in rates])
         column[1].minorticks_off()
@@ -271,14 +259,14 @@ def legend(figure: Figure) -> None:
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, fontsize="small")
 
 
-def draw_curve(ax, rows: Sequence[Row], metric: str, look: plots.Look) -> None:
+def draw_curve(ax, found: DataFrame, metric: str, look: plots.Look) -> None:
     """Draw a metric over ``at`` with a band over seeds."""
-    chosen = sorted((row["at"], row["value"]) for row in rows if row["metric"] == metric)
-    points = {at: summarise([value for _, value in group]) for at, group in groupby(chosen, lambda point: point[0])}
-    mean = np.array([point.mean for point in points.values()])
-    error = np.nan_to_num([point.standard_error for point in points.values()])
-    ax.plot(list(points), mean, **look.line())
-    ax.fill_between(list(points), mean - 2 * error, mean + 2 * error, color=look.color, alpha=0.2, linewidth=0)
+    points = curve(found, metric)
+    error = 2 * points["standard_error"].fillna(0)
+    ax.plot(points["mean"], **look.line())
+    ax.fill_between(
+        points.index, points["mean"] - error, points["mean"] + error, color=look.color, alpha=0.2, linewidth=0
+    )
 
 
 def trim(ax) -> None:
@@ -360,22 +348,25 @@ def test_log_likelihood(model: VAE, x: Tensor, samples: int = 100) -> list[Measu
     return [Measured("log-likelihood", *evaluation.mean_and_standard_error(found))]
 
 
-def over_plain(rows: Sequence[Row], metric: str, at: int | None = None) -> dict[tuple[str, str, str], Summary]:
+METHOD = ["data", "estimator", "method"]
+
+
+def over_plain(found: DataFrame, metric: str, at: int | None = None) -> DataFrame:
     """Return the nats that a method gains on training without a guide at an epoch, the last if None, paired by seed."""
-    names = ("data", "estimator", "method", "seed")
-    return paired({tuple(row[n] for n in names): row["value"] for row in at_epoch(rows, metric, at)}, "plain")
+    return over_seeds(differences(at_epoch(found, metric, at), METHOD, method="plain"), METHOD)
 
 
-def table_annealed(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_annealed(found: DataFrame) -> Lines:
     """Return each method's test ELBO, early and at the end, and log p(x), and its gain on no guide in the last two."""
-    by = ("data", "estimator", "method")
-    early, late = over_seeds(rows, "elbo", by, at=EARLY), final(rows, "elbo", by)
-    likelihood, gain = over_seeds(rows, "log-likelihood", by), over_plain(rows, "log-likelihood")
-    lines = [(*by, f"elbo, epoch {EARLY}", "final elbo", "log p(x)", "gain in log p(x)", "seeds")]
-    for key, found in late.items():
-        cells = (early.get(key, "-"), found, likelihood.get(key, "-"), gain.get(key, "-"), found.n)
-        lines.append((*key, *map(str, cells)))
-    return lines
+    late = final(found, "elbo", METHOD)
+    words = {
+        f"elbo, epoch {EARLY}": plus_minus(over_seeds(select(found, "elbo", EARLY), METHOD)),
+        "final elbo": plus_minus(late),
+        "log p(x)": plus_minus(over_seeds(select(found, "log-likelihood"), METHOD)),
+        "gain in log p(x)": plus_minus(over_plain(found, "log-likelihood")),
+        "seeds": late["n"].map(str),
+    }
+    return as_lines(DataFrame(words, index=late.index))
 
 
 METHOD_LOOKS = {
@@ -389,24 +380,21 @@ METHOD_LOOKS = {
 """The look of every way to use a guide."""
 
 
-def figure_annealed(rows: Sequence[Row], figure: Figure) -> None:
+def figure_annealed(found: DataFrame, figure: Figure) -> None:
     """Draw the test ELBO by epoch, for each data set and estimator."""
-    _panels(rows, figure, "elbo", "test ELBO (nats)", trimmed=True)
+    _panels(found, figure, "elbo", "test ELBO (nats)", trimmed=True)
 
 
-def _panels(rows: Sequence[Row], figure: Figure, metric: str, label: str, trimmed: bool = False) -> None:
-    sets, bases = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data", "estimator"))
+def _panels(found: DataFrame, figure: Figure, metric: str, label: str, trimmed: bool = False) -> None:
+    sets, bases = found["data"].unique(), found["estimator"].unique()
     axes = figure.subplots(len(sets), len(bases), squeeze=False)
-    for line, name in zip(axes, sets, strict=True):
-        for ax, base in zip(line, bases, strict=True):
-            for method in dict.fromkeys(row["method"] for row in rows):
-                chosen = (name, base, method)
-                curve = [row for row in rows if (row["data"], row["estimator"], row["method"]) == chosen]
-                if any(row["metric"] == metric for row in curve):
-                    draw_curve(ax, curve, metric, METHOD_LOOKS[method])
-            ax.set(title=f"{name}, {base}", xlabel="epoch", ylabel=label)
-            if trimmed and ax.lines:
-                trim(ax)
+    for ax, (name, base) in zip(axes.flat, itertools.product(sets, bases), strict=True):
+        here = found[(found["data"] == name) & (found["estimator"] == base) & (found["metric"] == metric)]
+        for method, runs_of_it in here.groupby("method", sort=False):
+            draw_curve(ax, runs_of_it, metric, METHOD_LOOKS[method])
+        ax.set(title=f"{name}, {base}", xlabel="epoch", ylabel=label)
+        if trimmed and ax.lines:
+            trim(ax)
     legend(figure)
 
 
@@ -505,22 +493,23 @@ def cost_ratio(tracked: silent.TrackedScale, model: VAE, x: Tensor) -> float:
     return sum(mine for mine, _ in pairs) / sum(bare for _, bare in pairs)
 
 
-def table_controlled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_controlled(found: DataFrame) -> Lines:
     """Return for each control variate: variance ratio early and late, cost ratio, test ELBO and what it gains."""
-    by = ("data", "estimator", "method")
-    ratios = [over_seeds(rows, "variance ratio", by, at=EARLY), final(rows, "variance ratio", by)]
-    cost, elbo = over_seeds(rows, "cost ratio", by), final(rows, "elbo", by)
-    gain = over_plain(rows, "elbo")
-    lines = [(*by, f"variance ratio, epoch {EARLY}", "at the end", "cost ratio", "final elbo", "gain in elbo", "seeds")]
-    for key, found in elbo.items():
-        cells = (*(ratio.get(key, "-") for ratio in ratios), cost.get(key, "-"), found, gain.get(key, "-"), found.n)
-        lines.append((*key, *map(str, cells)))
-    return lines
+    elbo = final(found, "elbo", METHOD)
+    words = {
+        f"variance ratio, epoch {EARLY}": plus_minus(over_seeds(select(found, "variance ratio", EARLY), METHOD)),
+        "at the end": plus_minus(final(found, "variance ratio", METHOD)),
+        "cost ratio": plus_minus(over_seeds(select(found, "cost ratio"), METHOD)),
+        "final elbo": plus_minus(elbo),
+        "gain in elbo": plus_minus(over_plain(found, "elbo")),
+        "seeds": elbo["n"].map(str),
+    }
+    return as_lines(DataFrame(words, index=elbo.index))
 
 
-def figure_controlled(rows: Sequence[Row], figure: Figure) -> None:
+def figure_controlled(found: DataFrame, figure: Figure) -> None:
     """Draw the variance that is left, by epoch."""
-    _panels(rows, figure, "variance ratio", "variance ratio")
+    _panels(found, figure, "variance ratio", "variance ratio")
     for ax in figure.axes:
         ax.axhline(1.0, color="k", linewidth=0.8)
 

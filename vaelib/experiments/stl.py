@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -16,8 +17,8 @@ from vaelib import gradients, objectives, plots, runs
 from vaelib.config import Config
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS
-from vaelib.experiments.experiment import Cell, Experiment, Measured, Preset, Report, Row
-from vaelib.experiments.results import Summary, by_seed, curves, over_seeds, summarise
+from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report
+from vaelib.experiments.results import curve, differences, over_seeds, plus_minus, select
 from vaelib.posteriors import DiagonalGaussian, Mixture
 
 # --- Table 2: test log-likelihoods ------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def layers_of(model: str) -> int:
 PAIRS = {"elbo-path": "elbo-total", "iwae-path": "iwae-total", "iwae-dreg": "iwae-total"}
 """What an estimator is compared with."""
 
-KEY = ("recipe", "data", "model", "estimator", "k")
+KEY = ["recipe", "data", "model", "estimator", "k"]
 """What tells the cells of one preset apart."""
 
 
@@ -146,52 +147,52 @@ def published_gain(data: str, model: str, estimator: str, k: int) -> float:
     return published(data, model, PAIRS[estimator], k) - published(data, model, estimator, k)
 
 
-def gains(rows: Sequence[Row]) -> dict[tuple, Summary]:
+def gains(found: DataFrame) -> DataFrame:
     """Return the nats that each estimator gains on its total derivative, over seeds, by :data:`KEY`.
 
     Each seed is paired with its own: both arms have the same initial weights, data, noise and test draws.
     """
-    nll = by_seed(rows, "nll", KEY)
-    pairs: dict[tuple, list[float]] = {}
-    for (recipe, data, model, estimator, k, seed), value in nll.items():
-        total = (recipe, data, model.removesuffix("-detached"), PAIRS.get(estimator), k, seed)
-        if total in nll:
-            pairs.setdefault((recipe, data, model, estimator, k), []).append(nll[total] - value)
-    return {key: summarise(values) for key, values in pairs.items()}
+    lost = differences(
+        select(found, "nll"),
+        KEY,
+        model=lambda frame: frame["model"].str.removesuffix("-detached"),
+        estimator=lambda frame: frame["estimator"].map(PAIRS),
+    )
+    return over_seeds(lost.assign(value=-lost["value"]), KEY)
 
 
-def table_2(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_2(found: DataFrame) -> Lines:
     """Return Table 2, and below it what each estimator gains on its total derivative; in nats, beside the paper's."""
-    return [*table_of_nll(rows), *table_of_gains(rows)[1:]]
+    return [*table_of_nll(found), *table_of_gains(found)[1:]]
 
 
-def table_of_nll(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_of_nll(found: DataFrame) -> Lines:
     """Return -log p(x) in nats, ours (mean and standard error over seeds) beside the published figure."""
-    return beside_published(over_seeds(rows, "nll", KEY), draws(rows), published, str)
+    return beside_published(over_seeds(select(found, "nll"), KEY), draws(found), published, str)
 
 
-def table_of_gains(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_of_gains(found: DataFrame) -> Lines:
     """Return the nats gained on the total derivative, ours beside the difference of the published figures."""
     return beside_published(
-        gains(rows), draws(rows), published_gain, lambda estimator: f"{PAIRS[estimator]} - {estimator}"
+        gains(found), draws(found), published_gain, lambda estimator: f"{PAIRS[estimator]} - {estimator}"
     )
 
 
-def draws(rows: Sequence[Row]) -> list[int]:
-    """Return the numbers of draws k that there are rows of."""
-    return sorted({row["k"] for row in rows})
+def draws(found: DataFrame) -> list[int]:
+    """Return the numbers of draws k that there are results of."""
+    return sorted(found["k"].unique())
 
 
 def beside_published(
-    found: Mapping[tuple, Summary], ks: Sequence[int], figure: Callable[..., float], label: Callable[[str], str]
-) -> list[tuple[str, ...]]:
+    ours: DataFrame, ks: Iterable[int], figure: Callable[..., float], label: Callable[[str], str]
+) -> Lines:
     """Return a line for each recipe, data set, model and estimator: ours and the paper's for each k, and the seeds."""
+    words = plus_minus(ours)
     lines = [(*KEY[:-1], *(word for k in ks for word in (f"k = {k}", "published")), "seeds")]
-    for recipe, data, model, estimator in sorted({cell[:-1] for cell in found}, key=in_order):
-        ours = [found.get((recipe, data, model, estimator, k)) for k in ks]
-        theirs = [figure(data, model, estimator, k) for k in ks]
-        pairs = zip(map(str, (mean or "-" for mean in ours)), map(in_nats, theirs), strict=True)
-        seeds = ", ".join(str(mean.n) for mean in ours if mean)
+    for recipe, data, model, estimator in sorted({cell[:-1] for cell in ours.index}, key=in_order):
+        cells = [(recipe, data, model, estimator, k) for k in ks]
+        pairs = [(words.get(cell, "-"), in_nats(figure(*cell[1:]))) for cell in cells]
+        seeds = ", ".join(str(ours.at[cell, "n"]) for cell in cells if cell in ours.index)
         lines.append((recipe, data, model, label(estimator), *itertools.chain(*pairs), seeds))
     return lines
 
@@ -207,24 +208,22 @@ def in_order(cell: tuple[str, str, str, str]) -> tuple:
     return list(RECIPES).index(recipe), data, model, list(ESTIMATORS).index(estimator)
 
 
-def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
+def figure_of_gains(found: DataFrame, figure: Figure) -> None:
     """Draw what each estimator gains on the total derivative (±2 s.e.), a panel for each data set and model."""
-    found = {key[1:]: gain for key, gain in gains(rows).items() if key[0] == "paper"}
-    if not found:
+    ours = gains(found[found["recipe"] == "paper"]).reset_index()
+    if ours.empty:
         raise InputError("nothing to draw yet: no estimator has run with the seed and cell of its total derivative")
-    sets, models, ks = (sorted({key[i] for key in found}) for i in (0, 1, 3))
+    sets, models, ks = (sorted(ours[name].unique()) for name in ("data", "model", "k"))
     axes = figure.subplots(len(sets), len(models), sharex=True, sharey="row", squeeze=False)
     for (data, model), ax in zip(itertools.product(sets, models), axes.flat, strict=True):
         for shift, estimator in zip((-0.15, 0, 0.15), PAIRS, strict=True):
-            have = [k for k in ks if (data, model, estimator, k) in found]
-            ours = [found[data, model, estimator, k] for k in have]
-            places = [ks.index(k) + shift for k in have]
-            errors = [2 * gain.standard_error if gain.n > 1 else 0 for gain in ours]
-            theirs = [published_gain(data, model, estimator, k) for k in have]
+            mine = ours[(ours["data"] == data) & (ours["model"] == model) & (ours["estimator"] == estimator)]
+            places = [ks.index(k) + shift for k in mine["k"]]
+            theirs = [published_gain(data, model, estimator, k) for k in mine["k"]]
             look = plots.LOOKS[estimator]
             face = "white" if estimator == "iwae-path" else look.color
             style = look.points(linestyle="", markerfacecolor=face)
-            ax.errorbar(places, [gain.mean for gain in ours], yerr=errors, **style)
+            ax.errorbar(places, mine["mean"], yerr=2 * mine["standard_error"].fillna(0), **style)
             ax.plot(places, theirs, "kx", label="published", zorder=3)
         ax.axhline(0, color="k", lw=0.8)
         ax.set_title(f"{data}, {model}", fontsize="medium")
@@ -240,11 +239,11 @@ def figure_of_gains(rows: Sequence[Row], figure: Figure) -> None:
 
 
 class Free(nn.Module):
-    """An encoder that reads nothing: one Gaussian for each row of x."""
+    """An encoder that reads nothing: one Gaussian for each observation."""
 
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, batch: int, dim: int) -> None:
         super().__init__()
-        self.mean, self.log_std = (nn.Parameter(torch.zeros(rows, dim)) for _ in range(2))
+        self.mean, self.log_std = (nn.Parameter(torch.zeros(batch, dim)) for _ in range(2))
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Return the Gaussians."""
@@ -271,21 +270,21 @@ def fit_gaussian(config: Cell, seed: int, folder: Path, device: str, report: Rep
     return [*measured, Measured("final kl", measured[-1].value)]
 
 
-def table_of_finals(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_of_finals(found: DataFrame) -> Lines:
     """Return the divergence that each estimator ends with."""
-    found = over_seeds(rows, "final kl", ("estimator", "dim", "steps", "lr"))
     lines = [("estimator", "dimension", "steps", "learning rate", "KL(q, target) in nats", "seeds")]
-    for (estimator, dim, steps, lr), kl in found.items():
-        error = f" ± {kl.standard_error:.1g}" if kl.n > 1 else ""
-        lines.append((estimator, str(dim), str(steps), f"{lr:g}", f"{kl.mean:.3g}{error}", str(kl.n)))
+    ends = over_seeds(select(found, "final kl"), ["estimator", "dim", "steps", "lr"])
+    for (estimator, dim, steps, lr), mean, error, n in ends.itertuples(name=None):
+        kl = f"{mean:.3g}" + (f" ± {error:.1g}" if n > 1 else "")
+        lines.append((estimator, str(dim), str(steps), f"{lr:g}", kl, str(n)))
     return lines
 
 
-def figure_1(rows: Sequence[Row], figure: Figure) -> None:
+def figure_1(found: DataFrame, figure: Figure) -> None:
     """Draw KL(q, target) over the steps of the optimiser."""
     ax = figure.add_subplot()
-    for name, (steps, kl) in curves(rows, "kl", "estimator").items():
-        ax.plot(steps, [point.mean for point in kl], **plots.LOOKS[name].line())
+    for name, runs_of_it in found.groupby("estimator", sort=False):
+        ax.plot(curve(runs_of_it, "kl")["mean"], **plots.LOOKS[name].line())
     ax.set(yscale="log", xlabel="step", ylabel="KL(q, target) in nats")
     ax.legend()
 
@@ -343,26 +342,24 @@ class Target(nn.Module):
 COMPONENTS = ("total", "path", "score")
 
 
-def table_of_spreads(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_of_spreads(found: DataFrame) -> Lines:
     """Return the variance of each component at the start, half-way and at the target."""
     lines = [("component", "at the start", "half-way", "at the target", "seeds")]
     for name in COMPONENTS:
-        there = [over_seeds(rows, name, ("components", "dim"), at) for at in (0, 50, 100)]
-        if all(there):
-            summaries = [next(iter(found.values())) for found in there]
-            lines.append((name, *(f"{s.mean:.3g}" for s in summaries), str(summaries[0].n)))
+        spreads = curve(found, name)
+        if {0, 50, 100} <= set(spreads.index):
+            lines.append((name, *(f"{spreads.at[at, 'mean']:.3g}" for at in (0, 50, 100)), str(spreads.at[0, "n"])))
     return lines
 
 
-def figure_3(rows: Sequence[Row], figure: Figure) -> None:
+def figure_3(found: DataFrame, figure: Figure) -> None:
     """Draw the variance of the components on the way, one faint line a seed."""
     ax = figure.add_subplot()
     for name in COMPONENTS:
         look = plots.LOOKS[f"elbo-{name}"]
-        points = [row for row in rows if row["metric"] == name]
-        for i, seed in enumerate(dict.fromkeys(row["seed"] for row in points)):
-            line = [(row["at"], max(row["value"], 1e-30)) for row in points if row["seed"] == seed]
-            ax.plot(*zip(*line, strict=True), **look.line(lw=1, alpha=0.6, label=None if i else look.label))
+        for i, (_, line) in enumerate(found[found["metric"] == name].groupby("seed")):
+            style = look.line(lw=1, alpha=0.6, label=None if i else look.label)
+            ax.plot(line["at"], line["value"].clip(lower=1e-30), **style)
     ax.set(yscale="log", xlabel="per cent of the way to the target", ylabel="variance", ylim=(1e-4, None))
     ax.legend()
 
