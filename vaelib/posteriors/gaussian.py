@@ -42,8 +42,8 @@ class Gaussian(Posterior):
     def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
         r"""Return :math:`\log q(z)` of the sample of ``eps``, ``[K, B]``, where :math:`L^{-1}(z - \mu)` is eps itself.
 
-        It is written :math:`\varepsilon + L^{-1} [z - (\mu + L \varepsilon)]`: the bracket is 0, and only its derivatives
-        count.
+        It is written :math:`\varepsilon + L^{-1} [z - (\mu + L \varepsilon)]`: the bracket is 0, and only its
+        derivatives count.
         """
         return standard_normal_log_prob(eps + self.whiten(z - self.sample(eps))) - self.log_det()
 

@@ -1,0 +1,35 @@
+"""Checks of what the book claims (:mod:`~vaelib.checks.statements`), and of what a posterior or an estimator of your own
+must be (:mod:`~vaelib.checks.contracts`). Each can fail; one that holds prints a line.
+"""
+
+from vaelib.checks.contracts import contract
+from vaelib.checks.statements import (
+    SIGMAS,
+    below,
+    biased,
+    equivalent,
+    holds,
+    less_variance,
+    mean_and_error,
+    no_variance,
+    same,
+    total_variance,
+    unbiased,
+    z_scores,
+)
+
+__all__ = [
+    "SIGMAS",
+    "below",
+    "biased",
+    "contract",
+    "equivalent",
+    "holds",
+    "less_variance",
+    "mean_and_error",
+    "no_variance",
+    "same",
+    "total_variance",
+    "unbiased",
+    "z_scores",
+]
