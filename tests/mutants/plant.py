@@ -42,7 +42,7 @@ TESTS = {
     "vaelib/layers.py": ("models", "flows"),
     "vaelib/gradients.py": ("gradients",),
     "vaelib/evaluation.py": ("evaluation", "collapse"),
-    "vaelib/checks.py": ("checks",),
+    "vaelib/checks": ("checks",),
     "vaelib/training.py": ("training", "runs"),
     "vaelib/collapse.py": ("collapse", "lag"),
     "vaelib/stacked.py": ("stacked",),

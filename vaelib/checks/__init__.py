@@ -1,5 +1,5 @@
-"""Checks of what the book claims (:mod:`~vaelib.checks.statements`), and of what a posterior or an estimator of your own
-must be (:mod:`~vaelib.checks.contracts`). Each can fail; one that holds prints a line.
+"""Checks of what the book claims (:mod:`~vaelib.checks.statements`), and of a posterior or an estimator of your own
+(:mod:`~vaelib.checks.contracts`). Each can fail; one that holds prints a line.
 """
 
 from vaelib.checks.contracts import contract
