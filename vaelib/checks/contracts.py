@@ -26,7 +26,7 @@ from vaelib.posteriors import (
     layers_of,
     map_latent,
 )
-from vaelib.posteriors.convert import try_out
+from vaelib.posteriors.trial import try_out
 
 GROUPS = 64
 """Groups of draws that the statistical part of a contract compares; their means are normal, whatever a draw is."""

@@ -1,7 +1,8 @@
 """Approximate posteriors q(z given x), and the one operation the whole book turns on: holding their parameters still.
 
 :mod:`~vaelib.posteriors.base` says what a posterior is; :mod:`~vaelib.posteriors.gaussian` and
-:mod:`~vaelib.posteriors.discrete` have ours, :mod:`~vaelib.posteriors.convert` takes over those of others.
+:mod:`~vaelib.posteriors.discrete` have ours, :mod:`~vaelib.posteriors.convert` takes over those of others, which
+:mod:`~vaelib.posteriors.trial` tries.
 """
 
 from vaelib.posteriors.base import (
@@ -16,10 +17,11 @@ from vaelib.posteriors.base import (
     times,
     tracing,
 )
-from vaelib.posteriors.convert import as_posterior, functions_in, modules_in, ready
+from vaelib.posteriors.convert import as_posterior
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
+from vaelib.posteriors.trial import functions_in, modules_in, ready
 
 __all__ = [
     "LOG_2PI",

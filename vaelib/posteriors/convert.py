@@ -1,21 +1,16 @@
-r"""Posteriors that come from outside: taken over, or refused, and each tried once before an estimator relies on it."""
+r"""Posteriors that come from outside: converted into ours, adapted, or refused by name."""
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, distributions, nn
+from torch import Tensor, distributions
 
 from vaelib.errors import InputError
-from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tracing
+from vaelib.posteriors.base import Posterior
 from vaelib.posteriors.discrete import FactorisedBernoulli, OneHotCategorical
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, Mixture
-from vaelib.posteriors.stopping import PLUMBING
 
 CONTRACT = (
     "noise_like", "noise", "sample", "log_prob", "log_prob_of_sample", "sample_and_log_prob", "log_share", "strata",
@@ -69,63 +64,38 @@ def as_posterior(q: Any) -> Posterior:
     return Adapted(q)
 
 
-@functools.singledispatch
 def convert(q: distributions.Distribution) -> Posterior:
-    """Return our posterior for a distribution of torch, or raise InputError."""
-    raise InputError(
-        f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: return Normal, MultivariateNormal, "
-        "MixtureSameFamily of these, Bernoulli or OneHotCategorical, or a posterior of vaelib.posteriors"
-    )
+    """Return our posterior for a distribution of torch.
+
+    Raises
+    ------
+    InputError
+        if it has no counterpart; a subclass of one that has need not be the same thing.
+    """
+    if type(q) not in CONVERSIONS:
+        raise InputError(
+            f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: return Normal, "
+            "MultivariateNormal, MixtureSameFamily of these, Bernoulli or OneHotCategorical, or a posterior of "
+            "vaelib.posteriors"
+        )
+    return CONVERSIONS[type(q)](q)
 
 
-@convert.register
-def _(q: distributions.Normal) -> Posterior:
-    return DiagonalGaussian(*_shaped(q, q.loc, q.scale.log()))
-
-
-@convert.register
-def _(q: distributions.MultivariateNormal) -> Posterior:
-    return FullGaussian(*_shaped(q, q.loc, q.scale_tril, axes=(2, 3)))
-
-
-@convert.register
-def _(q: distributions.LowRankMultivariateNormal) -> Posterior:
-    return FullGaussian(*_shaped(q, q.loc, q.scale_tril, axes=(2, 3)))
-
-
-@convert.register
-def _(q: distributions.Bernoulli) -> Posterior:
-    return FactorisedBernoulli(*_shaped(q, q.logits))
-
-
-@convert.register
-def _(q: distributions.OneHotCategorical) -> Posterior:
-    (logits,) = _shaped(q, q.logits if q.logits.ndim > 2 else q.logits.unsqueeze(1), axes=(3,))
-    return OneHotCategorical(logits)
-
-
-@convert.register
-def _(q: distributions.Independent) -> Posterior:
-    return convert(q.base_dist)
-
-
-@convert.register
-def _(q: distributions.MixtureSameFamily) -> Posterior:
+def mixture(q: distributions.MixtureSameFamily) -> Mixture:
+    """Return the mixture of converted components, ``[B, C, ...]`` there, C of ``[B, ...]`` here."""
     parts = q.component_distribution
     if len(parts.event_shape) != 1:
         raise InputError(
             f"the components of a mixture must be distributions of whole z, but one has the event shape "
             f"{list(parts.event_shape)}: wrap them as Independent(Normal(...), 1), or give them multivariate ones"
         )
-    parts = parts.base_dist if isinstance(parts, distributions.Independent) else parts
+    parts = parts.base_dist if type(parts) is distributions.Independent else parts
+    if type(parts) not in COMPONENTS:
+        raise InputError(f"a mixture must have Normal or MultivariateNormal components, not {type(parts).__name__}")
+    family, parameters = COMPONENTS[type(parts)]
     (logits,) = _shaped(q, q.mixture_distribution.logits)
-    if isinstance(parts, distributions.Normal):
-        pairs = zip(parts.loc.unbind(1), parts.scale.log().unbind(1), strict=True)
-        return Mixture(tuple(DiagonalGaussian(mean, log_std) for mean, log_std in pairs), logits.mT)
-    if isinstance(parts, distributions.MultivariateNormal | distributions.LowRankMultivariateNormal):
-        pairs = zip(parts.loc.unbind(1), parts.scale_tril.unbind(1), strict=True)
-        return Mixture(tuple(FullGaussian(mean, scale_tril) for mean, scale_tril in pairs), logits.mT)
-    raise InputError(f"a mixture must have Normal or MultivariateNormal components, not {type(parts).__name__}")
+    pairs = zip(*(parameter.unbind(1) for parameter in parameters(parts)), strict=True)
+    return Mixture(tuple(family(*pair) for pair in pairs), logits.mT)
 
 
 def _shaped(q: distributions.Distribution, *parameters: Tensor, axes: tuple[int, ...] = (2, 2)) -> tuple[Tensor, ...]:
@@ -138,138 +108,27 @@ def _shaped(q: distributions.Distribution, *parameters: Tensor, axes: tuple[int,
     return parameters
 
 
-# --- trying a posterior -----------------------------------------------------------------------------------------------
-
-TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
-"""The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
-
-CONTENT = PLUMBING | {"_parameters", "_buffers", "_modules"}
-"""What every module has; the rest are its settings, such as the rate of a dropout."""
-
-TRIALS = 64
-"""Draws of a trial, for all observations together: a layer that is random shows in one of them."""
+COMPONENTS: dict[type, tuple[type, Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    distributions.Normal: (DiagonalGaussian, lambda q: (q.loc, q.scale.log())),
+    distributions.MultivariateNormal: (FullGaussian, lambda q: (q.loc, q.scale_tril)),
+    distributions.LowRankMultivariateNormal: (FullGaussian, lambda q: (q.loc, q.scale_tril)),
+}
+"""Our Gaussian for each of torch's, and its parameters."""
 
 
-def ready(q: Any, eps: Latent | None) -> Posterior:
-    """Return ``q`` as a posterior that an estimator can rely on.
-
-    A posterior that holds modules, or is of a foreign class, is tried once for each mode of these: its log-density must
-    be the same function whenever it is evaluated, which a random layer inside (dropout, RReLU) would not be; and
-    stopping it must leave no way to its parameters, and must leave it the same function of z.
-
-    Raises
-    ------
-    InputError
-        if it is not one, or not.
-    """
-    q = as_posterior(q)
-    parts = list(functions_in(q))
-    if not type(q).__module__.startswith("vaelib.") or isinstance(q, Adapted):
-        parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
-    if not parts or eps is None or tracing():
-        return q
-    owner, mode = parts[0], _mode(parts)
-    if mode not in TRIED.setdefault(owner, set()):
-        try_out(q, eps)
-        TRIED[owner].add(mode)
-    return q
+def gaussian(q: distributions.Distribution) -> Posterior:
+    """Return our Gaussian."""
+    family, parameters = COMPONENTS[type(q)]
+    return family(*_shaped(q, *parameters(q), axes=(2, 2) if family is DiagonalGaussian else (2, 3)))
 
 
-def functions_in(value: Any) -> Iterator[Any]:
-    """Yield the modules and functions that a posterior holds, also in tuples, lists and posteriors inside it."""
-    if isinstance(value, tuple | list):
-        for part in value:
-            yield from functions_in(part)
-    elif isinstance(value, Posterior):
-        yield from functions_in(
-            list(getattr(value.q if isinstance(value, Adapted) else value, "__dict__", {}).values())
-        )
-    elif isinstance(value, nn.Module) or callable(value) and not isinstance(value, type):
-        yield value
-
-
-def modules_in(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules of a network, of a posterior, and of a method or callable object that holds some."""
-    for found in functions_in(value):
-        inside = () if isinstance(found, nn.Module) else getattr(found, "__dict__", {}).values()
-        for part in (found, getattr(found, "__self__", None), *inside):
-            if isinstance(part, nn.Module):
-                yield from part.modules()
-
-
-def _mode(parts: list[Any]) -> tuple[Any, ...]:
-    """Return what a trial of ``parts`` holds for: classes, modes and settings of the modules, and the functions."""
-    found, seen, rest = [], set(), list(parts)
-    while rest:
-        part = rest.pop()
-        if type(part) in (bool, float, str):  # whole numbers may count calls
-            found.append(part)
-        elif isinstance(part, nn.Module):
-            if id(part) not in seen:
-                seen.add(id(part))
-                content = part.__dict__
-                found += type(part), part.training
-                rest += content["_modules"].values()
-                if len(content) > len(CONTENT):
-                    rest += [content[name] for name in content if name not in CONTENT]
-        elif isinstance(part, dict | list | tuple):
-            rest += part.values() if isinstance(part, dict) else part
-        elif callable(part):
-            found.append(id(part))
-    return tuple(found)
-
-
-@contextmanager
-def _undisturbed(q: Posterior) -> Iterator[None]:
-    """Leave torch's generator and the buffers of the modules inside ``q`` as they were."""
-    modules = [part for part in functions_in(q) if isinstance(part, nn.Module)]
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for buffer, value in before:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-def try_out(q: Posterior, eps: Latent) -> None:
-    """Raise InputError unless ``q`` is one function of z, and stopping it holds its parameters and nothing else."""
-    name = type(q.q if isinstance(q, Adapted) else q).__name__
-    rows = q.strata * layers_of(eps)[0].shape[1]
-    few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
-    with _undisturbed(q), torch.enable_grad():
-        other, z = q.sample(few), map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
-        still = q.stop_gradient()
-        first, second = (still.log_prob_of_sample(z, few) for _ in range(2))
-        pairs = zip((*layers_of(z), first), (*layers_of(other), second), strict=True)
-        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True) for a, b in pairs):
-            raise InputError(
-                f"this {name} is another one each time it is sampled or evaluated, since a random layer such as "
-                "dropout is active in a network inside it: call .eval() on that network, or leave the layer out"
-            )
-        held = map_latent(Tensor.detach, z)
-        if still.log_prob_of_sample(held, few).requires_grad:
-            raise InputError(
-                f"stop_gradient leaves this {name} a way to its parameters, through a function that closes over them: "
-                "make them parameters of a module that is called, or write a method stop_gradient of its own"
-            )
-        if not q.detaches and not _same_slopes(first, q.log_prob_of_sample(z, few), layers_of(z)):
-            raise InputError(
-                f"stop_gradient makes another function of z of this {name}: hold the parameters of its networks "
-                "constant (posteriors.stop_gradient(module)), not their outputs, which move with z"
-            )
-
-
-def _same_slopes(still: Tensor, live: Tensor, z: tuple[Tensor, ...]) -> bool:
-    """Whether two log-densities have the same derivative in z."""
-
-    def slopes(log_q: Tensor) -> list[Tensor]:
-        if not log_q.requires_grad:
-            return [torch.zeros_like(layer) for layer in z]
-        found = torch.autograd.grad(log_q.sum(), z, allow_unused=True, retain_graph=True)
-        return [torch.zeros_like(layer) if slope is None else slope for layer, slope in zip(z, found, strict=True)]
-
-    size = [1e-3 * max([1.0, *slope.abs().flatten().tolist()]) for slope in slopes(live)]
-    pairs = zip(slopes(still), slopes(live), size, strict=True)
-    return all(torch.allclose(a, b, rtol=1e-3, atol=atol, equal_nan=True) for a, b, atol in pairs)
+CONVERSIONS: dict[type, Callable[[Any], Posterior]] = {
+    **dict.fromkeys(COMPONENTS, gaussian),
+    distributions.MixtureSameFamily: mixture,
+    distributions.Bernoulli: lambda q: FactorisedBernoulli(*_shaped(q, q.logits)),
+    distributions.OneHotCategorical: lambda q: OneHotCategorical(
+        *_shaped(q, q.logits if q.logits.ndim > 2 else q.logits.unsqueeze(1), axes=(3,))
+    ),
+    distributions.Independent: lambda q: convert(q.base_dist),
+}
+"""How each family of torch's becomes one of ours."""
