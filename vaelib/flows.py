@@ -280,8 +280,9 @@ class Flow(Posterior):
         return self.base.log_prob(start) - log_det
 
     def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
-        """As :meth:`log_prob`; the Gaussian knows the noise that its part is made of."""
+        """As :meth:`log_prob`; the Gaussian knows its part by the noise, to which the inverse gives the derivative."""
         start, log_det = self.inverse(z)
+        start = self.base.stop_gradient().sample(eps) + (start - start.detach())
         return self.base.log_prob_of_sample(start, eps) - log_det
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
