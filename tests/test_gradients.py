@@ -505,6 +505,27 @@ def test_two_layers_and_the_trap_of_detached_outputs():
     assert abs(detached.variance[0] - 0.5) < 4 * detached.variance_error[0]
 
 
+def test_intervals_are_as_wide_as_their_errors():
+    moments = Moments().add(torch.randn(400, 3, generator=seeded(), dtype=DTYPE))
+    for level, sigmas in ((0.95, 1.959964), (0.9, 1.644854)):
+        low, high = moments.confidence_interval(level)
+        torch.testing.assert_close((low + high) / 2, moments.mean)
+        torch.testing.assert_close(high - low, 2 * sigmas * moments.standard_error, rtol=1e-6, atol=0)
+        least, most = moments.variance_interval(level)
+        assert (least + most) / 2 == pytest.approx(moments.total_variance)
+        assert most - least == pytest.approx(2 * sigmas * moments.total_variance_error, rel=1e-6)
+    few = Moments().add(torch.tensor([[0.0]] * 99 + [[1.0]]))
+    assert few.variance_interval(0.9999)[0] == 0  # a variance is not negative
+
+
+def test_the_time_is_the_median_without_the_first_round(monkeypatch):
+    """By a clock on which the rounds take 100, 3, 1 and 2 seconds."""
+    ticks = iter([0, 100, 100, 103, 200, 201, 300, 302])
+    monkeypatch.setattr(gradients.time, "perf_counter", lambda: next(ticks))
+    found = gradients.measure(["elbo-path"], OneLayerJoint(), OneLayerEncoder(), X, draws=2, repeats=3)["elbo-path"]
+    assert found.seconds == 2
+
+
 def test_time_is_taken_when_asked_for():
     measured = gradients.measure(["elbo-path"], OneLayerJoint(), OneLayerEncoder(), X, draws=10, repeats=2)["elbo-path"]
     assert measured.seconds > 0
