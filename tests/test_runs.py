@@ -454,6 +454,19 @@ def test_what_was_evaluated_before_the_training_was_noted_stays(finished, tmp_pa
     assert result["evaluation"] == found == json.loads((run_dir / "result.json").read_text())["evaluation"]
 
 
+@pytest.mark.parametrize("estimator", ["elbo-silent", "elbo-total"])
+def test_the_bound_is_of_samples_whatever_the_loss_makes_of_it(estimator):
+    """The silent gradient's loss is the exact ELBO, without noise; its bound is estimated as every other one's."""
+    config = replace(TINY, model="linear", binarisation="grey", sizes={"latent": 2}, estimator=estimator, k=3)
+    images = runs.load_images(config)
+    run, x = runs.build(config, images), images.test.grey[:30]
+    with torch.no_grad():
+        q = run.model.encoder(x)
+        z = q.sample(q.noise(3, torch.Generator().manual_seed(2)))
+        expected = (run.model.joint(x, z) - q.log_prob(z)).mean().item()
+    assert runs.mean_bound(run, x, torch.Generator().manual_seed(2)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_bound_of_a_mixture_counts_each_draw_by_its_share(tmp_path):
     """Two components of unequal weights: the bound at many draws is close to log p(x), and not without the shares."""
     sizes = {"hidden": 4, "latent": 1, "components": 2}

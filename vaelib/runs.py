@@ -32,7 +32,9 @@ from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config
 from vaelib.data import Images
 from vaelib.errors import InputError, choose, whole_number
+from vaelib.estimators.base import log_weight
 from vaelib.files import in_shell, locked, read_json, sweep, write, write_json
+from vaelib.posteriors import as_posterior, ready
 from vaelib.training import Diverged, Training, stream
 
 FORMAT = 2
@@ -281,12 +283,16 @@ def evaluate(
 
 @torch.no_grad()
 def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:
-    """Return the estimator's bound at its K, in nats, averaged over ``x`` ``[N, D]``."""
-    model, total = training.model, 0.0
+    """Return the bound of K samples that the estimator climbs, in nats, averaged over ``x`` ``[N, D]``.
+
+    From samples whatever its loss makes of it, so that the bounds of all estimators are estimated alike.
+    """
+    model, k, total = training.model, training.recipe.k, 0.0
     for batch in x.split(500):
-        q = model.encoder(batch)
-        loss = training.estimator.loss(model.joint, q, batch, q.noise(training.recipe.k, noise))
-        total -= loss.double().sum().item()
+        q = as_posterior(model.encoder(batch))
+        eps = q.noise(k, noise)
+        log_w = log_weight(model.joint, batch, *ready(q, eps).sample_and_log_prob(eps))
+        total += training.estimator.value(log_w, q.log_share(k)).double().sum().item()
     return total / len(x)
 
 

@@ -26,6 +26,7 @@ from vaelib.data import Images, Sentences, Split, Text
 from vaelib.errors import choose
 from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report
 from vaelib.experiments.results import curve, over_seeds, plus_minus, select
+from vaelib.models.pixelcnn import pixelcnn_alone
 from vaelib.models.text import lstm_vae
 from vaelib.training import Training, drawing_from, offspring, stream, train_step
 
@@ -87,7 +88,7 @@ def build_pixelcnn(config: Cell, images: Images, generator: torch.Generator) -> 
     """Return the PixelCNN variational autoencoder of a configuration, or the PixelCNN without z."""
     pixels, sizes = images.train.grey.shape[1], {name: config[name] for name in ("maps", "layers")}
     if config["method"] == "no-z":
-        return models.pixelcnn_alone(pixels, generator, **sizes)
+        return pixelcnn_alone(pixels, generator, **sizes)
     sizes |= {name: config[name] for name in ("latent", "encoder_maps", "hidden")}
     return models.build("pixelcnn", pixels, generator=generator, **sizes)
 
