@@ -45,7 +45,9 @@ def test_the_bibliography_is_in_order_and_has_every_reference_of_the_tableau():
 
 def test_every_kind_of_check_is_explained():
     page = (BOOK / "how-this-book-checks-itself.md").read_text("utf-8")
-    kinds = re.findall(r"^def ([a-z]\w*)\(.*\) -> None:", (ROOT / "vaelib/checks/statements.py").read_text("utf-8"), re.MULTILINE)
+    kinds = re.findall(
+        r"^def ([a-z]\w*)\(.*\) -> None:", (ROOT / "vaelib/checks/statements.py").read_text("utf-8"), re.MULTILINE
+    )
     assert kinds == re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
 
 

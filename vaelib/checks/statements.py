@@ -35,7 +35,7 @@ def noisy(draws: Tensor, what: str) -> Tensor:
     return draws
 
 
-def alike(first: Tensor, second: Tensor, what: str) -> None:
+def _alike(first: Tensor, second: Tensor, what: str) -> None:
     """Refuse two sets of draws whose coordinates are not the same: they would be compared crosswise."""
     assert first.shape[1:] == second.shape[1:], (
         f"{what}: draws of the shapes {list(first.shape)} and {list(second.shape)} have other coordinates"
@@ -85,7 +85,7 @@ def biased(draws: Tensor, exact: Tensor | float, what: str = "mean") -> None:
 def less_variance(quiet: Tensor, noisier: Tensor, factor: float = 1.0, what: str = "variance") -> None:
     """Check that ``quiet`` has less total variance than ``noisier`` / ``factor``, by more than 4 standard errors."""
     quiet, noisier = noisy(quiet, what), noisy(noisier, what)
-    alike(quiet, noisier, what)
+    _alike(quiet, noisier, what)
     assert min(len(quiet), len(noisier)) >= 10, f"{what}: the error of a variance needs at least 10 draws"
     (low, low_error), (high, high_error) = total_variance(quiet), total_variance(noisier)
     gap, error = high - factor * low, (high_error**2 + (factor * low_error) ** 2) ** 0.5
