@@ -124,7 +124,7 @@ def try_out(q: Posterior, eps: Latent) -> None:
         pairs = zip((*layers_of(z), first), (*layers_of(other), second), strict=True)
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True) for a, b in pairs):
             raise InputError(
-                f"this {name} is another one each time it is sampled or evaluated, since a random layer such as "
+                f"the density of this {name} is another one each time it is evaluated, since a random layer such as "
                 "dropout is active in a network inside it: call .eval() on that network, or leave the layer out"
             )
         held = map_latent(Tensor.detach, z)
