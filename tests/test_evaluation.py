@@ -84,6 +84,11 @@ def test_chunks_do_not_change_the_value(chunk):
     torch.testing.assert_close(stream.standard_error, (w.square().sum(0) - 0.01).clamp_min(0).sqrt())
 
 
+def test_the_mean_and_its_error():
+    """Of 2, 4 and 9: a mean of 5, a variance of 13."""
+    assert evaluation.mean_and_standard_error(torch.tensor([2.0, 4.0, 9.0])) == pytest.approx((5, (13 / 3) ** 0.5))
+
+
 def test_impossible_draws_and_a_single_one():
     stream = StreamingLogMeanExp()
     stream.add(torch.full((2, 1), -torch.inf))

@@ -299,6 +299,20 @@ def test_what_vmap_has_no_rule_for_is_done_draw_by_draw(layer, monkeypatch):
     torch.testing.assert_close(draws, loop, rtol=1e-12, atol=1e-12)
 
 
+def test_a_joint_that_looks_at_its_values_is_done_draw_by_draw():
+    class Looking(OneLayerJoint):
+        def forward(self, x, z):
+            log_p = super().forward(x, z)
+            return 2 * log_p if z.mean() > 0.4 else log_p
+
+    found = gradients.draws("elbo-path", Looking(), OneLayerEncoder(), X, draws=20, wrt="weights", generator=seeded())
+    plain = gradients.draws(
+        "elbo-path", OneLayerJoint(), OneLayerEncoder(), X, draws=20, wrt="joint", generator=seeded()
+    )
+    ratio = found[:, :1] / plain
+    assert ((ratio - 1).abs() < 1e-9).any() and ((ratio - 2).abs() < 1e-9).any()
+
+
 def test_an_error_of_the_model_s_own_reaches_the_caller():
     def joint(x, z):
         raise RuntimeError("my own fault")
