@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -176,6 +177,57 @@ def test_help_is_enough(vaelib):
         assert all(re.search(r"\S", line) for line in out.splitlines() if line.startswith("  --"))
 
 
+def test_the_options_are_the_fields_of_the_configuration(vaelib):
+    _, out, _ = vaelib("train", "--help")
+    words = " ".join(out.split())
+    for field in dataclasses.fields(Config):
+        flag = "--size NAME=N" if field.name == "sizes" else f"--{field.name.replace('_', '-')}"
+        assert f"{flag} " in words and " ".join(field.metadata["help"].split()) in words
+    assert "--shuffle / --no-shuffle" in words and "[default: (no-compile)]" in words
+
+
+NAMES = ("my runs/first é", "it's", "a&b; exit 3", "$HOME", "-x", "--epochs", "two\nlines", 'a"b`c', "plain")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_that_is_printed_can_be_pasted_whatever_the_folder_is_called(vaelib, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+
+    def pasted(command: str) -> list[str]:
+        shell = ["sh", "-c", f'vaelib() {{ printf "%s\\0" "$@"; }}; {command}']
+        return subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+    _, _, err = vaelib("evaluate", "--", name)
+    assert pasted(re.search(r"`(vaelib .*?)`(?!c)", err, re.DOTALL)[1])[-1] in (name, f"./{name}")
+    code, out, err = vaelib("train", *TINY, "--quiet", "--", name)
+    assert (code, err) == (0, "")
+    found = pasted(out[out.index("next: ") + 6 :])
+    code, _, err = vaelib(*found, "--samples", 2, "--limit", 2, "--device", "cpu")
+    assert found[0] == "evaluate" and (code, err) == (0, "")
+
+    code, _, err = vaelib("experiment", "show", "stl-figure-3", f"--results={name}")
+    found = pasted(re.search(r"`(vaelib .*)`", err, re.DOTALL)[1])
+    assert code == 2 and found[:3] == ["experiment", "run", "stl-figure-3"] and found[-1] in (name, f"./{name}")
+    monkeypatch.setattr("vaelib.experiments.grid.run", lambda *_: tmp_path)
+    code, out, _ = vaelib(*found)
+    shown = pasted(out[out.index("next: ") + 6 :])
+    assert code == 0 and shown[:3] == ["experiment", "show", "stl-figure-3"] and shown[-2:] == found[-2:]
+
+
+def test_an_empty_name_is_no_folder(vaelib, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "evaluate"):
+        for name in ("", " "):
+            code, out, err = vaelib(command, name)
+            assert code == 2 and "the name of the folder is empty" in err and not list(tmp_path.iterdir())
+
+
+def test_a_figure_needs_an_ending(vaelib, tmp_path):
+    for name in ("", tmp_path / "figure"):
+        code, _, err = vaelib("experiment", "show", "stl-figure-3", "--figure", name)
+        assert code == 2 and "--figure must be a file's name with an ending" in err and not list(tmp_path.iterdir())
+
+
 def test_lists(vaelib):
     for command, names in (
         (("estimators",), estimators.ESTIMATORS),
@@ -202,7 +254,7 @@ def test_help_and_import_take_nothing_heavy():
             cli.main(["train", "--help"])
         except SystemExit:
             pass
-        heavy = {"torch", "numpy", "sklearn", "matplotlib", "rich"} & set(sys.modules)
+        heavy = {"torch", "numpy", "pandas", "sklearn", "matplotlib", "rich"} & set(sys.modules)
         assert not heavy, heavy
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)

@@ -540,6 +540,7 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.delenv("VAELIB_DATA", raising=False)
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "240000")  # a busy machine
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # notice a lost node sooner
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster

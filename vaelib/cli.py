@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from vaelib import __version__
 from vaelib.config import Config
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError
+from vaelib.files import in_shell
 
 app = typer.Typer(
     name="vaelib",
@@ -63,79 +65,53 @@ def common(
     pass
 
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.", show_default=False)]
+def run_folder(text: str) -> Path:
+    """Return the folder; an empty name, such as that of an unset variable, is not the folder that we are in."""
+    if not text.strip():
+        raise typer.BadParameter("the name of the folder is empty")
+    return Path(text)
+
+
+RunDir = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR", parser=run_folder, help="The folder of the run.", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 
+SETTINGS = {field.name: field for field in fields(Config)}
+HELP = {name: field.metadata["help"] for name, field in SETTINGS.items()}
+"""What the fields of the configuration mean."""
 
-def option(field: str, *flags: str, **settings: Any) -> Any:
-    """An option that sets a field of the configuration, and is None if not given."""
-    return typer.Option(*flags, **{"show_default": str(getattr(Config, field)), **settings})
+
+def settings() -> list[inspect.Parameter]:
+    """Return an option for each field of the configuration, which has its type, default and help; None if not given."""
+    made, types = [], get_type_hints(Config)
+    for name in sorted(types, key=lambda name: name not in Config.__annotations__):  # the recipe's come last
+        kind = types[name]
+        flag, default = name.replace("_", "-"), SETTINGS[name].default
+        flags, shown, text = f"--{flag}", default is not None and str(default), HELP[name]
+        if name == "sizes":
+            flags, shown, text, kind = "--size", False, f"{text} May be repeated.", list[str]
+        elif kind is bool:
+            flags, shown = f"--{flag}/--no-{flag}", flag if default else f"no-{flag}"
+        metavar = "NAME=N" if name == "sizes" else None
+        option = typer.Option(flags, help=text, show_default=shown, metavar=metavar)
+        kind = kind if type(None) in get_args(kind) else kind | None
+        made.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        )
+    return made
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of the configuration in the place of the command's ``**given``."""
+    first, *others, _ = inspect.signature(command, eval_str=True).parameters.values()
+    command.__signature__ = inspect.Signature([first, *settings(), *others])
+    return command
 
 
 @app.command()
-def train(
-    run_dir: RunDir,
-    data: Annotated[str | None, option("data", help="Data set; see `vaelib data list`.")] = None,
-    binarisation: Annotated[
-        str | None, option("binarisation", help="dynamic, fixed or grey.", show_default="of the data set")
-    ] = None,
-    model: Annotated[str | None, option("model", help="Model; see `vaelib models`.")] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=N",
-            help="A width of the model, such as latent=10; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    estimator: Annotated[str | None, option("estimator", help="Gradient estimator; see `vaelib estimators`.")] = None,
-    k: Annotated[int | None, option("k", "--k", help="Draws of the latent an image.")] = None,
-    batch_size: Annotated[int | None, option("batch_size", help="Images a step.")] = None,
-    epochs: Annotated[int | None, option("epochs", help="Passes through the training images.")] = None,
-    lr: Annotated[float | None, option("lr", help="Adam's learning rate.")] = None,
-    schedule: Annotated[
-        str | None,
-        option(
-            "schedule",
-            help="constant, or burda: lr falls tenfold in eight stages of 1, 3, 9 ... 2187 epochs (Burda et al. 2016; "
-            "the first four are 40 epochs, all are 3280).",
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        option(
-            "optimizer",
-            help="adam, or adam-released: as in the code released with the papers (beta1 .99, second moment from 1, "
-            "moments of the step before, gradient summed over the batch).",
-        ),
-    ] = None,
-    shuffle: Annotated[
-        bool | None,
-        option(
-            "shuffle", "--shuffle/--no-shuffle", help="Another order of the images every epoch.", show_default="shuffle"
-        ),
-    ] = None,
-    clip: Annotated[
-        float | None, option("clip", help="Largest global norm of a gradient.", show_default="no limit")
-    ] = None,
-    adam_eps: Annotated[float | None, option("adam_eps", help="The constant in Adam's denominator.")] = None,
-    seed: Annotated[int | None, option("seed", help="Seed of weights, data order, binarisation and noise.")] = None,
-    device: Annotated[str | None, option("device", help="cpu, cuda or auto.")] = None,
-    checkpoint_seconds: Annotated[
-        float | None,
-        option("checkpoint_seconds", help="Longest time between two checkpoints; each epoch ends with one."),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        option(
-            "compile",
-            "--compile/--no-compile",
-            help="Compile the step: the same numbers to rounding, sooner; needs a C++ compiler.",
-            show_default="no-compile",
-        ),
-    ] = None,
-    quiet: Quiet = False,
-) -> None:
+@with_settings
+def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     """Train a model in RUN_DIR, or go on with it.
 
     A run that was stopped goes on with `vaelib train RUN_DIR`, and ends bit for bit where an uninterrupted one ends:
@@ -149,10 +125,9 @@ def train(
       vaelib train runs/dreg --data mnist --model mlp-2 --estimator iwae-dreg --k 5 --epochs 40 --schedule burda
       vaelib train runs/mnist --epochs 20        (go on to 20 epochs)
     """
-    given = {name: value for name, value in locals().items() if name not in ("run_dir", "quiet", "size")}
     given = {name: value for name, value in given.items() if value is not None}
-    if size:
-        given["sizes"] = dict(map(parse_size, size))
+    if "sizes" in given:
+        given["sizes"] = dict(map(parse_size, given["sizes"]))
     start()
     from vaelib import runs
 
@@ -166,7 +141,7 @@ def train(
     typer.echo(
         f"{trained['epoch']} epochs, {trained['step']} steps, {trained['seconds']:.0f} s on {trained['device']}; "
         f"mean bound in the last epoch: {trained['bound']:.2f} nats\n"
-        f"next: vaelib evaluate {run_dir}"
+        f"next: vaelib evaluate {in_shell(run_dir)}"
     )
 
 
@@ -179,7 +154,7 @@ def evaluate(
         int | None, typer.Option(help="Take the first LIMIT test images alone.", show_default="all")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of dynamic binarisation.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Estimate -log p(x) of the test images.
@@ -207,10 +182,10 @@ def evaluate(
 @app.command()
 def estimators() -> None:
     """List the gradient estimators."""
-    from vaelib.estimators import every
+    from vaelib.estimators import ESTIMATORS
 
-    rows = [(row.name, row.bound, row.target or "-", str(row.least_k), row.summary) for row in every().values()]
-    table(("name", "bound", "unbiased for", "least k", ""), *rows)
+    lines = [(one.name, one.bound, one.target or "-", str(one.least_k), one.summary) for one in ESTIMATORS.values()]
+    table(("name", "bound", "unbiased for", "least k", ""), *lines)
 
 
 @app.command()
@@ -218,7 +193,7 @@ def models() -> None:
     """List the models and their sizes."""
     from vaelib.models import MODELS
 
-    rows = [
+    lines = [
         (
             name,
             " ".join(f"{size}={width}" for size, width in builder.__kwdefaults__.items()),
@@ -226,14 +201,14 @@ def models() -> None:
         )
         for name, builder in MODELS.items()
     ]
-    table(("name", "sizes", ""), *rows)
+    table(("name", "sizes", ""), *lines)
 
 
-def table(*rows: tuple[str, ...]) -> None:
-    """Print rows of cells in columns as wide as they need."""
+def table(*lines: tuple[str, ...]) -> None:
+    """Print lines of words in columns as wide as they need."""
     from vaelib.experiments.results import Table
 
-    typer.echo(str(Table(rows)))
+    typer.echo(str(Table(lines)))
 
 
 @data_app.command("list")
@@ -241,10 +216,10 @@ def list_data() -> None:
     """List the data sets, and where they are."""
     from vaelib import data
 
-    for row in data.describe():
-        typer.echo(f"{row.name}\n    {row.description}\n    {row.splits}\n    {row.where}")
-        if row.note:
-            typer.echo(f"    mind: {row.note}")
+    for one in data.describe():
+        typer.echo(f"{one.name}\n    {one.description}\n    {one.splits}\n    {one.where}")
+        if one.note:
+            typer.echo(f"    mind: {one.note}")
 
 
 @data_app.command("fetch")
@@ -287,7 +262,11 @@ def list_experiments(results: ResultsFolder = Path("results")) -> None:
     for name in EXPERIMENTS:
         experiment = find(name)
         typer.echo(f"{name}\n    {experiment.reproduces}")
-        have = finished(experiment, results)
+        try:
+            have = finished(experiment, results)
+        except (InputError, OSError) as error:
+            typer.echo(f"    {explain(error)}")
+            continue
         for preset, size in experiment.presets.items():
             done = sum(task.key in have for task in experiment.tasks(preset))
             time = f"{duration(size.minutes)} of one core, {duration(size.minutes / jobs)} here"
@@ -299,7 +278,7 @@ def run_experiment(
     name: ExperimentName,
     preset: Annotated[str, typer.Option(help="smoke, short, paper, or another of `vaelib experiment list`.")] = "short",
     seeds: Annotated[int | None, typer.Option(help="Runs of each configuration.", show_default="of the preset")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "auto",
     jobs: Annotated[
         int | None, typer.Option(help="Runs at once on this machine.", show_default="one a core, or one on a GPU")
     ] = None,
@@ -317,7 +296,7 @@ def run_experiment(
     """Make the runs of an experiment that its table does not hold yet.
 
     Ctrl-C, a crash or a power cut lose little: the same command goes on from the checkpoints. Several such commands,
-    even of the same experiment, share the work. To make a run anew, delete its rows and its folder.
+    even of the same experiment, share the work. To make a run anew, delete its lines and its folder.
 
     \b
     Examples:
@@ -333,7 +312,7 @@ def run_experiment(
     except KeyboardInterrupt:
         typer.echo("vaelib: stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"all runs are in {path}\nnext: vaelib experiment show {name} --preset {preset}")
+    typer.echo(f"all runs are in {path}\nnext: vaelib experiment show {name} --preset {preset}{option_for(results)}")
 
 
 @experiment_app.command("show")
@@ -362,30 +341,34 @@ def show_experiment(
     """
     from vaelib import experiments
 
-    experiment = experiments.find(name)
-    if preset is not None:
-        choose("preset", preset, experiment.presets)
-    rows = experiments.load(name, folder=results)
-    have = [each for each in experiment.presets if each in {row["preset"] for row in rows}]
-    if not have or (preset or have[-1]) not in have:
+    if figure is not None and not figure.suffix:
+        raise InputError(f"--figure must be a file's name with an ending, such as table-2.png, but is '{figure}'")
+    experiment, found = experiments.find(name), experiments.load(name, preset, results)
+    have = [each for each in experiment.presets if each in set(found["preset"])]
+    if not have:
         raise InputError(
             f"'{results}' has no results of '{name}'{f', preset {preset}' if preset else ''}: make them with "
-            f"`vaelib experiment run {name} --preset {preset or 'short'}`"
+            f"`vaelib experiment run {name} --preset {preset or 'short'}{option_for(results)}`"
         )
-    preset = preset or have[-1]
-    rows = [row for row in rows if row["preset"] == preset]
-    typer.echo(f"{experiment.reproduces}\npreset {preset}, {', '.join(sorted({row['device'] for row in rows}))}\n")
-    table(*experiment.table(rows))
+    preset = have[-1]
+    found = found[found["preset"] == preset]
+    typer.echo(f"{experiment.reproduces}\npreset {preset}, {', '.join(sorted(set(found['device'])))}\n")
+    table(*experiment.table(found))
     if figure is not None:
         from matplotlib.figure import Figure
 
         canvas = Figure(figsize=(7, 4), layout="constrained")
-        experiment.figure(rows, canvas)
+        experiment.figure(found, canvas)
         try:
             canvas.savefig(figure)
         except ValueError as error:  # a kind of file that matplotlib does not know
             raise InputError(f"--figure '{figure}': {error}") from None
         typer.echo(f"\nfigure: {figure}")
+
+
+def option_for(results: Path) -> str:
+    """Return the option for a folder of tables in a printed command; nothing for the usual one."""
+    return "" if results == Path("results") else f" --results {in_shell(results)}"
 
 
 def duration(minutes: float) -> str:
