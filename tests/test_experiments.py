@@ -358,7 +358,7 @@ def test_a_run_whose_process_is_killed_goes_on_to_the_same_numbers(tmp_path, und
         def ended(self):
             for job in [job for job in self.victims if job in self.processes and under_way(job)]:
                 self.victims.remove(job)
-                self.processes[job].kill()
+                self.processes[job][0].kill()
             return super().ended()
 
     assert finish(Murderous(2), jobs, tmp_path) == {}
@@ -369,7 +369,7 @@ def test_a_run_whose_process_is_killed_goes_on_to_the_same_numbers(tmp_path, und
 def test_a_run_that_dies_each_time_is_given_up(tmp_path):
     class Deadly(grid.OnThisMachine):
         def ended(self):
-            for process in self.processes.values():
+            for process, _ in self.processes.values():
                 process.kill()
             return super().ended()
 
@@ -540,6 +540,7 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.delenv("VAELIB_DATA", raising=False)
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "240000")  # a busy machine
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # notice a lost node sooner
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster

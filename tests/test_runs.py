@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_training import Killed, differences
 
-from vaelib import bounds, data, evaluation, models, runs, training
+from vaelib import bounds, data, evaluation, files, models, runs, training
 from vaelib.config import Config
 from vaelib.errors import InputError
 
@@ -57,7 +57,7 @@ def copy_of(run_dir, tmp_path):
 
 def kill_at_write(monkeypatch, number: int, where: str):
     """Let the process "die" before or after the file write of that number, without any cleaning up."""
-    count, write = 0, runs.write
+    count, write = 0, files.write
 
     def deadly(path, content):
         nonlocal count
@@ -68,7 +68,8 @@ def kill_at_write(monkeypatch, number: int, where: str):
         if count == number and where == "after":
             raise Killed
 
-    monkeypatch.setattr(runs, "write", deadly)
+    for module in (files, runs):
+        monkeypatch.setattr(module, "write", deadly)
 
 
 def test_a_run_leaves_what_it_says(finished):
@@ -91,7 +92,7 @@ def test_killed_between_any_two_writes(finished, tmp_path, monkeypatch, number, 
         kill_at_write(patch, number, where)
         with pytest.raises(Killed):
             runs.train(run_dir, TINY)
-    (run_dir / ".checkpoint.pt.abc.part").write_bytes(b"half a checkpoint")
+    (run_dir / f".checkpoint.pt.{32 * 'a'}.part").write_bytes(b"half a checkpoint")
     runs.train(run_dir, TINY)
     assert not differences(contents(finished), contents(run_dir))
     assert not list(run_dir.glob("*.part")) + list(run_dir.glob(".*.part"))

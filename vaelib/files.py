@@ -24,7 +24,7 @@ except ImportError:  # Windows: two processes in one folder are not noticed
 PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 """The names of what is being written; nothing else gives a file such a name."""
 
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 """What an error is called when there is no room."""
 
 A_DAY = 86_400.0
@@ -127,7 +127,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise InUse(f"another process works at '{path}': wait for it, or choose another folder") from None
+            folder = path if path.is_dir() else path.parent
+            raise InUse(f"another process works in '{folder}': wait for it, or choose another folder") from None
         yield
     finally:
         os.close(handle)

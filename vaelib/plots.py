@@ -119,13 +119,13 @@ def band(axes: Axes, x: Tensor, curves: Tensor, look: Look) -> None:
 
 
 def images(axes: Axes, pictures: Tensor, columns: int) -> None:
-    """Show ``pictures`` ``[N, H, W]`` as one sheet of rows of ``columns``, dark ink on white."""
+    """Show ``pictures`` ``[N, H, W]`` as one sheet of lines of ``columns``, dark ink on white."""
     count, height, width = pictures.shape
-    rows = -(-count // columns)
-    sheet = torch.zeros(rows * columns, height + 1, width + 1, dtype=pictures.dtype)
+    lines = -(-count // columns)
+    sheet = torch.zeros(lines * columns, height + 1, width + 1, dtype=pictures.dtype)
     sheet[:count, :height, :width] = pictures
-    sheet = sheet.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
-    axes.imshow(sheet.reshape(rows * (height + 1), columns * (width + 1)).detach()[:-1, :-1], vmin=0)
+    sheet = sheet.reshape(lines, columns, height + 1, width + 1).swapaxes(1, 2)
+    axes.imshow(sheet.reshape(lines * (height + 1), columns * (width + 1)).detach()[:-1, :-1], vmin=0)
     axes.set_axis_off()
 
 
@@ -149,20 +149,20 @@ def snr(axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]
 
 
 def variance_time(axes: Axes, measured: Mapping[str, Moments]) -> None:
-    """Draw variance x time of each estimator as a row, relative to the best one; ``measured`` must have the time."""
+    """Draw variance x time of each estimator as a bar, relative to the best one; ``measured`` must have the time."""
     best = min(m.variance_time for m in measured.values() if m.variance_time > 0)
-    for row, (name, moments) in enumerate(measured.items()):
-        axes.barh(-row, moments.variance_time / best, color=LOOKS[name].color)
-    axes.set_yticks([-row for row in range(len(measured))], [LOOKS[name].label for name in measured])
+    for place, (name, moments) in enumerate(measured.items()):
+        axes.barh(-place, moments.variance_time / best, color=LOOKS[name].color)
+    axes.set_yticks([-place for place in range(len(measured))], [LOOKS[name].label for name in measured])
     axes.set(xscale="log", xlabel="variance x time, relative to the best")
 
 
 def bias(axes: Axes, tests: Mapping[str, BiasTest]) -> None:
     """Draw the t statistic of every coordinate of each test; beyond the dashed line is a bias."""
-    for row, (name, test) in enumerate(tests.items()):
-        axes.plot(test.t.abs(), torch.full(test.t.shape, -row), **LOOKS[name].points(linestyle="none", alpha=0.6))
-        axes.plot([test.threshold] * 2, [-row - 0.4, -row + 0.4], color=BLACK, linestyle="--", linewidth=1)
-    axes.set_yticks([-row for row in range(len(tests))], [LOOKS[name].label for name in tests])
+    for place, (name, test) in enumerate(tests.items()):
+        axes.plot(test.t.abs(), torch.full(test.t.shape, -place), **LOOKS[name].points(linestyle="none", alpha=0.6))
+        axes.plot([test.threshold] * 2, [-place - 0.4, -place + 0.4], color=BLACK, linestyle="--", linewidth=1)
+    axes.set_yticks([-place for place in range(len(tests))], [LOOKS[name].label for name in tests])
     axes.set(xlabel="standard errors from the reference")
 
 
