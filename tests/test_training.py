@@ -422,32 +422,11 @@ def test_a_model_that_casts_by_itself_is_let_through(split):
     training.fit(model, doubled(split), epochs=1, batch_size=500)
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda grey: 255 * grey, "levels from 0 to 255"),
-        (lambda grey: 2 * grey - 1, "levels from -1 to 1"),
-        (lambda grey: (255 * grey).to(torch.uint8), "images are torch.uint8"),
-        (lambda grey: grey.long(), "images are torch.int64"),
-        (lambda grey: grey.where(grey < 0.9, math.nan), "not finite"),
-        (lambda grey: grey.where(grey < 0.9, math.inf), "not finite"),
-    ],
-)
-@pytest.mark.parametrize("binarisation", ["dynamic", "fixed"])
-def test_levels_that_are_no_grey_levels_are_refused(split, change, sentence, binarisation):
-    wrong = replace(split, grey=change(split.grey), binarisation=binarisation)
-    with pytest.raises(InputError, match=sentence):
-        training.fit(small_model(), wrong)
-
-
 def test_a_gaussian_likelihood_takes_any_finite_number(split):
     grey = replace(split, grey=3 * split.grey - 1, binarisation="grey")
     training.fit(models.build("linear", 64, latent=2), grey, epochs=1, batch_size=500)
-    for bad in (math.nan, -math.inf):
-        with pytest.raises(InputError, match="not finite"):
-            training.fit(
-                models.build("linear", 64), replace(grey, grey=grey.grey.index_fill(1, torch.tensor([3]), bad))
-            )
+    with pytest.raises(InputError, match="wants images of 0 and 1"):
+        training.fit(small_model(), grey)
 
 
 def strided(kind, values):

@@ -587,8 +587,8 @@ def check_fit(training: Training) -> None:
     what = "images" if isinstance(split, Split) else "observations"
     if recipe.batch_size > len(split):
         raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training {what}")
-    if isinstance(split, Split):
-        check_levels(split, getattr(model, "binary", False))
+    if isinstance(split, Split) and getattr(model, "binary", False):
+        check_levels(split)
     noise = stream("test", 0, training.device)
     x = split.batch(slice(0, 1), noise)
 
@@ -625,22 +625,9 @@ def check_fit(training: Training) -> None:
         raise
 
 
-def check_levels(split: Split, binary: bool) -> None:
-    """Raise InputError if the images of a split are not what its binarisation, or a Bernoulli likelihood, wants."""
-    grey = split.grey
-    if not grey.is_floating_point():
-        raise InputError(
-            f"the images are {grey.dtype}, but must be floating-point numbers from 0 to 1: give images.float() / 255"
-        )
-    low, high = (level.item() for level in grey.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError("the images have levels that are not finite: leave these images out, or put numbers there")
-    if (binary or split.binarisation != "grey") and not 0 <= low <= high <= 1:
-        raise InputError(
-            f"the images have levels from {low:g} to {high:g}, but to be black or white, or drawn as such, they must "
-            "be between 0 and 1: divide by the largest possible one, such as 255"
-        )
-    if binary and split.binarisation != "dynamic" and not ((grey == 0) | (grey == 1)).all():
+def check_levels(split: Split) -> None:
+    """Raise InputError unless the images that a Bernoulli likelihood will see are black and white."""
+    if split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
         raise InputError(
             "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
             "use binarisation=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"

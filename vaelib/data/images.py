@@ -79,9 +79,13 @@ class Split:
             )
         if self.grey.numel() and not self.grey.is_meta:
             low, high = (level.item() for level in self.grey.detach().aminmax())
-            if not (low >= 0 and high <= 1):  # also if one is not a number
+            within = (
+                low >= 0 and high <= 1 if self.binarisation != "grey" else math.isfinite(low) and math.isfinite(high)
+            )
+            if not within:  # also if one is not a number
+                limits = "finite" if self.binarisation == "grey" else "in [0, 1]"
                 raise InputError(
-                    f"grey levels must be in [0, 1], but these are from {low:g} to {high:g}: scale them (0 to 255 by "
+                    f"grey levels must be {limits}, but these are from {low:g} to {high:g}: scale them (0 to 255 by "
                     "x / 255), and fill in what is not a number"
                 )
 
