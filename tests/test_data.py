@@ -530,12 +530,14 @@ def test_images_of_ones_own_become_a_split():
     assert torch.equal(turned.grey[:, :3], split.grey[:, 3:])
     for wrong, complaint in (
         (np.zeros((5, 2, 3), np.uint8), "but are torch.uint8"),
-        (np.full((5, 6), 255.0), "from 255 to 255"),
+        (np.full((5, 6), np.nan), "must be finite, but these are from nan to nan"),
         (np.zeros(5), r"must be \[N, H, W\] or \[N, D\], but their shape is \[5\]"),
         (np.zeros((5, 1, 2, 3)), r"but their shape is \[5, 1, 2, 3\]"),
     ):
         with pytest.raises(InputError, match=complaint):
             Split.of(wrong)
+    with pytest.raises(InputError, match="from 255 to 255"):
+        Split.of(np.full((5, 6), 255.0), binarisation="dynamic")
 
 
 def test_fixed_images_are_the_same_at_every_access_and_load():
