@@ -66,6 +66,7 @@ def test_the_moments_are_those_of_all_draws_at_once():
     centred = draws - draws.mean(0)
     torch.testing.assert_close(moments.mean, draws.mean(0), rtol=1e-13, atol=0)
     torch.testing.assert_close(moments.variance, draws.var(0), rtol=1e-11, atol=0)
+    torch.testing.assert_close(moments.standard_error, draws.std(0) / 1000**0.5, rtol=1e-11, atol=0)
     fourth = (centred**4).mean(0) - (centred**2).mean(0) ** 2
     torch.testing.assert_close(moments.variance_error, (fourth / 1000).sqrt(), rtol=1e-9, atol=0)
     total, error = checks.total_variance(draws)
