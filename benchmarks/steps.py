@@ -203,10 +203,10 @@ def processor() -> str:
 
 def write(path: Path, records: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Write the CSV whole or not at all."""
-    from vaelib.data.files import whole
+    from vaelib.files import atomic
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part, part.open("w", newline="") as file:
+    with atomic(path) as part, part.open("w", newline="") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(records)

@@ -17,9 +17,8 @@ from toys import DTYPE
 
 from vaelib import checks, data, discrete, evaluation, gradients, models, objectives, plots, silent, training
 from vaelib.bounds import BOUNDS
-from vaelib.config import Config
 from vaelib.errors import InputError
-from vaelib.estimators import ESTIMATORS, TABLEAU, LossEstimator
+from vaelib.estimators import ESTIMATORS, TABLEAU, LossEstimator, get
 from vaelib.likelihoods import Bernoulli as Pixels
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, OneHotCategorical, gumbel
 
@@ -544,8 +543,8 @@ def test_every_estimator_is_found_by_name():
     assert all(row.name == name and row.summary.endswith(".") for name, row in ESTIMATORS.items())
     assert set(names) <= set(plots.LOOKS)
     with pytest.raises(InputError, match="did you mean 'elbo-disarm'"):
-        Config(estimator="elbo-disarn")
-    assert Config(estimator="elbo-arm", model="linear-bernoulli").estimator == "elbo-arm"
+        get("elbo-disarn")
+    assert get("DisARM") is get("elbo-disarm") is ESTIMATORS["elbo-disarm"]
 
 
 # Sure bits, impossible values, and noise that is exactly 0

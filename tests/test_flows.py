@@ -553,8 +553,8 @@ def test_mapping_the_parameters_moves_the_gaussian_and_the_context(one_pass):
 
 
 @ROWS
-def test_a_coupling_with_dropout_is_refused_where_it_would_be_two_functions(estimator):
-    """A flow that is inverted evaluates its networks twice; one that carries the force along does not."""
+def test_a_coupling_with_dropout_is_refused(estimator):
+    """Also where the force is carried along: each sample is then of another q."""
     encoder = encoder_of(["coupling"] * 2)
     for layer in encoder.layers:
         layer.network.insert(2, nn.Dropout(0.5))
@@ -566,4 +566,5 @@ def test_a_coupling_with_dropout_is_refused_where_it_would_be_two_functions(esti
     assert objectives.backward(estimator, Skewed(), encoder(X), X, eps).isfinite().all()
     encoder.train()
     one_pass = FlowEncoder(encoder.base, encoder.layers, one_pass=True)
-    assert objectives.backward(estimator, Skewed(), one_pass(X), X, eps).isfinite().all()
+    with pytest.raises(InputError, match="density of this OnePassFlow is another one each time"):
+        objectives.backward(estimator, Skewed(), one_pass(X), X, eps)

@@ -536,9 +536,9 @@ def test_training_with_a_schedule_and_with_a_tracked_scale(model, base):
     assert plain[0] == constant[0]
     seen = []
 
-    def schedule(done):
-        seen.append(done)
-        return silent.annealed(ALL[base], silent.linear(2 * done))
+    def schedule(progress):
+        seen.append(progress.done)
+        return silent.annealed(ALL[base], silent.linear(2 * progress.done))
 
     annealed = trained(lambda _: schedule)
     assert seen == [0.0, *(i / 9 for i in range(9))] and annealed[0] != plain[0]

@@ -106,34 +106,33 @@ class Row(Estimator):
         """
         log_share = self.shares(q, draws(eps))
         if self.automatic:
-            z, log_q = q.sample_and_log_prob(eps)
+            score, (z, log_q) = None, q.sample_and_log_prob(eps)
             self.check_path(q, z, eps)
-            return -self.value(log_weight(joint, x, z, log_q), log_share)
-
-        z = q.sample(eps)
-        still = map_latent(Tensor.detach, z)
-        score = None if self.example.score is None else q.log_prob_of_sample(still, eps)
-        if self.reparameterised:
-            self.check_path(q, z, eps)
-            z = map_latent(lambda layer: layer.view_as(layer), z)  # what arrives here is log w's alone
-            log_q = q.stop_gradient().log_prob_of_sample(z, eps)
         else:
-            z, log_q = still, score.detach()
+            z = q.sample(eps)
+            still = map_latent(Tensor.detach, z)
+            score = None if self.example.score is None else q.log_prob_of_sample(still, eps)
+            if self.reparameterised:
+                self.check_path(q, z, eps)
+                z = map_latent(lambda layer: layer.view_as(layer), z)  # what arrives here is log w's alone
+                log_q = q.stop_gradient().log_prob_of_sample(z, eps)
+            else:
+                z, log_q = still, score.detach()
         log_w = log_weight(joint, x, z, log_q)
-        if self.whole:
-            return -self.value(log_w, log_share)
+        if isinstance(log_share, Tensor):
+            return -self.value(log_w, log_share)  # through which the shares get their gradient too
 
         seen = log_w.detach()
         a, b, c = self.rule(seen)
-        total = (a * signal(log_w)).sum(0)
+        total = (a * log_w.masked_fill(seen == -math.inf, 0.0)).sum(0)
         if b is not None and b is not a:
             ratio = (b / a).nan_to_num(0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
             for layer in layers_of(z):
                 if layer.requires_grad:  # some layers may be frozen
                     layer.register_hook(lambda gradient: ratio * gradient)
-        if c is not None:
+        if score is not None:
             total = total + (c * score).sum(0)
-        return -(self.value(seen, log_share) + total - total.detach())
+        return -(self.value(seen) + total - total.detach())
 
     def differentiate_by_channels(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         """Return the same loss with a line for each channel: theta, phi through the sample, phi through the density."""
