@@ -128,7 +128,7 @@ def test_impossible_draws_weigh_nothing_and_leave_no_nan(log_w, elbo, iwae):
         slope = torch.autograd.grad(value.sum(), log_w)[0]
         assert slope.isfinite().all() and abs(slope.sum() - (0 if iwae == -INF else 1)) < 1e-3
         weights = bounds.normalised(log_w.detach())
-        torch.testing.assert_close(weights, slope)
+        torch.testing.assert_close(weights, slope, rtol=1e-3, atol=1e-6)  # float32 has 4 digits left of log w = -10000
 
 
 def test_a_share_of_zero_counts_nothing_whatever_its_draw():

@@ -47,6 +47,10 @@ class Gaussian(Posterior):
         """
         return standard_normal_log_prob(eps + self.whiten(z - self.sample(eps))) - self.log_det()
 
+    def log_prob_near(self, centre: Tensor, offset: Tensor) -> Tensor:
+        r"""Return :math:`\log q(c + o)` from the residual :math:`(c - \mu) + o`, which keeps its digits."""
+        return standard_normal_log_prob(self.whiten((centre - self.mean) + offset)) - self.log_det()
+
     def sample_and_log_prob(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return z and :math:`\log q(z) = \log \mathcal N(\varepsilon; 0, I) - \log\det L`, both live in phi."""
         return self.sample(eps), standard_normal_log_prob(eps) - self.log_det()
