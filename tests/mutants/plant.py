@@ -39,7 +39,7 @@ CALLS = HERE / "calls.json"
 COLUMNS = ("file", "old", "new", "outcome", "by", "seconds", "fingerprint")
 TIMEOUT = 600  # seconds; a change that makes the tests hang is noticed
 LOADED = (
-    "torch", "torch.func", "torch.fx.experimental.proxy_tensor", "numpy", "pandas", "scipy.stats", "pytest",
+    "torch", "torch.func", "torch.fx.experimental.proxy_tensor", "torch.distributed.tensor", "numpy", "pandas", "scipy.stats", "pytest",
     "hypothesis", "tqdm", "typer", "matplotlib.pyplot",
 )  # fmt: skip
 
@@ -222,9 +222,9 @@ class Workshop:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1), os.dup2(silent, 2)
         sys.path[:0] = [str(self.root)]
-        os.environ["PYTHONPATH"] = str(self.root)
+        os.environ.update(PYTHONPATH=str(self.root), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # nbval alone takes 3 seconds
         watcher = Watcher(str(self.root), order)
-        options = ["-q", "-n", "0", "--no-header", "--tb=no", *(["-x"] if order is not None else [])]
+        options = ["-q", "--no-header", "--tb=no", *(["-x"] if order is not None else [])]
         code = pytest.main([*options, test], plugins=[watcher])
         if code not in (0, 1, 5):
             watcher.failed.append(test)
