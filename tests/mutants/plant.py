@@ -243,17 +243,24 @@ class Workshop:
             CALLS.write_text(json.dumps(self.calls))
         return self.calls[test]["tests"]
 
-    def try_out(self, change: Change) -> dict[str, Any]:
-        """Return the line of the table: whether the tests noticed, and which one did."""
-        by, outcome, function, seconds = "", "unnoticed", change.function, 0.0
+    def attempts(self, change: Change, last: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield test files and the tests in them to run, in their order: first the one that noticed ``last`` time."""
+        if last:
+            yield last.split("::")[0], [last]
+        function = change.function
         for test in change.tests:
             tests = self.known_calls(test)
             order = [name for name in tests if function is None or function in tests[name]["calls"]]
-            if not order:
-                continue
+            if order:
+                yield test, sorted(order, key=lambda name: tests[name]["seconds"])
+
+    def try_out(self, change: Change, last: str = "") -> dict[str, Any]:
+        """Return the line of the table: whether the tests noticed, and which one did."""
+        by, outcome, seconds = "", "unnoticed", 0.0
+        for test, order in self.attempts(change, last):
             start = time.monotonic()
             with self.planting(change):
-                found = self.run(test, sorted(order, key=lambda name: tests[name]["seconds"]))
+                found = self.run(test, order)
             seconds += time.monotonic() - start
             if found is None or found["failed"]:
                 by, outcome = (found["failed"][0], "noticed") if found else (test, "hangs")
@@ -293,8 +300,9 @@ def tried(changes: list[Change], path: Path, order: list[Change]) -> Iterator[di
         workshop = Workshop(Path(folder))
         for change in order:
             key = (change.file, change.old, change.new)
-            if table.get(key, {}).get("fingerprint") != change.fingerprint:
-                table[key] = workshop.try_out(change)
+            line = table.get(key, {})
+            if line.get("fingerprint") != change.fingerprint:
+                table[key] = workshop.try_out(change, line["by"] if line.get("outcome") == "noticed" else "")
                 write([table[k] for k in ((c.file, c.old, c.new) for c in changes) if k in table], path)
             yield table[key]
 
