@@ -245,6 +245,19 @@ def test_free_bits_are_of_the_batch_s_mean():
     assert torch.equal(torch.autograd.grad(loss(1.1), mean)[0], torch.zeros(2, 1).double())
 
 
+@pytest.mark.parametrize("method", ["plain", "beta", "free-bits", "anneal"])
+def test_what_a_method_says_of_the_objective_is_what_is_trained(method, text):
+    model = small(text)
+    estimator = prepare(model, text.train, text.valid, replace(TEXT, **METHODS[method])).estimator
+    weight, bits = {"plain": (1, 0), "beta": (0.4, 0), "free-bits": (1, 0.5), "anneal": (0.1, 0)}[method]
+    x = text.valid.batch(slice(0, 3))
+    q = model.encoder(x)
+    eps = q.noise(1, torch.Generator().manual_seed(0))
+    rate = torch.maximum(collapse.kl_by_dimension(q).mean(0), torch.tensor(float(bits))).sum() if bits else q.kl()
+    expected = weight * rate - model.joint.log_likelihood(x, q.sample(eps)).mean(0)
+    torch.testing.assert_close(estimator.loss(model.joint, q, x, eps), expected)
+
+
 # -------------------------------------------------------------------------------- semi-amortised inference
 
 

@@ -72,6 +72,7 @@ def test_the_moments_are_those_of_all_draws_at_once():
     assert moments.total_variance == pytest.approx(total, rel=1e-11)
     assert moments.total_variance_error == pytest.approx(error, rel=0.02)  # the anchor is a mean of 130
     torch.testing.assert_close(moments.snr, draws.mean(0) / draws.std(0), rtol=1e-11, atol=0)
+    torch.testing.assert_close(moments.standard_error, draws.std(0) / 1000**0.5, rtol=1e-11, atol=0)
 
 
 def test_the_size_of_the_batches_does_not_matter():
