@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vaelib import collapse, data, estimators, models, objectives, runs, training
+from vaelib import collapse, data, estimators, evaluation, models, objectives, runs, training
 from vaelib.collapse import METHODS, TEXT, LagRecipe, prepare
 from vaelib.errors import InputError
 from vaelib.models.text import lstm_vae
@@ -421,6 +421,19 @@ def test_images_and_a_row_of_the_tableau_are_trained_too():
     recipe = replace(collapse.IMAGES, epochs=2, estimator="elbo-path", most=20)
     history = collapse.fit(model, images.train, images.valid, "aggressive", recipe)
     assert history[1]["nll_bound"] < history[0]["nll_bound"] and history[1]["encoder_steps"] > 200
+
+
+def test_what_is_measured_is_the_mean_over_all_observations(linear):
+    """At the exact posterior one draw gives log p(x); the two estimates of mutual information have caps of their own."""
+    model, x = linear
+    model = models.VAE(model.joint, models.exact_encoder(model.joint), binary=False)
+    found = collapse.measure(model, x, 30, torch.Generator().manual_seed(0))
+    assert found["nll_bound"] == pytest.approx(-model.joint.log_marginal(x).mean().item(), abs=0.2)
+    assert found["kl"] == pytest.approx(model.encoder(x).kl().mean().item(), rel=1e-9)
+    few, all_of_x = (
+        evaluation.mutual_information(model.encoder, x, size, torch.Generator().manual_seed(1)) for size in (30, None)
+    )
+    assert all_of_x - few > 0.2 and abs(found["mi"] - few) < 0.1 and abs(found["mi_all"] - all_of_x) < 0.1
 
 
 def test_collapse_and_its_cure(text):

@@ -621,6 +621,18 @@ def test_rounding_is_no_bias():
     assert not gradients.bias_test(shifted, "elbo-path", joint, encoder, x, draws=50).biased
 
 
+def test_a_bias_of_some_roundings_is_found_in_single_precision_too():
+    joint, encoder, x = (part.float() for part in batch_model())
+    tilted = Row("tilted", "elbo", "elbo", 1, "", lambda w: Weights(torch.ones_like(w), torch.full_like(w, 1.01), None))
+    assert gradients.bias_test(tilted, "elbo-path", joint, encoder, x, draws=2000, generator=seeded()).biased
+
+
+def test_no_variance_is_below_zero():
+    rare = Moments().add(torch.tensor([[0.0], [0.0], [0.0], [8.0]], dtype=DTYPE))
+    low, high = rare.variance_interval(0.999)
+    assert low == 0.0 and rare.total_variance == 16 and high > 32
+
+
 # --- bad use ----------------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ TESTS = {
     "vaelib/estimators/silent.py": ("silent", "silent_experiments", "chapter_03"),
     "vaelib/estimators/discrete.py": ("discrete", "estimators"),
     "vaelib/estimators/gdreg.py": ("gdreg",),
-    "vaelib/estimators": ("estimators", "bounds", "objectives", "mixtures", "discrete", "stopping"),
+    "vaelib/estimators": ("estimators", "bounds", "objectives", "mixtures", "discrete", "stopping", "gradients"),
     "vaelib/objectives.py": ("objectives", "estimators"),
     "vaelib/flows.py": ("flows", "chapter_06"),
     "vaelib/models/pixelcnn.py": ("pixelcnn",),
