@@ -519,6 +519,14 @@ def test_the_step_size_is_halved_and_the_best_weights_come_back(text):
     assert run.optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize(("first_decay", "rates"), [(1, [1, 0.5, 0.25, 0.125]), (2, [1, 1, 0.5, 0.25]), (9, [1] * 4)])
+def test_the_first_epochs_halve_nothing(text, first_decay, rates):
+    changes = {"patience": 1, "decays": 9, "epochs": 4, "first_decay": first_decay}
+    run, left = made_to_order(text, [1.0, 2.0, 3.0, 4.0], **changes)
+    run.run()
+    assert [lr for lr, _ in left] == rates
+
+
 @pytest.mark.parametrize(("losses", "best"), [([3.0, 2.0, 2.5], 2), ([2.0, 3.0, 2.5], 1), ([3.0, 2.5, 2.0], 3)])
 def test_the_best_weights_are_left_and_not_the_last(text, losses, best):
     run, left = made_to_order(text, losses, epochs=3, first_decay=9)
