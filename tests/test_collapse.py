@@ -424,7 +424,7 @@ def test_images_and_a_row_of_the_tableau_are_trained_too():
 
 
 def test_what_is_measured_is_the_mean_over_all_observations(linear):
-    """At the exact posterior one draw gives log p(x); the two estimates of mutual information have caps of their own."""
+    """At the exact posterior one draw gives log p(x); the two estimates of mutual information have their own caps."""
     model, x = linear
     model = models.VAE(model.joint, models.exact_encoder(model.joint), binary=False)
     found = collapse.measure(model, x, 30, torch.Generator().manual_seed(0))

@@ -663,4 +663,4 @@ def test_the_density_of_a_mixture_moves_if_one_component_s_does(generator):
     for components, moves in (((fixed, moving), True), ((moving, fixed), True), ((fixed, fixed), False)):
         q = Mixture(components, logits)
         eps = q.noise(2, generator)
-        assert q.density_moves(q.sample(eps), eps) is moves
+        assert q.density_moves(q.sample(eps).detach(), eps) is moves

@@ -439,7 +439,8 @@ def test_evaluate(finished, tmp_path):
     noise = training.stream("noise", 3, "cpu")
     values, errors = evaluation.log_likelihood(model, x, 200, 20, noise, return_standard_error=True)
     assert found["nll"] == pytest.approx(-values.mean().item(), rel=1e-6)
-    assert found["sampling_error"] == pytest.approx(errors.norm().item() / 40, rel=1e-5)  # independent ones add in squares
+    # independent errors add in squares
+    assert found["sampling_error"] == pytest.approx(errors.norm().item() / 40, rel=1e-5)
 
     result = json.loads((run_dir / "result.json").read_text())
     assert result["training"] == json.loads((finished / "result.json").read_text())["training"]

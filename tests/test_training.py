@@ -658,7 +658,11 @@ def test_the_history_has_the_mean_of_an_epoch_s_bounds(split):
 
 
 def test_a_step_has_the_gradient_and_the_bound_of_its_batch_s_mean_alone(split):
-    x, model, row = split.batch(slice(0, 4), torch.Generator().manual_seed(0)), small_model(), estimators.get("iwae-dreg")
+    x, model, row = (
+        split.batch(slice(0, 4), torch.Generator().manual_seed(0)),
+        small_model(),
+        estimators.get("iwae-dreg"),
+    )
     q = model.encoder(x)
     eps = q.noise(3, torch.Generator().manual_seed(1))
     loss = row.loss(model.joint, q, x, eps).mean()

@@ -4,7 +4,7 @@
 once, and what to put in its place. A change is planted in a copy of the package, the tests of that file which call the
 changed function are run, quick ones first, until one fails, and the outcome is a line of ``outcomes.csv``; a change
 whose line is there already, for the code and tests as they are, is not tried again. ``--show`` prints the changes that
-went unnoticed. Not part of ``make test``: all of it takes an hour of one core.
+went unnoticed. Not part of ``make test``: all of it takes some twenty minutes of one core.
 
 Which tests call what is found once for a test file, by running it with an eye on every call, and kept beside the
 table in ``calls.json`` (not committed; delete it where tests have come to call other functions). Tests that fail
@@ -39,8 +39,8 @@ CALLS = HERE / "calls.json"
 COLUMNS = ("file", "old", "new", "outcome", "by", "seconds", "fingerprint")
 TIMEOUT = 600  # seconds; a change that makes the tests hang is noticed
 LOADED = (
-    "torch", "torch.func", "torch.fx.experimental.proxy_tensor", "torch.distributed.tensor", "numpy", "pandas", "scipy.stats", "pytest",
-    "hypothesis", "tqdm", "typer", "matplotlib.pyplot",
+    "torch", "torch.func", "torch.fx.experimental.proxy_tensor", "torch.distributed.tensor", "numpy", "pandas",
+    "scipy.stats", "pytest", "hypothesis", "tqdm", "typer", "matplotlib.pyplot",
 )  # fmt: skip
 
 TESTS = {
