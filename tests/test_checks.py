@@ -123,3 +123,58 @@ def test_a_variance_of_few_draws_has_no_error_to_go_by():
     """Two draws have equal squares, so that the error of their variance is 0, and chance decides."""
     with pytest.raises(AssertionError, match="at least 10 draws"):
         checks.less_variance(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [3.0]]))
+
+
+SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(5000)  # of mean 0 and standard error 1 / 100
+SCALES = torch.tensor([1.0, 100.0], dtype=torch.float64)
+
+
+def fails(check, *arguments, **options):
+    try:
+        check(*arguments, **options)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_means_are_checked_to_four_standard_errors_of_each_coordinate_s_own():
+    draws = SIGNS.unsqueeze(-1) * SCALES
+    error = draws.std(0) / 100
+    for index in (0, 1, slice(None)):
+        near, far = draws.clone(), draws.clone()
+        near[:, index] += 3.9 * error[index]
+        far[:, index] += 4.1 * error[index]
+        assert not fails(checks.unbiased, near, 0.0) and fails(checks.unbiased, far, 0.0)
+        assert fails(checks.biased, near, 0.0) and not fails(checks.biased, far, 0.0)
+    torch.testing.assert_close(checks.z_scores(draws + 3 * error, 0.0), torch.full((2,), 3.0, dtype=torch.float64))
+    torch.testing.assert_close(checks.mean_and_error(draws[:4]), (draws[0] * 0, SCALES * (4 / 3) ** 0.5 / 2))
+
+
+def test_pairs_are_checked_to_four_standard_errors():
+    zero, error = torch.zeros_like(SIGNS), SIGNS.std() / 100
+    assert not fails(checks.below, zero, SIGNS + 4.1 * error) and fails(checks.below, zero, SIGNS + 3.9 * error)
+    assert fails(checks.below, SIGNS + 4.1 * error, zero)
+    for off in (-1, 0, 1):  # from off - 4 to off + 4 errors
+        margin = (4 + abs(off)) * error
+        assert not fails(checks.equivalent, SIGNS + off * error, zero, within=1.02 * margin)
+        assert fails(checks.equivalent, SIGNS + off * error, zero, within=0.98 * margin)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_variances_are_checked_to_four_standard_errors_of_the_difference_that_is_meant(factor):
+    """Squares are 1 or 4, so the variance is 2.5 and its error 1.5 / 100, times the square of the scale."""
+    quiet = (SIGNS * torch.tensor([1.0, 1, 2, 2]).repeat(2500)).unsqueeze(-1)
+    for excess, enough in ((0.0335, False), (0.035, True)):  # 3.88 and 4.05 errors
+        noisier = (factor * (1 + excess)) ** 0.5 * quiet
+        assert fails(checks.less_variance, quiet, noisier, factor=factor) is not enough
+    few = DRAWS[:5]
+    assert abs(checks.total_variance(few)[0] - few.var(0).sum()) < 1e-12
+
+
+def test_one_draw_that_differs_in_one_coordinate_is_variance():
+    draws = torch.ones(1000, 3, dtype=torch.float64)
+    draws[7, 1] += 1e-13
+    checks.no_variance(draws)
+    draws[7, 1] += 1e-11
+    with pytest.raises(AssertionError, match="draws differ by"):
+        checks.no_variance(draws)

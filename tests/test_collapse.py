@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vaelib import collapse, data, estimators, models, objectives, runs, training
+from vaelib import collapse, data, estimators, evaluation, models, objectives, runs, training
 from vaelib.collapse import METHODS, TEXT, LagRecipe, prepare
 from vaelib.errors import InputError
 from vaelib.models.text import lstm_vae
@@ -245,6 +245,19 @@ def test_free_bits_are_of_the_batch_s_mean():
     assert torch.equal(torch.autograd.grad(loss(1.1), mean)[0], torch.zeros(2, 1).double())
 
 
+@pytest.mark.parametrize("method", ["plain", "beta", "free-bits", "anneal"])
+def test_what_a_method_says_of_the_objective_is_what_is_trained(method, text):
+    model = small(text)
+    estimator = prepare(model, text.train, text.valid, replace(TEXT, **METHODS[method])).estimator
+    weight, bits = {"plain": (1, 0), "beta": (0.4, 0), "free-bits": (1, 0.5), "anneal": (0.1, 0)}[method]
+    x = text.valid.batch(slice(0, 3))
+    q = model.encoder(x)
+    eps = q.noise(1, torch.Generator().manual_seed(0))
+    rate = torch.maximum(collapse.kl_by_dimension(q).mean(0), torch.tensor(float(bits))).sum() if bits else q.kl()
+    expected = weight * rate - model.joint.log_likelihood(x, q.sample(eps)).mean(0)
+    torch.testing.assert_close(estimator.loss(model.joint, q, x, eps), expected)
+
+
 # -------------------------------------------------------------------------------- semi-amortised inference
 
 
@@ -410,6 +423,19 @@ def test_images_and_a_row_of_the_tableau_are_trained_too():
     assert history[1]["nll_bound"] < history[0]["nll_bound"] and history[1]["encoder_steps"] > 200
 
 
+def test_what_is_measured_is_the_mean_over_all_observations(linear):
+    """At the exact posterior one draw gives log p(x); the two estimates of mutual information have their own caps."""
+    model, x = linear
+    model = models.VAE(model.joint, models.exact_encoder(model.joint), binary=False)
+    found = collapse.measure(model, x, 30, torch.Generator().manual_seed(0))
+    assert found["nll_bound"] == pytest.approx(-model.joint.log_marginal(x).mean().item(), abs=0.2)
+    assert found["kl"] == pytest.approx(model.encoder(x).kl().mean().item(), rel=1e-9)
+    few, all_of_x = (
+        evaluation.mutual_information(model.encoder, x, size, torch.Generator().manual_seed(1)) for size in (30, None)
+    )
+    assert all_of_x - few > 0.2 and abs(found["mi"] - few) < 0.1 and abs(found["mi_all"] - all_of_x) < 0.1
+
+
 def test_collapse_and_its_cure(text):
     """A small case in full: plain training leaves KL, MI and AU at nothing, aggressive training does not."""
     toy = data.load("synthetic-text", sentences=500, vocabulary=60, length=8, seed=0)
@@ -491,6 +517,14 @@ def test_the_step_size_is_halved_and_the_best_weights_come_back(text):
     assert [weight for _, weight in left] == [1, 2, 3, 2, 5, 6, 2]
     assert run.over and run.step == 7 * run.steps_per_epoch  # two decays: it is over
     assert run.optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(("first_decay", "rates"), [(1, [1, 0.5, 0.25, 0.125]), (2, [1, 1, 0.5, 0.25]), (9, [1] * 4)])
+def test_the_first_epochs_halve_nothing(text, first_decay, rates):
+    changes = {"patience": 1, "decays": 9, "epochs": 4, "first_decay": first_decay}
+    run, left = made_to_order(text, [1.0, 2.0, 3.0, 4.0], **changes)
+    run.run()
+    assert [lr for lr, _ in left] == rates
 
 
 @pytest.mark.parametrize(("losses", "best"), [([3.0, 2.0, 2.5], 2), ([2.0, 3.0, 2.5], 1), ([3.0, 2.5, 2.0], 3)])

@@ -251,3 +251,12 @@ def test_impossible_draws_leave_no_nan_in_the_gradient(estimator, case):
         assert torch.isinf(loss).all() == (case == "all impossible")
     if case == "all impossible" and estimator.bound == "iwae":
         assert all(g is None or (g == 0).all() for g in found)
+
+
+def test_the_baselines_of_vimco_with_an_impossible_draw():
+    """Of the impossible one it is the geometric mean of the others; theirs is 0, since it takes part in it."""
+    log_w = torch.tensor([[0.0], [1.0], [-INF]], dtype=DTYPE)
+    w, found = log_w.softmax(0), TABLEAU["iwae-vimco"].weights(log_w)
+    without = torch.log(torch.tensor([[math.e], [1.0], [1 + math.e + math.exp(0.5)]], dtype=DTYPE) / 3)
+    torch.testing.assert_close(found.score, log_w.logsumexp(0) - math.log(3) - without - w)
+    torch.testing.assert_close(TABLEAU["elbo-score-loo"].weights(log_w + 1).score, torch.zeros_like(w))

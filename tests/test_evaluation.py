@@ -112,6 +112,9 @@ def test_equal_weights_have_no_error_in_single_precision_either():
     assert stream.value.dtype == stream.standard_error.dtype == torch.float32
     exact = log_w.double().softmax(0).square().sum(0).sub(0.01).sqrt()
     torch.testing.assert_close(stream.standard_error.double(), exact, rtol=1e-3, atol=0)
+    stream = StreamingLogMeanExp()
+    stream.add(1e-9 * torch.randn(30, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    assert (stream.standard_error < 1e-7).all()  # rounding on either side of 0 is no NaN
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(toy):

@@ -73,6 +73,7 @@ def test_the_moments_are_those_of_all_draws_at_once():
     assert moments.total_variance == pytest.approx(total, rel=1e-11)
     assert moments.total_variance_error == pytest.approx(error, rel=0.02)  # the anchor is a mean of 130
     torch.testing.assert_close(moments.snr, draws.mean(0) / draws.std(0), rtol=1e-11, atol=0)
+    torch.testing.assert_close(moments.standard_error, draws.std(0) / 1000**0.5, rtol=1e-11, atol=0)
 
 
 def test_the_size_of_the_batches_does_not_matter():
@@ -664,6 +665,18 @@ def test_rounding_is_no_bias():
         lambda w: Weights(torch.ones_like(w), torch.ones_like(w) * (1 + 1e-15), None),
     )
     assert not gradients.bias_test(shifted, "elbo-path", joint, encoder, x, draws=50).biased
+
+
+def test_a_bias_of_some_roundings_is_found_in_single_precision_too():
+    joint, encoder, x = (part.float() for part in batch_model())
+    tilted = Row("tilted", "elbo", "elbo", 1, "", lambda w: Weights(torch.ones_like(w), torch.full_like(w, 1.01), None))
+    assert gradients.bias_test(tilted, "elbo-path", joint, encoder, x, draws=2000, generator=seeded()).biased
+
+
+def test_no_variance_is_below_zero():
+    rare = Moments().add(torch.tensor([[0.0], [0.0], [0.0], [8.0]], dtype=DTYPE))
+    low, high = rare.variance_interval(0.999)
+    assert low == 0.0 and rare.total_variance == 16 and high > 32
 
 
 # --- bad use ----------------------------------------------------------------------------------------------------------

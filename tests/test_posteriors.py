@@ -646,3 +646,21 @@ def test_the_stopped_gaussian_has_the_same_density():
     torch.testing.assert_close(q.stop_gradient().log_prob(z), q.log_prob(z))
     q.stop_gradient().log_prob(z).sum().backward()
     assert q.mean.grad is None and z.grad is not None
+
+
+@pytest.mark.parametrize("name", ["mlp-1", "mlp-2", "mlp-4"])
+def test_the_layers_of_a_hierarchy_are_centred_where_a_sample_without_noise_is(name, generator):
+    encoder = models.build(name, 6, generator=generator, hidden=5, latent=8).double().encoder
+    q = encoder(randn(3, 6, generator=generator))
+    still = q.sample(map_latent(torch.zeros_like, q.noise(1, generator)))
+    torch.testing.assert_close(q.means(), tuple(layer[0] for layer in layers_of(still)))
+
+
+def test_the_density_of_a_mixture_moves_if_one_component_s_does(generator):
+    fixed = DiagonalGaussian(randn(2, 3, generator=generator), randn(2, 3, generator=generator))
+    moving = fixed.map_parameters(lambda p: p.clone().requires_grad_())
+    logits = randn(2, 2, generator=generator).requires_grad_()
+    for components, moves in (((fixed, moving), True), ((moving, fixed), True), ((fixed, fixed), False)):
+        q = Mixture(components, logits)
+        eps = q.noise(2, generator)
+        assert q.density_moves(q.sample(eps).detach(), eps) is moves

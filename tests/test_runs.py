@@ -437,6 +437,11 @@ def test_evaluate(finished, tmp_path):
     assert abs(found["nll"] + values.mean().item()) < 4 * 2 * found["sampling_error"]
     assert found["nll_error"] == pytest.approx(values.std().item() / 40**0.5, rel=0.05)
     assert -found["nll"] - 5 < found["bound"] < -found["nll"] + 1
+    noise = training.stream("noise", 3, "cpu")
+    values, errors = evaluation.log_likelihood(model, x, 200, 20, noise, return_standard_error=True)
+    assert found["nll"] == pytest.approx(-values.mean().item(), rel=1e-6)
+    # independent errors add in squares
+    assert found["sampling_error"] == pytest.approx(errors.norm().item() / 40, rel=1e-5)
 
     result = json.loads((run_dir / "result.json").read_text())
     assert result["training"] == json.loads((finished / "result.json").read_text())["training"]

@@ -107,6 +107,15 @@ def test_what_is_mixed_up_is_noticed(split, fault):
         assert_same(alone, together)
 
 
+def test_each_training_s_gradient_is_cut_to_the_limit_and_a_shorter_one_is_left():
+    parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3, 1, 1))]
+    parameters[0].grad = torch.tensor([[3.0, 0], [0.3, 0], [0, 0]])
+    parameters[1].grad = torch.tensor([4.0, 0.4, 0]).view(3, 1, 1)  # together the norms are 5, 0.5 and 0
+    stacked.clip_each(parameters, 1.0)
+    expected = torch.tensor([[0.6, 0], [0.3, 0], [0, 0]]), torch.tensor([0.8, 0.4, 0]).view(3, 1, 1)
+    torch.testing.assert_close([p.grad for p in parameters], list(expected), rtol=1e-5, atol=0)
+
+
 def test_joint_clipping_is_noticed(split, monkeypatch):
     """The other negative control: the norm of all gradients together is another one."""
     monkeypatch.setattr(stacked, "clip_each", nn.utils.clip_grad_norm_)

@@ -436,6 +436,18 @@ PLACES = {
 }
 
 
+def test_a_random_layer_that_is_rarely_seen_is_found_all_the_same():
+    """One draw of one observation meets a dropout of 0.1 before one number once in five times."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = models.build("mlp-2", 6, generator=seeded(), hidden=5, latent=1, hidden2=4, latent2=2)
+        model.encoder.above[0].hidden.insert(0, nn.Dropout(0.1))
+        x = torch.ones(1, 6)
+        q = model.encoder(x)
+        with pytest.raises(InputError, match="another one each time"):
+            TABLEAU["elbo-path"].loss(model.joint, q, x, q.noise(1, seeded(1)))
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", RANDOM)
 def test_a_random_layer_inside_q_is_refused_in_every_row(place, kind):

@@ -399,6 +399,7 @@ def test_bad_tokens_and_sizes_get_a_sentence(model, sentences):
     x, z = sentences.tokens, torch.zeros(1, 3, 2, dtype=torch.float64)
     for wrong, message in (
         (x + 10, "unknown token 17|unknown token 16"),
+        (x.where(x != x.max(), torch.tensor(model.encoder.embed.num_embeddings)), "has the unknown|have the unknown"),
         (torch.zeros_like(x), "a sentence is empty"),
         (x[:, :0], "a sentence is empty"),
     ):

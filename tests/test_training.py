@@ -103,6 +103,16 @@ def released_by_hand(start, gradients, lr, eps, batch_size, beta1=0.99, beta2=0.
     return np.array(path)
 
 
+def adam_by_hand(start, gradients, lr, eps, beta1=0.9, beta2=0.999):
+    """Algorithm 1 of Kingma and Ba (2015)."""
+    theta, m, v, path = start, 0.0, 0.0, []
+    for t, g in enumerate(gradients, start=1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        theta = theta - lr * m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        path.append(theta)
+    return np.array(path)
+
+
 def steps_of(optimizer, parameter, gradients):
     path = []
     for gradient in gradients:
@@ -128,6 +138,7 @@ def test_the_released_adam():
     # the negative control: each fault of the released code alone is seen
     assert np.abs(paths["adam"] - by_hand).max() > 0.01
     np.testing.assert_allclose(paths["sgd"], start - 0.05 * gradients.cumsum(0), rtol=1e-12)
+    np.testing.assert_allclose(paths["adam"], adam_by_hand(start, gradients, 0.05, 1e-2), rtol=1e-9)
     for change in ({"beta1": 0.9}, {"batch_size": 1}, {"eps": 1e-4}):
         settings = {"lr": 0.05, "eps": 1e-2, "batch_size": 20, **change}
         assert np.abs(paths["adam-released"] - released_by_hand(start, gradients, **settings)).max() > 1e-4, change
@@ -612,3 +623,30 @@ def test_a_tracked_scale_resumes_bit_for_bit(split):
     resumed.load_state(state)
     resumed.run()
     assert differences(whole.state(), resumed.state())
+
+
+def test_the_history_has_the_mean_of_an_epoch_s_bounds(split):
+    class Counting(Hook):
+        def update(self, training, x):
+            return torch.tensor(float(training.step))
+
+    training = small_training(split, hooks=[Counting()], batch_size=300)
+    steps = training.steps_per_epoch
+    assert steps > 1
+    assert [record["bound"] for record in training.run()] == [(steps - 1) / 2, steps + (steps - 1) / 2]
+
+
+def test_a_step_has_the_gradient_and_the_bound_of_its_batch_s_mean_alone(split):
+    x, model, row = (
+        split.batch(slice(0, 4), torch.Generator().manual_seed(0)),
+        small_model(),
+        estimators.get("iwae-dreg"),
+    )
+    q = model.encoder(x)
+    eps = q.noise(3, torch.Generator().manual_seed(1))
+    loss = row.loss(model.joint, q, x, eps).mean()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for _ in range(2):  # the second step's gradient has nothing of the first one's
+        torch.testing.assert_close(training.train_step(model, row, optimizer, x, eps), -loss.detach())
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
