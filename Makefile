@@ -43,7 +43,7 @@ test: $(VENV)/installed  ## run the unit tests, every chapter, and the checks of
 	@rm -rf _build
 	@$(BOOK) --quiet
 	@echo '== The built pages'
-	@$(PY) tests/check_site.py _build/html
+	@$(PY) book/_tools/check_site.py _build/html
 
 notebooks: $(VENV)/installed  ## run every chapter in place and store its outputs
 	@$(PY) book/_tools/run_notebooks.py book/*.ipynb

@@ -114,7 +114,7 @@ class Sentences:
 
     @staticmethod
     def units(x: Tensor) -> int:
-        """Count what is foretold in a batch ``[B, T]``: the words and the end of each sentence."""
+        """Count what is predicted in a batch ``[B, T]``: the words and the end of each sentence."""
         return int((x[:, 1:] != PAD).sum())
 
     def sample(self, most: int | None, seed: int = 0) -> Sentences:

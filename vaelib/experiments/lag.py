@@ -71,14 +71,14 @@ def build_lstm(config: Cell, text: Text, generator: torch.Generator) -> nn.Modul
 
 
 def load_images(config: Cell) -> Images:
-    """Return the images of a configuration: some of each split, by lot, averaged to a smaller side where it has one."""
+    """Return the images of a configuration: a random subset of each split, averaged to a smaller side where it has one."""
     found = data.load(config["data"], "dynamic", valid=config["valid"])
     most = {"train": config["images"], "valid": config["evaluated"], "test": config["evaluated"]}
     return replace(found, **{name: reduced(getattr(found, name), most[name], config["side"]) for name in most})
 
 
 def reduced(split: Split, most: int | None, side: int | None) -> Split:
-    """Return at most ``most`` images of a split, by lot, ``side`` pixels a side; for None all, or as they are."""
+    """Return a random subset of at most ``most`` images of a split, ``side`` pixels a side; for None all, or as they are."""
     chosen, side = split.sample(most), side or split.shape[0]
     grey = F.adaptive_avg_pool2d(chosen.grey.unflatten(1, split.shape), side).flatten(1)
     return replace(chosen, grey=grey, shape=(side, side))
@@ -130,7 +130,7 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
     model = family.build(config, found, stream("init", seed)).to(device)
     changes = {name: config[name] for name in IN_RECIPE if config[name] is not None}
     recipe = replace(family.recipe, seed=seed, **changes, **choose("method", config["method"], CHANGES))
-    valid = some(found.valid, config["evaluated"], seed=0)
+    valid = subset(found.valid, config["evaluated"], seed=0)
     clock = time.process_time if device == "cpu" else time.monotonic  # other runs may be at work on the same core
     training = collapse.prepare(model, found.train, valid, recipe, clock)
     looked_at = config["points"] and seed == 0 and config["method"] in ("plain", "aggressive")
@@ -172,8 +172,8 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
     ]
 
 
-def some(split: Any, most: int, seed: int) -> Any:
-    """Return at most ``most`` sentences of a split, by lot; images, which are quick, as they are."""
+def subset(split: Any, most: int, seed: int) -> Any:
+    """Return a random subset of at most ``most`` sentences of a split; images, which are quick, as they are."""
     return split.sample(most, seed) if isinstance(split, Sentences) and len(split) > most else split
 
 
@@ -192,7 +192,7 @@ class Space:
 
     def __init__(self, split: Sentences, config: Cell, path: Path) -> None:
         self.split, self.config, self.path = split, config, path
-        self.x = some(split, config["points"], seed=1).batch(slice(None))
+        self.x = subset(split, config["points"], seed=1).batch(slice(None))
         self.lines: dict[tuple[str, int, int], str] = {}
         for line in path.read_text().splitlines()[1:] if path.exists() else ():
             _, kind, step, point, _, _ = line.split(",")
@@ -240,7 +240,7 @@ class Space:
 
 
 def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> None:
-    """Put the points that runs of ``lag-toy`` noted into ``lag-toy-space.csv``, in the place of those of earlier runs.
+    """Put the points that runs of ``lag-toy`` stored into ``lag-toy-space.csv``, in the place of those of earlier runs.
 
     Its columns are the preset and :data:`SPACE_COLUMNS`. Runs whose folders are gone keep what the table has of them.
     """

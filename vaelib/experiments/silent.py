@@ -34,7 +34,7 @@ TEST_IMAGES = 300
 
 
 @cache
-def some(name: str, count: int) -> Images:
+def subset(name: str, count: int) -> Images:
     """Return a data set in grey, with ``count`` training images and at most 300 test images, the same in every run."""
     images = data.load(name, "grey")
     return replace(images, train=images.train.sample(count), valid=None, test=images.test.sample(TEST_IMAGES))
@@ -42,7 +42,7 @@ def some(name: str, count: int) -> Images:
 
 def start(config: Cell, seed: int, model: str, device: str, **sizes: int) -> tuple[VAE, Images]:
     """Return the model of a run before its first step, the same for all estimators of a seed, and its images."""
-    images = some(config["data"], config["images"])
+    images = subset(config["data"], config["images"])
     grey = images.train.grey
     return models.build(model, grey.shape[1], grey.mean(0), stream("init", seed), **sizes).to(device), images.to(device)
 
@@ -434,7 +434,7 @@ def controlled_grid(sets: Mapping[str, int], epochs: int) -> list[Cell]:
     ]
 
 
-LOOK_AT, DRAWS, LOOKS = 50, 50, 3
+LOOK_AT, DRAWS, UPDATES = 50, 50, 3
 
 
 def run_controlled(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
@@ -488,7 +488,7 @@ def cost_ratio(tracked: silent.TrackedScale, model: VAE, x: Tensor) -> float:
 
     pairs = [
         (seconds(tracked, model.joint), seconds(lambda: tracked.base, model.joint.joint))
-        for _ in range(LOOKS * tracked.every)
+        for _ in range(UPDATES * tracked.every)
     ]
     return sum(mine for mine, _ in pairs) / sum(bare for _, bare in pairs)
 

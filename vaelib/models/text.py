@@ -52,7 +52,7 @@ class LSTMEncoder(nn.Module):
 
 
 class LSTMDecoder(nn.Module):
-    r"""The decoder: an LSTM that reads each word's embedding beside z and foretells the next word.
+    r"""The decoder: an LSTM that reads each word's embedding beside z and predicts the next word.
 
     :math:`c_0 = W z` and :math:`h_0 = \tanh(W z)`. With ``latent=0`` it is a language model, and its bound exact.
     Introduced in book/04-inference-lag.ipynb.

@@ -1,4 +1,4 @@
-"""Checks of the built site, run after it is built: ``python tests/check_site.py _build/html``.
+"""Checks of the built site, run after it is built: ``python book/_tools/check_site.py _build/html``.
 
 Every check is a function from a page to sentences, one for each fault; tests/test_site.py breaks a page in each way.
 """
