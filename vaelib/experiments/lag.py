@@ -71,14 +71,14 @@ def build_lstm(config: Cell, text: Text, generator: torch.Generator) -> nn.Modul
 
 
 def load_images(config: Cell) -> Images:
-    """Return the images of a configuration: a random subset of each split, averaged to a smaller side where it has one."""
+    """Return the images of a configuration: random subsets, averaged to a smaller side where it has one."""
     found = data.load(config["data"], "dynamic", valid=config["valid"])
     most = {"train": config["images"], "valid": config["evaluated"], "test": config["evaluated"]}
     return replace(found, **{name: reduced(getattr(found, name), most[name], config["side"]) for name in most})
 
 
 def reduced(split: Split, most: int | None, side: int | None) -> Split:
-    """Return a random subset of at most ``most`` images of a split, ``side`` pixels a side; for None all, or as they are."""
+    """Return a random subset of at most ``most`` images, ``side`` pixels a side; for None all, or as they are."""
     chosen, side = split.sample(most), side or split.shape[0]
     grey = F.adaptive_avg_pool2d(chosen.grey.unflatten(1, split.shape), side).flatten(1)
     return replace(chosen, grey=grey, shape=(side, side))
