@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from vaelib.errors import InputError, choose
-from vaelib.posteriors import DiagonalGaussian, FullGaussian, Latent, layers_of, times
+from vaelib.posteriors import (
+    DiagonalGaussian,
+    FullGaussian,
+    Latent,
+    layers_of,
+    standard_normal_log_prob,
+    times,
+    tracing,
+)
 
 
 def elbo(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
@@ -99,6 +107,14 @@ def divergence(joint: nn.Module, q) -> Tensor:
             f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
             f"class {known}, or a row of the tableau, which estimates the divergence from draws"
         )
+    if prior is None and hasattr(joint, "log_prior") and not tracing():
+        with torch.no_grad():
+            z = torch.ones_like(q.mean).unsqueeze(0)
+            if not torch.allclose(joint.log_prior(z), standard_normal_log_prob(z)):
+                raise InputError(
+                    f"the prior of this {type(joint).__name__} is not the standard normal, for which the "
+                    "divergence has a closed form: use a row of the tableau, which estimates it from draws"
+                )
     return q.kl() if prior is None else q.kl(prior)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import evaluation
+from vaelib.bounds import divergence
 from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
@@ -45,7 +46,11 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
     """
 
     def loss(joint: nn.Module, posterior: DiagonalGaussian, x: Tensor, eps: Tensor) -> Tensor:
-        rate = posterior.kl() if not free_bits else kl_by_dimension(posterior).mean(0).clamp_min(free_bits).sum()
+        rate = (
+            divergence(joint, posterior)
+            if not free_bits
+            else kl_by_dimension(posterior).mean(0).clamp_min(free_bits).sum()
+        )
         return weight * rate - joint.log_likelihood(x, posterior.sample(eps)).mean(0)
 
     target = "elbo" if weight == 1 and not free_bits else None
@@ -54,6 +59,8 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
 
 def kl_by_dimension(posterior: DiagonalGaussian) -> Tensor:
     r"""Return :math:`\mathrm{KL}(q(z_d \mid x) \,\|\, \mathcal N(0, 1))` of each dimension, ``[B, D]``."""
+    if not isinstance(posterior, DiagonalGaussian):
+        raise InputError(f"free bits are for a DiagonalGaussian, but this one is a {type(posterior).__name__}")
     return DiagonalGaussian(posterior.mean.unsqueeze(-1), posterior.log_std.unsqueeze(-1)).kl()
 
 
@@ -208,7 +215,7 @@ class SemiAmortised(nn.Module):
         posterior = self.encoder(x)
         start = (posterior.mean, 2 * posterior.log_std)
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # its LSTM has no second derivative
-            here = start if learning else tuple(part.detach().requires_grad_() for part in start)
+            here = tuple(p if learning and p.requires_grad else p.detach().requires_grad_() for p in start)
             velocity = tuple(map(torch.zeros_like, here))
             for _ in range(self.steps):
                 slope = torch.autograd.grad(self.elbo(x, *here), here, create_graph=learning)
@@ -373,7 +380,7 @@ class Validation(Hook):
         self.x, self.weight, self.words = x, weight, list(words)
 
     def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
-        """Measure, with the same noise every time."""
+        """Measure, with noise that follows from the seed and the step."""
         recipe, model = training.recipe, training.model
         noise = stream("test", recipe.seed, training.device, training.step)
         with drawing_from(offspring(noise)), evaluation.evaluating(model):
@@ -431,6 +438,21 @@ class Plateau(Hook):
         self.loss, self.best = dict(state["loss"]), state["best"]
 
 
+class Amortisation(Hook):
+    """Keep the weight on the KL with which the posterior is improved."""
+
+    def __init__(self, encoder: SemiAmortised) -> None:
+        self.encoder = encoder
+
+    def state(self) -> float:
+        """Return the weight."""
+        return self.encoder.weight
+
+    def load_state(self, state: float) -> None:
+        """Go on with this weight."""
+        self.encoder.weight = state
+
+
 def prepare(
     model: nn.Module,
     train: Split | Sentences,
@@ -475,6 +497,7 @@ def prepare(
         Validation(x, weight, words),
         Aggressive(recipe, getattr(train, "units", len), clock),
         Plateau(recipe),
+        Amortisation(amortised),
     ]
     training = Training(model, train, recipe.estimator or estimator, recipe, hooks)
     if recipe.svi_steps:
@@ -519,7 +542,7 @@ def measure(
         posterior = model.encoder(batch)
         eps = posterior.noise(1, generator)
         loss += estimator.loss(model.joint, posterior, batch, eps).double().sum().item()
-        kl += posterior.kl().double().sum().item()
+        kl += divergence(model.joint, posterior).double().sum().item()
     return {
         "nll_bound": loss / len(x),
         "kl": kl / len(x),

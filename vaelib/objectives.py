@@ -19,7 +19,7 @@ from vaelib.estimators import Estimator
 from vaelib.posteriors import Latent, as_posterior
 
 
-def backward(estimator: Estimator, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None) -> Tensor:
+def backward(estimator: str | Estimator, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None) -> Tensor:
     r"""Add the estimator's gradient of ``-bound.mean()`` to ``.grad`` and return the bound, ``[B]``.
 
     One pass through the model and one back, whatever the estimator. Parts that are frozen get none; if all are, there
@@ -28,7 +28,7 @@ def backward(estimator: Estimator, joint: Callable[..., Tensor], q: Any, x: Tens
     Parameters
     ----------
     estimator
-        one of :data:`vaelib.estimators.ESTIMATORS`, or your own.
+        one of :data:`vaelib.estimators.ESTIMATORS`, its name, or your own.
     joint
         called as ``joint(x, z)``, returns :math:`\log p_\theta(x, z)`, ``[K, B]``.
     q
@@ -43,20 +43,22 @@ def backward(estimator: Estimator, joint: Callable[..., Tensor], q: Any, x: Tens
     InputError
         as :meth:`vaelib.estimators.Estimator.loss`.
     """
-    loss = estimator.loss(joint, q, x, eps)
+    loss = estimators.get(estimator).loss(joint, q, x, eps)
     if loss.requires_grad:
         loss.mean().backward()
     return -loss.detach()
 
 
-def reference(estimator: Estimator, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None) -> Tensor:
+def reference(
+    estimator: str | Estimator, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None
+) -> Tensor:
     r"""Return ``-bound``, ``[B]``, with the three channels of the tableau one below the other as its gradient.
 
     Theta alone, phi through the sample alone, phi through the density alone. Two decoder passes and three of q, hence
     slower than :meth:`vaelib.estimators.Estimator.loss`, which gives the same and is tested against it. Parameters as
     for :func:`backward`. Introduced in book/02-score-and-path.ipynb.
     """
-    return estimator.reference_loss(joint, q, x, eps)
+    return estimators.get(estimator).reference_loss(joint, q, x, eps)
 
 
 def loss(

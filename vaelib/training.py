@@ -356,6 +356,10 @@ class Training:
         hooks: Sequence[Hook] = (),
         compile: bool = False,
     ) -> None:
+        if not hasattr(split, "batch"):
+            raise InputError(
+                f"the data must be a split, but is a {type(split).__name__}: make one by data.Split.of(array)"
+            )
         estimator = estimators.get(estimator) if isinstance(estimator, str) else estimator
         self.fixed = isinstance(estimator, Estimator)
         if compile and not self.fixed:

@@ -7,7 +7,9 @@ and what is made of them, :mod:`~vaelib.estimators.gdreg` a second path for the 
 
 from __future__ import annotations
 
-from vaelib.errors import choose
+import difflib
+
+from vaelib.errors import InputError, choose
 from vaelib.estimators.base import Estimator, LossEstimator, log_joint, log_weight
 from vaelib.estimators.discrete import ARM, DISARM, EXACT, GUMBEL_SOFTMAX, STRAIGHT_THROUGH
 from vaelib.estimators.silent import ELBO as SILENT
@@ -35,6 +37,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 ALIASES = {
     "vae": "elbo-total",
+    "elbo": "elbo-total",
     "reparameterisation": "elbo-total",
     "reparameterization": "elbo-total",
     "pathwise": "elbo-total",
@@ -77,7 +80,15 @@ def get(name: str | Estimator) -> Estimator:
     """
     if isinstance(name, Estimator):
         return name
-    known = ALIASES.get(name.lower().replace("_", "-").replace(" ", "-"), name) if isinstance(name, str) else name
-    if isinstance(known, str) and known not in ESTIMATORS and (lower := known.lower().replace("_", "-")) in ESTIMATORS:
-        known = lower
-    return choose("estimator", known, ESTIMATORS)
+    if isinstance(name, str):
+        word = name.strip().lower().replace("_", "-").replace(" ", "-")
+        near = difflib.get_close_matches(word, [*ESTIMATORS, *ALIASES], n=1) if word not in ALIASES else []
+        word = ALIASES.get(word, word)
+        if word in ESTIMATORS:
+            return ESTIMATORS[word]
+        if near and near[0] in ALIASES:
+            raise InputError(
+                f"no estimator is called '{name}', did you mean '{near[0]}' ({ALIASES[near[0]]})? choose from: "
+                f"{', '.join(ESTIMATORS)}"
+            )
+    return choose("estimator", name, ESTIMATORS)

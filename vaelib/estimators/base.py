@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vaelib.bounds import BOUNDS
 from vaelib.errors import InputError
-from vaelib.posteriors import Latent, Posterior, layers_of, ready
+from vaelib.posteriors import Adapted, Latent, Posterior, layers_of, ready
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,18 @@ class Estimator:
 
     def checked(self, q: Any, eps: Latent | None) -> Posterior:
         """Return q as a posterior that the estimator can rely on."""
+        q = ready(q, eps)
         if eps is not None:
             self.check(draws(eps))
-        return ready(q, eps)
+        if isinstance(eps, Tensor) and not isinstance(q, Adapted):
+            expected = q.noise_like(draws(eps))
+            if eps.shape[-1] != expected.shape[-1] or eps.dtype != expected.dtype:
+                raise InputError(
+                    f"the noise of a {type(q).__name__} is {expected.kind}, [K, B, {expected.shape[-1]}] of "
+                    f"{expected.dtype}, but eps has the shape {list(eps.shape)} and is {eps.dtype}: "
+                    "use q.noise(k, generator)"
+                )
+        return q
 
     def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent | None) -> Tensor:
         """Return the loss; :meth:`loss` has seen to its arguments."""

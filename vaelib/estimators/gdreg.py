@@ -61,7 +61,8 @@ def gdreg(row: Row) -> LossEstimator:
         z1, z2 = map_latent(Tensor.detach, held.sample(eps))
         prior = joint.priors[0](z2)
         e = prior.whiten(z1 - prior.mean).detach()
-        moved = prior.sample(e), z2  # the same point, now a function of the prior's parameters
+        shift = prior.sample(e)
+        moved = z1 + (shift - shift.detach()), z2  # the same point to the bit, now a function of the prior's parameters
         log_w = log_weight(still, x, moved, held.log_prob_of_sample(moved, eps))
         a, b, _ = row.weights(log_w.detach())
         score = prior.log_prob(z1)  # what the row has for the prior, taken back

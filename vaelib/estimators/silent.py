@@ -286,7 +286,8 @@ def annealed(base: Estimator, weight: float, guide: Estimator = ELBO) -> LossEst
     while each decoder learns from its own term alone, with weight 1 (after Shao et al. 2025, whose schedule and
     weights are not published). The value is the bound of the model. The gradient in the encoder is biased for the
     model's bound unless :math:`\lambda = 0`; then the linear decoder rests, and this is ``base``.
-    Train with it by ``training.fit(model, split, lambda done: annealed(base, SCHEDULES["linear"](2 * done)), ...)``.
+    Train with it by giving :func:`vaelib.training.fit` in the place of an estimator
+    ``lambda progress: annealed(base, SCHEDULES["linear"](2 * progress.done))``.
     Introduced in book/03-silent-gradients.ipynb.
 
     Parameters
@@ -481,7 +482,9 @@ class TrackedScale:
 
 def scaled_gradient(q: Posterior, factor: float) -> Posterior:
     r"""Return the same posterior, but f times the gradient goes back: :math:`\bar\phi + f(\phi-\bar\phi)`."""
-    return of_tensors(q).map_parameters(lambda p: p.detach() + factor * (p - p.detach()))
+    return of_tensors(q).map_parameters(
+        lambda p: torch.where(p.isinf(), p.detach(), p.detach() + factor * (p - p.detach()).nan_to_num(0.0))
+    )
 
 
 def of_tensors(q: Any) -> Posterior:

@@ -104,6 +104,8 @@ class Row(Estimator):
         at a stopped sample with weight :math:`c_k`. A row that is what automatic differentiation gives anyway has
         nothing to hold constant.
         """
+        if eps is None:
+            raise InputError(f"estimator '{self.name}' needs draws: give it eps = q.noise(k, generator)")
         log_share = self.shares(q, draws(eps))
         if self.automatic:
             score, (z, log_q) = None, q.sample_and_log_prob(eps)
@@ -142,10 +144,18 @@ class Row(Estimator):
         still = map_latent(Tensor.detach, z)
 
         theta = log_joint(joint, x, still)
-        path = log_weight(stop_gradient(joint), x, z, q.stop_gradient().log_prob_of_sample(z, eps))
+        held = stop_gradient(joint)
+        if held(x, still).requires_grad:
+            raise InputError(
+                "the form with three channels needs a joint whose parameters can be held constant, a module, but "
+                f"this is a {type(joint).__name__} that closes over live ones: use the estimator's loss, which needs no stop"
+            )
+        path = log_weight(held, x, z, q.stop_gradient().log_prob_of_sample(z, eps))
         score = q.log_prob_of_sample(still, eps)
 
         log_w = (theta - score).detach()
+        never = log_w == -math.inf  # what is impossible teaches nothing
+        theta, path = theta.masked_fill(never, 0.0), path.masked_fill(never, 0.0)
         a, b, c = self.weights(log_w, log_share.detach() if isinstance(log_share, Tensor) else log_share)
         total = (a * theta + b * path + c * score).sum(0)
         return -(self.value(log_w, log_share) + total - total.detach())

@@ -17,7 +17,7 @@ from vaelib.posteriors.base import (
     times,
     tracing,
 )
-from vaelib.posteriors.convert import as_posterior
+from vaelib.posteriors.convert import Adapted, as_posterior
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
@@ -26,6 +26,7 @@ from vaelib.posteriors.trial import functions_in, modules_in, ready
 __all__ = [
     "LOG_2PI",
     "MAX_STATES",
+    "Adapted",
     "DiagonalGaussian",
     "Discrete",
     "FactorisedBernoulli",

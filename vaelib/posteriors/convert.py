@@ -3,19 +3,34 @@ r"""Posteriors that come from outside: converted into ours, adapted, or refused 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, distributions
 
 from vaelib.errors import InputError
-from vaelib.posteriors.base import Posterior
+from vaelib.posteriors.base import Latent, Posterior
 from vaelib.posteriors.discrete import FactorisedBernoulli, OneHotCategorical
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, Mixture
 
 CONTRACT = (
     "noise_like", "noise", "sample", "log_prob", "log_prob_of_sample", "sample_and_log_prob", "log_share", "strata",
-    "density_moves", "map_parameters", "detaches",
+    "density_moves", "map_parameters", "means", "detaches",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OwnNoise:
+    """The noise that a posterior of another class draws by itself."""
+
+    q: Any
+    k: int
+
+    def draw(self, generator: torch.Generator | None = None) -> Latent:
+        """Draw it."""
+        return self.q.noise(self.k, generator)
 
 
 class Adapted(Posterior):
@@ -26,9 +41,13 @@ class Adapted(Posterior):
         for name in CONTRACT:
             if hasattr(q, name):
                 setattr(self, name, getattr(q, name))
+        if not hasattr(q, "noise_like"):
+            self.noise_like = partial(OwnNoise, q)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["q"], name)
+        if "q" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.q, name)
 
     def stop_gradient(self) -> Posterior:
         """Return the same posterior with its parameters held constant, as its own class does it."""

@@ -69,7 +69,8 @@ class DiagonalGaussian(Gaussian):
     Parameters
     ----------
     mean, log_std
-        :math:`\mu` and :math:`\log \sigma`, each ``[B, D]`` (or ``[K, B, D]``, for a conditional of a sampled layer).
+        :math:`\mu`, ``[B, D]`` (or ``[K, B, D]``, for a conditional of a sampled layer), and :math:`\log \sigma`, the
+        same or what broadcasts to it.
     """
 
     mean: Tensor
@@ -84,8 +85,8 @@ class DiagonalGaussian(Gaussian):
         return residual * (-self.log_std).exp()
 
     def log_det(self) -> Tensor:
-        r"""Return :math:`\sum_d \log\sigma_d`, ``[B]``."""
-        return self.log_std.sum(-1)
+        r"""Return :math:`\sum_d \log\sigma_d`, ``[B]``; one scale for all dimensions counts for each of them."""
+        return self.log_std.expand_as(self.mean).sum(-1)
 
     def kl(self) -> Tensor:
         r"""Return the divergence from the standard normal prior, ``[B]``.
@@ -184,7 +185,7 @@ class HierarchicalGaussian(Posterior):
                 q = stop_gradient(layer)(z)  # the batch norms of a copy may count this draw
                 one = q.noise_like(1)  # [1, 1, B, D]
                 noise.append(replace(one, shape=(k, *one.shape[2:])))
-                z = q.sample(torch.zeros_like(z[..., :1]))
+                z = q.sample(torch.full(one.shape[1:], 0.5, dtype=one.dtype, device=one.device))
         return tuple(noise)
 
     def sample(self, eps: Latent) -> Latent:

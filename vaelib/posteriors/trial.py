@@ -47,7 +47,7 @@ def ready(q: Any, eps: Latent | None) -> Posterior:
         parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
     if not parts or eps is None or tracing():
         return q
-    owner, mode = parts[0], _mode(parts)
+    owner, mode = parts[0], (_live(q), *_mode(parts))
     if mode not in TRIED.setdefault(owner, set()):
         try_out(q, eps)
         TRIED[owner].add(mode)
@@ -56,8 +56,8 @@ def ready(q: Any, eps: Latent | None) -> Posterior:
 
 def functions_in(value: Any) -> Iterator[Any]:
     """Yield the modules and functions that a posterior holds, also in tuples, lists and posteriors inside it."""
-    if isinstance(value, tuple | list):
-        for part in value:
+    if isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from functions_in(part)
     elif isinstance(value, Posterior):
         yield from functions_in(
@@ -89,6 +89,7 @@ def _mode(parts: list[Any]) -> tuple[Any, ...]:
                 content = part.__dict__
                 found += type(part), part.training
                 rest += content["_modules"].values()
+                found.append(any(p is not None and p.requires_grad for p in content["_parameters"].values()))
                 if len(content) > len(CONTENT):
                     rest += [content[name] for name in content if name not in CONTENT]
         elif isinstance(part, dict | list | tuple):
@@ -96,6 +97,12 @@ def _mode(parts: list[Any]) -> tuple[Any, ...]:
         elif callable(part):
             found.append(id(part))
     return tuple(found)
+
+
+def _live(q: Posterior) -> tuple[bool, ...]:
+    """Whether the numbers of q move with parameters: where none do, a trial cannot tell that stopping holds them."""
+    held = getattr(q.q if isinstance(q, Adapted) else q, "__dict__", {}).values()
+    return torch.is_grad_enabled(), any(isinstance(part, Tensor) and part.requires_grad for part in held)
 
 
 @contextmanager
@@ -115,7 +122,7 @@ def _undisturbed(q: Posterior) -> Iterator[None]:
 def try_out(q: Posterior, eps: Latent) -> None:
     """Raise InputError unless ``q`` is one function of z, and stopping it holds its parameters and nothing else."""
     name = type(q.q if isinstance(q, Adapted) else q).__name__
-    rows = q.strata * layers_of(eps)[0].shape[1]
+    rows = max(1, q.strata * layers_of(eps)[0].shape[1])
     few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
     with _undisturbed(q), torch.enable_grad():
         other, z = q.sample(few), map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
@@ -128,6 +135,12 @@ def try_out(q: Posterior, eps: Latent) -> None:
                 "dropout is active in a network inside it: call .eval() on that network, or leave the layer out"
             )
         held = map_latent(Tensor.detach, z)
+        anew, (_, total) = still.log_prob(held), q.sample_and_log_prob(few)
+        if not all(torch.allclose(a, anew, rtol=0.05, atol=0.5, equal_nan=True) for a in (first, total)):
+            raise InputError(
+                f"log_prob of this {name} is not what it says of its own samples: a class that redefines sample and "
+                "log_prob must redefine log_prob_of_sample and sample_and_log_prob too, or inherit from Posterior"
+            )
         if still.log_prob_of_sample(held, few).requires_grad:
             raise InputError(
                 f"stop_gradient leaves this {name} a way to its parameters, through a function that closes over them: "
