@@ -147,8 +147,8 @@ class Row(Estimator):
         held = stop_gradient(joint)
         if held(x, still).requires_grad:
             raise InputError(
-                "the form with three channels needs a joint whose parameters can be held constant, a module, but "
-                f"this is a {type(joint).__name__} that closes over live ones: use the estimator's loss, which needs no stop"
+                "the three-channel form needs a joint whose parameters can be held constant, a module, but "
+                f"this is a {type(joint).__name__} that closes over live ones: use the estimator's loss, without a stop"
             )
         path = log_weight(held, x, z, q.stop_gradient().log_prob_of_sample(z, eps))
         score = q.log_prob_of_sample(still, eps)
