@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, distributions, nn
+from torch.func import grad, vmap
 
 import vaelib
 from vaelib import bounds, data, estimators, evaluation, gdreg, models, objectives, posteriors, training
@@ -214,3 +215,22 @@ def test_names_are_found_as_people_write_them():
         estimators.get("dregg")
     with pytest.raises(InputError, match=r"make one by data.Split.of"):
         training.fit(models.build("linear", 64), torch.rand(10, 64))
+
+
+def test_a_gradient_of_a_map_is_right_or_refused():
+    """Inside vmap a tensor does not say that it requires a gradient, so that the path could not be scaled."""
+    weight, eps = numbers(2, 4).detach(), torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(3))
+
+    def loss(mean, eps, name):
+        q = DiagonalGaussian(mean, torch.zeros(3, 2))
+        return TABLEAU[name].loss(closure(weight), q, X, eps).mean()
+
+    mean = numbers(3, 2, seed=1).detach()
+    for name in ("elbo-total", "elbo-path", "iwae-total", "iwae-dreg", "rws-dreg", "rws"):
+        each = vmap(grad(loss), in_dims=(None, 0, None))(mean, eps, name).mean(0)
+        try:
+            mapped = grad(lambda mean, name=name: vmap(loss, in_dims=(None, 0, None))(mean, eps, name).mean())(mean)
+        except InputError:
+            assert name.endswith("dreg")
+        else:
+            torch.testing.assert_close(mapped, each)

@@ -31,7 +31,7 @@ from torch import Tensor
 from vaelib.bounds import iwae, normalised
 from vaelib.errors import InputError
 from vaelib.estimators.base import Estimator, draws, log_joint, log_weight
-from vaelib.posteriors import Latent, Posterior, layers_of, map_latent, stop_gradient
+from vaelib.posteriors import Latent, Posterior, inside_vmap, layers_of, map_latent, stop_gradient
 
 
 class Weights(NamedTuple):
@@ -128,6 +128,11 @@ class Row(Estimator):
         a, b, c = self.rule(seen)
         total = (a * log_w.masked_fill(seen == -math.inf, 0.0)).sum(0)
         if b is not None and b is not a:
+            if inside_vmap():
+                raise InputError(
+                    f"estimator '{self.name}' scales what arrives at its samples, which grad(vmap(loss)) hides: "
+                    "write vmap(grad(loss))"
+                )
             ratio = (b / a).nan_to_num(0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
             for layer in layers_of(z):
                 if layer.requires_grad:  # some layers may be frozen

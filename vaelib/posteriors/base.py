@@ -63,6 +63,12 @@ def tracing() -> bool:
     )
 
 
+def inside_vmap() -> bool:
+    """Whether the innermost transform is ``vmap``, inside which tensors do not say that they require a gradient."""
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Vmap
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
