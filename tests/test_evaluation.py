@@ -235,7 +235,7 @@ def test_shapes_that_would_broadcast_are_refused():
             return z, self.log_prob_of_sample(z, eps)
 
         def log_prob(self, z):
-            return -0.5 * (z - self.mean).square()
+            return -0.5 * self.whiten(z - self.mean).square()
 
     def joint(x, z):
         return standard_normal_log_prob(z) + standard_normal_log_prob(x - z)
