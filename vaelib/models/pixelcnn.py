@@ -10,7 +10,7 @@ Both networks use batch normalisation, which has consequences:
   pixels and on the other images. Only ``model.eval()``, which uses the running statistics, makes
   ``joint(x, z)`` the log-density of an image: evaluate, sample and compare likelihoods in that mode alone.
 - *Stopping q.* There is one stochastic layer, so detaching the encoder's outputs
-  (:meth:`vaelib.posteriors.DiagonalGaussian.stop_gradient`) is exact, also for q's statistics of the batch, and the
+  (``DiagonalGaussian.stop_gradient()``) is exact, also for q's statistics of the batch, and the
   encoder runs once a step. A second pass through ``posteriors.stop_gradient(encoder)`` gives the same q, too, and does
   not move the running statistics again, since its buffers are copies; a second pass through the encoder itself would.
 - *Rows of the tableau.* :func:`vaelib.objectives.backward` scales what arrives at a sample by b / a of its own draw,

@@ -1,14 +1,14 @@
 r"""What a posterior is: the contract that every q of this package keeps, and that a q of your own can be tried on.
 
-=============================  ==========================  ======================================================
-``noise(k, generator)``        eps, ``[K, B, D]``          the noise that samples are made of
-``sample(eps)``                z = t(eps, phi)             differentiable in phi (the *path*), or not at all
-``log_prob(z)``                log q(z given x), ``[K, B]``  differentiable in phi (the *score*) and in z
-``sample_and_log_prob(eps)``   both of one draw            without inverting q, so also where q is narrow
-``stop_gradient()``            the same q                  phi held constant; still differentiable in z
-``map_parameters(f)``          the same kind of q          with f applied to each parameter ``[B, ...]``
-``log_share(k)``               0, or ``[K, B]``            the log of what a draw counts, where not all count alike
-=============================  ==========================  ======================================================
+============================  ==========================  =====================================================
+``noise(k, generator)``       eps, ``[K, B, D]``          the noise that samples are made of
+``sample(eps)``               z = t(eps, phi)             differentiable in phi (the *path*), or not at all
+``log_prob(z)``               log q(z | x), ``[K, B]``    differentiable in phi (the *score*) and in z
+``sample_and_log_prob(eps)``  both of one draw            without inverting q, so also where q is narrow
+``stop_gradient()``           the same q                  phi held constant; still differentiable in z
+``map_parameters(f)``         the same kind of q          with f applied to each parameter ``[B, ...]``
+``log_share(k)``              0, or ``[K, B]``            the log of what a draw counts, if not all count alike
+============================  ==========================  =====================================================
 
 A latent of several stochastic layers is a tuple ``(z1, z2, ...)``, and so is its noise. A posterior that can say the
 mean and the variance of linear functions of z has a method ``linear_moments(weight)`` besides; this is all that an
