@@ -108,8 +108,9 @@ class DiscreteJoint(Joint):
 class Guided(nn.Module):
     r"""The joint density of the model that is trained, and beside it the guide: one latent and prior, two decoders.
 
-    Called, it is the model, log p(x, z). What the guide is for is up to the estimator: :func:`vaelib.estimators.silent.annealed`
-    or :func:`vaelib.estimators.silent.controlled`. Introduced in book/03-silent-gradients.ipynb.
+    Called, it is the model, log p(x, z). What the guide is for is up to the estimator:
+    :func:`vaelib.estimators.silent.annealed` or :func:`vaelib.estimators.silent.controlled`. Introduced in
+    book/03-silent-gradients.ipynb.
 
     Parameters
     ----------
