@@ -82,10 +82,9 @@ def get(name: str | Estimator) -> Estimator:
         return name
     if isinstance(name, str):
         word = name.strip().lower().replace("_", "-").replace(" ", "-")
-        near = difflib.get_close_matches(word, [*ESTIMATORS, *ALIASES], n=1) if word not in ALIASES else []
-        word = ALIASES.get(word, word)
-        if word in ESTIMATORS:
-            return ESTIMATORS[word]
+        if (known := ALIASES.get(word, word)) in ESTIMATORS:
+            return ESTIMATORS[known]
+        near = difflib.get_close_matches(word, [*ESTIMATORS, *ALIASES], n=1)
         if near and near[0] in ALIASES:
             raise InputError(
                 f"no estimator is called '{name}', did you mean '{near[0]}' ({ALIASES[near[0]]})? choose from: "
