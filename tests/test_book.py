@@ -14,11 +14,17 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(BOOK.glob("*.ipynb"))
+COURSE: list[str] = []  # the chapters that have the second edition's shape and its course of exercises
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_keeps_the_rules(path):
     assert check_book.problems(nbformat.read(path, as_version=4)) == []
+
+
+def test_chapters_have_the_shape_of_a_course():
+    for name in COURSE:
+        assert list(check_book.course(nbformat.read(BOOK / f"{name}.ipynb", as_version=4))) == [], name
 
 
 def test_the_book_hangs_together():
@@ -65,16 +71,36 @@ def chapter():
     figure = new_code_cell("plt.show()", execution_count=2)
     figure.metadata["mystnb"] = {"figure": {"name": "fig-a", "caption": "A."}, "image": {"alt": "A line."}}
     figure.outputs = [new_output("display_data", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"})]
-    solution = new_code_cell("assert 1 + 1 == 2", execution_count=3, metadata={"tags": ["solution"]})
+    answers = [
+        new_code_cell(source, execution_count=count, metadata={"tags": tags})
+        for count, (source, tags) in enumerate(
+            [
+                ("def total():\n    raise NotImplementedError", ["stub"]),
+                (
+                    "def check_a(total):\n    assert total() == 2\n    print('ok: sum')\n\n\n"
+                    "checks.attempt(check_a, total)",
+                    ["exercise-check"],
+                ),
+                ("def total():\n    return 1 + 1\n\n\ncheck_a(total)", ["solution"]),
+                ("checks.refused(check_a, lambda: 3, what='it is 3')", ["wrong-answer", "remove-cell"]),
+            ],
+            start=3,
+        )
+    ]
+    for answer, said in zip(answers, ("", "not solved yet\n", "ok: sum\n", "ok: refused, it is 3\n"), strict=True):
+        answer.outputs = [new_output("stream", name="stdout", text=said)] if said else []
     notebook = new_notebook(
         cells=[
             new_markdown_cell("# A chapter"),
             check,
             figure,
             new_markdown_cell(
-                ":::{exercise} A\n:label: ex-a\n\nAdd.\n:::\n\n:::{solution-start} ex-a\n:class: dropdown\n:::"
+                "::::{exercise} A\n:label: ex-a\n\n**warm-up · by hand · 5 minutes**\n\nAdd.\n\n"
+                ":::{hint}\n:class: dropdown\nCount.\n:::\n::::"
             ),
-            solution,
+            *answers[:2],
+            new_markdown_cell(":::{solution-start} ex-a\n:class: dropdown\n:::"),
+            *answers[2:],
             new_markdown_cell(":::{solution-end}\n:::"),
         ]
     )
@@ -86,8 +112,15 @@ def prints(cell, text, name="stdout"):
     cell.outputs = [new_output("stream", name=name, text=text)]
 
 
-CHECK, FIGURE, TASK, SOLUTION = 1, 2, 3, 4
+CHECK, FIGURE, TASK, STUB, ATTEMPT, OPENED, SOLUTION, WRONG, CLOSED = range(1, 10)
 BIG = base64.b64encode(bytes(200_000)).decode()
+
+
+def reword(cell, old, new):
+    assert old in cell.source
+    cell.source = cell.source.replace(old, new)
+
+
 BROKEN = [
     ("valid", lambda cells: cells[CHECK].outputs[0].pop("text")),
     ("order", lambda cells: cells[FIGURE].update(execution_count=7)),
@@ -120,12 +153,21 @@ BROKEN = [
     ("checks", lambda cells: prints(cells[CHECK], "True\n")),
     ("checks", lambda cells: cells[CHECK].outputs.clear()),
     ("checks", lambda cells: cells[CHECK].metadata.pop("tags")),
-    ("exercises", lambda cells: cells[TASK].update(source=cells[TASK].source.replace("-start} ex-a", "-start} ex-b"))),
-    ("exercises", lambda cells: cells[TASK].update(source=cells[TASK].source.partition("\n\n:::{solution")[0])),
-    ("exercises", lambda cells: cells[TASK].update(source=cells[TASK].source.replace(":label: ex-a\n", ""))),
+    ("exercises", lambda cells: reword(cells[OPENED], "-start} ex-a", "-start} ex-b")),
+    ("exercises", lambda cells: reword(cells[OPENED], ":::{solution", "no {solution")),
+    ("exercises", lambda cells: reword(cells[TASK], ":label: ex-a\n", "")),
     ("exercises", lambda cells: cells[SOLUTION].update(source="print(1 + 1 == 2)")),
     ("exercises", lambda cells: cells[SOLUTION].update(execution_count=None)),
     ("exercises", lambda cells: cells[SOLUTION].metadata.update(tags=[])),
+    ("answers", lambda cells: reword(cells[TASK], "warm-up", "easy")),
+    ("answers", lambda cells: reword(cells[TASK], "{hint}", "{note}")),
+    ("answers", lambda cells: cells.pop(WRONG)),
+    ("answers", lambda cells: cells.insert(STUB, cells.pop(ATTEMPT))),
+    ("answers", lambda cells: prints(cells[ATTEMPT], "ok: sum\n")),
+    ("answers", lambda cells: prints(cells[SOLUTION], "not right yet: it is 3\n")),
+    ("answers", lambda cells: reword(cells[SOLUTION], "check_a(", "check_b(")),
+    ("answers", lambda cells: cells[WRONG].outputs.clear()),
+    ("answers", lambda cells: cells[WRONG].metadata.update(tags=["wrong-answer"])),
 ]  # fmt: skip
 
 
@@ -142,6 +184,57 @@ def test_a_broken_notebook_fails(rule, breach):
 
 def test_every_rule_has_a_negative_control():
     assert {rule.__name__ for rule in check_book.RULES} == {rule for rule, _ in BROKEN}
+
+
+LEVELS = ("warm-up", "standard", "standard", "standard", "standard", "hard", "hard", "project")
+
+
+def course(levels=LEVELS):
+    """A small notebook in the shape of a course."""
+    notebook = chapter()
+    for cell in notebook.cells[CHECK : FIGURE + 1]:
+        cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+    notebook.cells[TASK:] = [
+        cell
+        for place, level in enumerate(levels)
+        for cell in (
+            new_markdown_cell(
+                f":::{{exercise}} A\n:label: ex-{place}\n\n**{level} · predict, then run · 5 minutes**\n\nAdd.\n:::"
+            ),
+            new_code_cell("total = None", metadata={"tags": ["stub"]}),
+        )
+    ]
+    return notebook
+
+
+@pytest.mark.parametrize(
+    ("wrong", "breach"),
+    [
+        ("exercises", lambda nb: nb.cells.pop()),
+        ("exercises", lambda nb: nb.cells.extend(nb.cells[TASK : TASK + 2])),
+        ("warm-up", lambda nb: reword(nb.cells[TASK], "warm-up", "standard")),
+        ("warm-up", lambda nb: reword(nb.cells[-2], "project", "hard")),
+        ("predict", lambda nb: [reword(cell, "predict, then run", "code") for cell in nb.cells[TASK::2]]),
+        ("code cells", lambda nb: nb.cells.extend(new_code_cell("x = 1") for _ in range(40))),
+        ("median", lambda nb: nb.cells.extend(new_code_cell("x = 1\n" * 7) for _ in range(5))),
+        ("words", lambda nb: nb.cells.insert(0, new_markdown_cell("a word " * 2000))),
+        ("folded", lambda nb: nb.cells[CHECK].metadata.update(tags=["check"])),
+        ("folded", lambda nb: nb.cells[FIGURE].metadata.update(tags=[])),
+    ],
+)
+def test_a_chapter_of_another_shape_is_found(wrong, breach):
+    assert list(check_book.course(course())) == []
+    notebook = course()
+    breach(notebook)
+    found = list(check_book.course(notebook))
+    assert len(found) == 1 and wrong in found[0]
+
+
+def test_formulas_and_exercises_are_not_counted_as_prose():
+    text = "One $x = 1$ two.\n\n$$\na = b\n$$ (eq-a)\n\n:::{tip}\nthree\n:::\n\n## Exercises\n\nten\n\n## Then\n\nfour"
+    assert check_book.prose(new_notebook(cells=[new_markdown_cell(text)])).split() == (
+        "One two. three ## Then four".split()
+    )
 
 
 def test_the_metadata_of_a_notebook_is_looked_at():

@@ -178,3 +178,35 @@ def test_one_draw_that_differs_in_one_coordinate_is_variance():
     draws[7, 1] += 1e-11
     with pytest.raises(AssertionError, match="draws differ by"):
         checks.no_variance(draws)
+
+
+def check_sum(total):
+    checks.holds(total(1, 2) == 3, "1 + 2 is 3")
+
+
+def unfinished(a, b):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda a, b: a + b, "ok: 1 + 2 is 3\n"),
+        (lambda a, b: a - b, "not right yet: does not hold: 1 + 2 is 3\n"),
+        (lambda a: a, "not right yet: "),
+        (unfinished, "not solved yet\n"),
+        (None, "not solved yet\n"),
+    ],
+)
+def test_an_attempt_at_an_exercise_is_answered_and_never_stops_the_notebook(answer, said, capsys):
+    checks.attempt(check_sum, answer)
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_a_planted_wrong_answer_must_be_refused_and_by_an_assertion(capsys):
+    checks.refused(check_sum, lambda a, b: a - b, what="a difference")
+    assert capsys.readouterr().out == "ok: refused, a difference\n"
+    with pytest.raises(AssertionError, match="a wrong answer passes: a sum"):
+        checks.refused(check_sum, lambda a, b: a + b, what="a sum")
+    with pytest.raises(NotImplementedError):
+        checks.refused(check_sum, unfinished, what="nothing")

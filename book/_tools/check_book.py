@@ -1,4 +1,19 @@
-"""The rules that every chapter keeps, as functions from its parts to a list of sentences, one for each breach."""
+"""The rules that every chapter keeps, as functions from its parts to a list of sentences, one for each breach.
+
+An exercise is written once, and every edition is made from the tags of its cells:
+
+1. a markdown cell with an ``{exercise}`` directive: a title, a label "ex-some-name", a line
+   "**level · kind · time**" (see LEVELS and KINDS), the task, and a folded hint (a ``{dropdown}`` titled "Hint");
+2. a cell tagged ``stub``, which a reader fills in: a function that raises NotImplementedError, or a name that is None;
+3. a cell tagged ``exercise-check``: ``def check_some_name(answer)``, which raises unless the answer is right, and
+   ``checks.attempt(check_some_name, answer)``, which says "not solved yet" of the stub and lets the notebook run on;
+4. between ``{solution-start}`` and ``{solution-end}``, cells tagged ``solution``, which fill in the stub's names and
+   hand them to the same check, ``check_some_name(answer)``, and a cell tagged ``wrong-answer`` and ``remove-cell``,
+   which plants a wrong one, ``checks.refused(check_some_name, wrong, what="the sign is turned")``.
+
+A student's edition drops what stands between ``{solution-start}`` and ``{solution-end}``, those two included.
+Cells of exercises do not count towards the size of a chapter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +23,8 @@ from base64 import b64decode
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import nbformat
 import yaml
@@ -22,6 +39,11 @@ MACHINE = re.compile(
     r"|\bcuda(?::\d)?\b"
 )
 LINK = re.compile(r"\bbook/(\d\d-[\w-]+\.ipynb)")
+MAX_CELLS, MAX_MEDIAN, MAX_WORDS, EXERCISES = 40, 6, 3500, 8
+LEVELS, KINDS = ("warm-up", "standard", "hard", "project"), ("by hand", "code", "experiment", "predict, then run")
+SORT = re.compile(rf"^\*\*({'|'.join(LEVELS)}) · ({'|'.join(KINDS)}) · \d+ (?:minutes|hours?)\*\*$", re.MULTILINE)
+ASSERTING = ("checks.", "check_", "torch.testing.assert_")
+ANSWER_TAGS = ("stub", "exercise-check", "solution", "wrong-answer")
 
 
 def code_cells(notebook) -> list:
@@ -156,6 +178,61 @@ def exercises(notebook) -> Iterator[str]:
         yield f"a solution of no exercise: '{label}'"
 
 
+class Exercise(NamedTuple):
+    """An exercise with the code cells up to the next one."""
+
+    label: str | None
+    text: str
+    cells: list
+
+    def tagged(self, tag: str) -> list:
+        return [cell for cell in self.cells if tag in tags(cell)]
+
+    @property
+    def check(self) -> str:
+        """The name of the function that checks an answer."""
+        return f"check_{(self.label or '').removeprefix('ex-').replace('-', '_')}"
+
+
+def exercises_of(notebook) -> list[Exercise]:
+    """Every exercise in order; one cell of text may end one and begin the next."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for opened in re.finditer(r"^(:{3,})\{exercise(?:-start)?\}", cell.source, re.MULTILINE):
+                text = cell.source[opened.start() :].partition(f"\n{opened[1]}\n")[0]
+                found.append(Exercise(block_label(cell.source, opened.end()), text, []))
+        elif found:
+            found[-1].cells.append(cell)
+    return found
+
+
+def answers(notebook) -> Iterator[str]:
+    """An exercise that has a stub has all that the editions are made from; see the top of this file."""
+    for exercise in exercises_of(notebook):
+        if not exercise.tagged("stub"):
+            continue
+        who, check = f"exercise '{exercise.label}'", exercise.check
+        if not SORT.search(exercise.text):
+            yield f"{who} has no line '**level · kind · time**'"
+        if not re.search(r"^:{3,}\{hint\}\n:class: dropdown$", exercise.text, re.MULTILINE):
+            yield f"{who} has no folded hint"
+        sequence = [tag for cell in exercise.cells for tag in ANSWER_TAGS if tag in tags(cell)]
+        if sequence != sorted(sequence, key=ANSWER_TAGS.index) or set(sequence) != set(ANSWER_TAGS):
+            yield f"{who} has cells tagged {sequence}, not {list(ANSWER_TAGS)}"
+        for tag, call, said in (
+            ("exercise-check", f"checks.attempt({check}, ", "not solved yet"),
+            ("solution", f"{check}(", "ok: "),
+            ("wrong-answer", f"checks.refused({check}, ", "ok: refused, "),
+        ):
+            calling = [cell for cell in exercise.tagged(tag) if call in re.sub(r"\(\s+", "(", cell.source)]
+            lines = [line for cell in calling for line in printed(cell).splitlines()]
+            if not lines or not all(line.startswith(said) for line in lines):
+                yield f"{who}: {call}...) in a cell tagged '{tag}' must print '{said}...', not {lines}"
+        if not all("remove-cell" in tags(cell) for cell in exercise.tagged("wrong-answer")):
+            yield f"{who}: its wrong answer must be tagged 'remove-cell', or the site shows it"
+
+
 def block_label(text: str, start: int) -> str | None:
     """The ``:label:`` among the options of the directive that was opened at ``start``."""
     for line in text[start:].splitlines()[1:]:
@@ -194,13 +271,41 @@ def parsed(cell) -> ast.Module | None:
 def asserted(cell) -> bool:
     """Whether a cell was run and asserts something."""
     return cell.execution_count is not None and any(
-        isinstance(node, ast.Assert)
-        or (isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("checks.", "torch.testing.assert_")))
+        isinstance(node, ast.Assert) or (isinstance(node, ast.Call) and ast.unparse(node.func).startswith(ASSERTING))
         for node in ast.walk(parsed(cell) or ast.Module([], []))
     )
 
 
-RULES = (valid, order, size, figures, outputs, plain_python, seeded, metadata, checks, exercises)
+def course(notebook) -> Iterator[str]:
+    """The shape of a chapter of the second edition: short, folded, and with a course of exercises."""
+    asked = exercises_of(notebook)
+    sorts = [found.groups() for exercise in asked if (found := SORT.search(exercise.text))]
+    levels, kinds = [level for level, _ in sorts], [kind for _, kind in sorts]
+    if len(asked) != EXERCISES or not all(exercise.tagged("stub") for exercise in asked):
+        yield f"{len(asked)} exercises, {sum(bool(e.tagged('stub')) for e in asked)} with a stub, not {EXERCISES}"
+    if "warm-up" not in levels or levels.count("hard") < 2 or levels.count("project") != 1:
+        yield f"a course goes from a warm-up to two hard exercises and one project, not {levels}"
+    if "predict, then run" not in kinds:
+        yield "no exercise asks to predict, then run"
+    own = [cell for cell in code_cells(notebook) if not set(ANSWER_TAGS) & set(tags(cell))]
+    lines = median(len(cell.source.splitlines()) for cell in own)
+    if len(own) > MAX_CELLS or lines > MAX_MEDIAN:
+        yield f"{len(own)} code cells with a median of {lines} lines, beside those of exercises"
+    if (words := len(prose(notebook).split())) > MAX_WORDS:
+        yield f"{words} words, beside those of exercises"
+    for cell in own:
+        if ("check" in tags(cell) or "figure" in cell.metadata.get("mystnb", {})) and "hide-input" not in tags(cell):
+            yield f"a check or a figure whose code is not folded: {cell.source[:60]!r}"
+
+
+def prose(notebook) -> str:
+    """The text of a notebook up to its exercises, and after them, without formulas and the lines of directives."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(r"^## Exercises$.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^\$\$.*?^\$\$[^\n]*|\$[^$]*\$|^:+[^\n]*$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+RULES = (valid, order, size, figures, outputs, plain_python, seeded, metadata, checks, exercises, answers)
 
 
 def problems(notebook) -> list[str]:

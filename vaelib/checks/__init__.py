@@ -1,8 +1,10 @@
-"""Checks of what the book claims (:mod:`~vaelib.checks.statements`), and of a posterior or an estimator of your own
-(:mod:`~vaelib.checks.contracts`). Each can fail; one that holds prints a line.
+"""Checks of what the book claims (:mod:`~vaelib.checks.statements`), of a posterior or an estimator of your own
+(:mod:`~vaelib.checks.contracts`), and of the answer to an exercise (:mod:`~vaelib.checks.exercises`). Each can fail;
+one that holds prints a line.
 """
 
 from vaelib.checks.contracts import contract
+from vaelib.checks.exercises import attempt, refused
 from vaelib.checks.statements import (
     SIGMAS,
     below,
@@ -20,6 +22,7 @@ from vaelib.checks.statements import (
 
 __all__ = [
     "SIGMAS",
+    "attempt",
     "below",
     "biased",
     "contract",
@@ -28,6 +31,7 @@ __all__ = [
     "less_variance",
     "mean_and_error",
     "no_variance",
+    "refused",
     "same",
     "total_variance",
     "unbiased",
