@@ -4,7 +4,8 @@
 once, and what to put in its place. A change is planted in a copy of the package, the tests of that file which call the
 changed function are run, quick ones first, until one fails, and the outcome is a line of ``outcomes.csv``; a change
 whose line is there already, for the code and tests as they are, is not tried again. ``--show`` prints the changes that
-went unnoticed. Not part of ``make test``: all of it takes some twenty minutes of one core.
+went unnoticed, ``--untried`` tries only those that have no line. Not part of ``make test``: all of it takes some twenty
+minutes of one core.
 
 Which tests call what is found once for a test file, by running it with an eye on every call, and kept beside the
 table in ``calls.json`` (not committed; delete it where tests have come to call other functions). Tests that fail
@@ -38,6 +39,7 @@ ROOT = HERE.parents[1]
 CALLS = HERE / "calls.json"
 COLUMNS = ("file", "old", "new", "outcome", "by", "seconds", "fingerprint")
 TIMEOUT = 600  # seconds; a change that makes the tests hang is noticed
+PATIENCE = 90  # seconds of tests, as they take without a change, for a change; what only later ones notice is missed
 LOADED = (
     "torch", "torch.func", "torch.fx.experimental.proxy_tensor", "torch.distributed.tensor", "numpy", "pandas",
     "scipy.stats", "pytest", "hypothesis", "tqdm", "typer", "matplotlib.pyplot",
@@ -247,12 +249,15 @@ class Workshop:
         """Yield test files and the tests in them to run, in their order: first the one that noticed ``last`` time."""
         if last:
             yield last.split("::")[0], [last]
-        function = change.function
+        function, left = change.function, PATIENCE
         for test in change.tests:
-            tests = self.known_calls(test)
-            order = [name for name in tests if function is None or function in tests[name]["calls"]]
+            tests, order = self.known_calls(test), []
+            for name in sorted(tests, key=lambda name: tests[name]["seconds"]):
+                if (function is None or function in tests[name]["calls"]) and left > 0:
+                    order.append(name)
+                    left -= tests[name]["seconds"]
             if order:
-                yield test, sorted(order, key=lambda name: tests[name]["seconds"])
+                yield test, order
 
     def try_out(self, change: Change, last: str = "") -> dict[str, Any]:
         """Return the line of the table: whether the tests noticed, and which one did."""
@@ -312,6 +317,7 @@ def main() -> None:
     parser.add_argument("--changes", type=Path, default=HERE / "changes.json")
     parser.add_argument("--outcomes", type=Path, default=HERE / "outcomes.csv")
     parser.add_argument("--files", nargs="*", default=[""], help="only changes of files whose path begins so")
+    parser.add_argument("--untried", action="store_true", help="try only those that have no line yet")
     parser.add_argument("--again", action="store_true", help="try those again that went unnoticed, whatever changed")
     parser.add_argument("--show", action="store_true", help="print what went unnoticed, and try nothing")
     arguments = parser.parse_args()
@@ -319,8 +325,11 @@ def main() -> None:
     for change in everything:
         change.changed  # which says so where it cannot be planted
     order = [change for change in everything if change.file.startswith(tuple(arguments.files))]
-    random.Random(0).shuffle(order)  # all files early
+    random.Random(0).shuffle(order)  # all files early, or in the order in which they are named
+    order.sort(key=lambda change: next(i for i, path in enumerate(arguments.files) if change.file.startswith(path)))
     table = {(line["file"], line["old"], line["new"]): line for line in known(arguments.outcomes).values()}
+    if arguments.untried:
+        order = [c for c in order if (c.file, c.old, c.new) not in table]
     if arguments.again:
         order = [c for c in order if table.get((c.file, c.old, c.new), {}).get("outcome") == "unnoticed"]
     if arguments.show:
