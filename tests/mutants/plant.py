@@ -71,6 +71,7 @@ TESTS = {
     "vaelib/collapse.py": ("collapse", "lag"),
     "vaelib/stacked.py": ("stacked",),
     "vaelib/fast.py": ("fast", "training"),
+    "vaelib/config.py": ("training", "runs", "reproductions"),
     "vaelib/runs.py": ("runs", "cli"),
     "vaelib/data": ("data", "text"),
     "vaelib/experiments": ("experiments", "silent_experiments", "lag"),
