@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -18,15 +19,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame
 from tqdm import tqdm
 
 import vaelib
-from vaelib import cli, experiments, files
+from vaelib import cli, experiments, files, gradients
 from vaelib.errors import InputError
 from vaelib.experiments import grid, results, stl
 from vaelib.experiments.experiment import Experiment, Measured, Preset, Task, as_text
+from vaelib.posteriors import DiagonalGaussian, Mixture
 
 FIGURE_1 = experiments.find("stl-figure-1")
 
@@ -684,6 +687,37 @@ def test_the_figures_are_drawn(tmp_path):
     found = experiments.load("stl-figure-1", folder=tmp_path)
     final = experiments.select(found, "final kl").set_index("estimator")["value"]
     assert final["elbo-path"] < final["elbo-total"]
+
+
+def test_figure_1_begins_at_the_closed_form(tmp_path):
+    """KL(N(0, I), N(m, s^2)) = sum log s + (1 + m^2) / (2 s^2) - 1/2, with m from N(0, 1) and log s from U(-1, 1)."""
+    config = {**FIGURE_1.presets["short"].grid[0], "steps": 1}
+    found = [stl.fit_gaussian(config, seed, tmp_path, "cpu", lambda done: None)[0].value for seed in range(40)]
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std = torch.randn(100, generator=generator), 2 * torch.rand(100, generator=generator) - 1
+    kl = log_std + 0.5 * (1 + mean.square()) * (-2 * log_std).exp() - 0.5
+    assert found[0] == pytest.approx(kl.sum().item(), rel=1e-5)
+    expected = 100 * (math.sinh(2) / 2 - 0.5)  # E[m^2] = 1 and E[s^-2] = sinh(2) / 2
+    assert abs(statistics.mean(found) - expected) < 4 * statistics.stdev(found) / 40**0.5
+    stored = experiments.load("stl-figure-1", "short")
+    first = stored[(stored["metric"] == "kl") & (stored["at"] == 0) & (stored["seed"] == 0)]["value"]
+    assert first.to_list() == pytest.approx([found[0]] * 2, rel=1e-5)  # of both estimators
+
+
+def test_figure_3_ends_at_its_target_where_the_path_is_silent(tmp_path):
+    """The score does not know the target: at the start it is what total is where the target is q itself."""
+    config = {**experiments.find("stl-figure-3").presets["short"].grid[0], "draws": 100, "percent": 100}
+    found = stl.walk_to_mixture(config, 0, tmp_path, "cpu", lambda done: None)
+    variance = {(m.metric, m.at): m.value for m in found}
+    assert variance["path", 100] < 1e-20 < variance["path", 0]
+    assert variance["score", 100] == pytest.approx(variance["total", 100])
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std = torch.randn(2, 5, 1, 2, generator=generator).double()
+    logits = torch.randn(5, 1, generator=generator).double()
+    q = Mixture(tuple(map(DiagonalGaussian, 2 * mean, 0.3 * log_std)), logits)
+    x, noise = torch.zeros(1, 1).double(), torch.Generator().manual_seed(0)
+    score = gradients.draws("elbo-total", stl.Target(q), lambda x: q, x, k=5, draws=100, generator=noise)
+    assert variance["score", 0] == pytest.approx(((score - score.mean(0)) ** 2).sum().item() / 99)
 
 
 def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame, concat
+from torch.distributions import Normal, kl_divergence
 
 from vaelib import estimators
 from vaelib.estimators import silent
 from vaelib.experiments import find, load, results, select
 from vaelib.experiments import silent as experiments
 from vaelib.experiments.experiment import Task
-from vaelib.training import Progress
+from vaelib.training import Progress, stream
 
 NAMES = ("silent-linear", "silent-annealed", "silent-control-variate")
 
@@ -115,6 +117,73 @@ def test_the_method_names_the_estimator():
     assert names["plain"] == ["elbo-annealed(0)"] * 4
     for method in ("linear", "linear, sampled", "cosine"):
         assert names[method] == ["elbo-annealed(1)", "elbo-annealed(0.5)", "elbo-annealed(0)", "elbo-annealed(0)"]
+
+
+def small_guided():
+    return experiments.start({"data": "digits", "images": 100}, 0, "guided", "cpu", hidden=8, latent=2)
+
+
+def encoder_gradient(estimator, model, x, eps):
+    loss = estimator.loss(model.joint, model.encoder(x), x, eps).mean()
+    return torch.autograd.grad(loss, list(model.encoder.parameters()))
+
+
+@pytest.mark.parametrize(("method", "quiet"), [("linear", True), ("cosine", True), ("linear, sampled", False)])
+def test_the_guide_is_exact_or_as_the_control_sampled(method, quiet):
+    """While the guide has all the weight, the encoder's gradient does not depend on the draws; sampled, it does."""
+    model, images = small_guided()
+    config, x = {"estimator": "elbo-total", "anneal": 0.5, "method": method}, images.train.grey[:5]
+    estimator = experiments.estimator_at(config)(Progress(0, 0.0, 0.0))
+    noise = (model.encoder(x).noise(1, stream("noise", seed)) for seed in (0, 1))
+    pairs = zip(*(encoder_gradient(estimator, model, x, eps) for eps in noise), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in pairs) == quiet
+
+
+def test_the_test_elbo_is_that_of_torch_s_distributions():
+    model, images = small_guided()
+    x, decode = images.test.grey[:20], model.joint.joint.decode
+    q = Normal(model.encoder(x).mean, model.encoder(x).log_std.exp())
+    z = q.mean + q.stddev * torch.randn(10, *q.mean.shape, generator=stream("test", 0))
+    likelihood = Normal(decode.mean(z), decode.log_std.exp()).log_prob(x).sum(-1)
+    elbo = likelihood.mean(0) - kl_divergence(q, Normal(0.0, 1.0)).sum(-1)
+    (found,) = experiments.test_elbo(model, x, 3)
+    assert (found.metric, found.at) == ("elbo", 3) and found.value == pytest.approx(elbo.mean().item(), rel=1e-5)
+
+
+def test_a_ratio_of_variances_is_over_the_bare_estimator_s(tmp_path):
+    """Before the first step, by a loop over the draws; without a control, total is over path."""
+    ((task, *_),) = [
+        [task for task in find("silent-control-variate").tasks("smoke") if task.config["method"] == method]
+        for method in ("linear decoder",)
+    ]
+    config = {**task.config, "estimator": "elbo-total", "images": 100, "epochs": 1}
+    found = {}
+    for method in ("plain", "linear decoder"):
+        measured = experiments.run_controlled({**config, "method": method}, 0, tmp_path, "cpu", lambda fraction: None)
+        found[method] = {m.metric: m.value for m in measured if m.at == 0}
+    model, images = experiments.start(config, 0, "guided", "cpu", **experiments.SIZES)
+    x = images.train.grey[: experiments.LOOK_AT]
+    q, joint, draws = model.encoder(x), model.joint.joint, {"elbo-total": [], "elbo-path": []}
+    noise = stream("test", 0)
+    leaves = [p.detach().requires_grad_() for p in (q.mean, q.log_std)]
+    for _ in range(experiments.DRAWS):
+        eps = q.noise(1, noise)
+        for name, gradients in draws.items():
+            loss = estimators.get(name).loss(joint, type(q)(*leaves), x, eps).sum()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)]))
+    total, path = (torch.stack(gradients).var(0).sum().item() for gradients in draws.values())
+    assert found["plain"]["variance"] == pytest.approx(total, rel=1e-3)
+    assert found["plain"]["variance over path"] == pytest.approx(total / path, rel=1e-3)
+    mine = found["linear decoder"]
+    assert mine["variance ratio"] == pytest.approx(mine["variance"] / total, rel=1e-3)
+    assert mine["variance over path"] == pytest.approx(mine["variance"] / path, rel=1e-3)
+
+
+def test_all_score_estimators_of_bits_have_as_many_samples():
+    """ARM and DisARM make two of a draw."""
+    of_two = {"elbo-score", "elbo-score-loo"}
+    for cell in find("silent-linear").presets["short"].grid:
+        assert cell["k"] == (2 if cell["estimator"] in of_two else 1)
 
 
 def made(estimator, lr, seed, curve) -> list[dict]:

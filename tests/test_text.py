@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -227,6 +228,40 @@ def test_synthetic_text_follows_its_recipe():
     assert (later - 0.05).abs().max() > 4.5 * error  # and the others are not
     with pytest.raises(InputError, match="10 sentences at least"):
         data.load("synthetic-text", sentences=9)
+
+
+def synthetic_by_hand(count, vocabulary, length, hidden, seed):
+    """The recipe in NumPy, the LSTM written out: words from 0, ``[count, length]``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator).double().numpy()
+
+    shapes = (4 * hidden, hidden + 2), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)
+    w_x, w_h, b_x, b_h = (2 * rand(*shape) - 1 for shape in shapes)
+    embedding, lift = 2 * rand(vocabulary, hidden) - 1, 2 * rand(2, hidden) - 1
+    a, b = 2 * rand(hidden, vocabulary) - 1, 10 * rand(2, vocabulary) - 5
+    corner = 4 * torch.randint(2, (count, 2), generator=generator).numpy() - 2  # (+-2, +-2)
+    z = corner + torch.randn((count, 2), generator=generator).numpy()
+    c = z @ lift
+    h = np.tanh(c)
+    words = [torch.randint(vocabulary, (count,), generator=generator).numpy()]
+    for _ in range(length - 1):
+        gates = np.concatenate([embedding[words[-1]], z], 1) @ w_x.T + b_x + h @ w_h.T + b_h
+        i, f, new, o = np.split(gates, 4, 1)
+        c = c / (1 + np.exp(-f)) + np.tanh(new) / (1 + np.exp(-i))
+        h = np.tanh(c) / (1 + np.exp(-o))
+        p = np.exp(h @ a + z @ b)
+        cdf = p.cumsum(1) / p.sum(1, keepdims=True)
+        words.append((cdf < rand(count, 1)).sum(1).clip(max=vocabulary - 1))
+    return np.stack(words, 1)
+
+
+def test_synthetic_text_is_what_its_lstm_says():
+    text = data.load("synthetic-text", sentences=200, vocabulary=20, length=6, hidden=8, seed=3)
+    tokens = torch.cat([part.tokens for part in (text.train, text.valid, text.test)])
+    theirs = synthetic_by_hand(200, 20, 6, 8, 3)
+    assert (tokens[:, 1:-1].numpy() - 3 != theirs).mean() < 0.005  # but for rounding at a border
 
 
 # -------------------------------------------------------------------------------- the model

@@ -46,7 +46,16 @@ LOADED = (
 )  # fmt: skip
 
 TESTS = {
-    "vaelib/posteriors": ("posteriors", "mixtures", "objectives", "stopping", "discrete", "evaluation", "models"),
+    "vaelib/posteriors": (
+        "posteriors",
+        "mixtures",
+        "silent",
+        "objectives",
+        "stopping",
+        "discrete",
+        "evaluation",
+        "models",
+    ),
     "vaelib/posteriors/stopping.py": ("stopping", "posteriors", "objectives"),
     "vaelib/posteriors/trial.py": ("stopping", "posteriors", "flows"),
     "vaelib/posteriors/discrete.py": ("discrete", "posteriors", "silent"),
