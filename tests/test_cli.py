@@ -95,7 +95,7 @@ BAD = {
         "size 'latent' must be a whole number of at least 1, but is 0",
     ),
     "no draws": (("--k", "0"), "k must be a whole number of at least 1, but is 0"),
-    "one draw where two are needed": (("--estimator", "elbo-score-loo"), "needs k >= 2 draws, but k is 1"),
+    "one draw where two are needed": (("--estimator", "elbo-score-loo"), "needs --k >= 2 draws, but --k is 1"),
     "no epochs": (("--epochs", "0"), "epochs must be a whole number of at least 1"),
     "no learning rate": (("--lr", "0"), "lr must be a positive number, but is 0.0"),
     "no number": (("--lr", "nan"), "lr must be a positive number, but is nan"),
@@ -103,11 +103,11 @@ BAD = {
     "no norm": (("--clip", "0"), "clip must be a positive number"),
     "grey images for Bernoulli": (
         ("--model", "mlp-1"),
-        "wants images of 0 and 1, but these have grey levels: use binarisation",
+        "wants images of 0 and 1, but these have grey levels: use --binarisation=dynamic",
     ),
     "a batch larger than the data": (
         ("--batch-size", "2000"),
-        "batch_size is 2000, but there are only 1497 training images",
+        "--batch-size is 2000, but there are only 1497 training images",
     ),
     "a learning rate far too high": (("--lr", "1e30"), "the last good checkpoint is none"),
 }
@@ -138,14 +138,14 @@ def test_another_configuration(vaelib, tmp_path):
     assert vaelib("train", tmp_path, *TINY)[0] == 0
     code, out, err = vaelib("train", tmp_path, "--lr", "0.5", "--estimator", "elbo-total")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "(lr is 0.001 there and 0.5 here; estimator is 'elbo-path' there and 'elbo-total' here)" in err
+    assert "(--lr is 0.001 there and 0.5 here; --estimator is 'elbo-path' there and 'elbo-total' here)" in err
 
 
 def test_a_folder_that_cannot_be_made(vaelib, tmp_path):
     (tmp_path / "file").write_text("")
     code, out, err = vaelib("train", tmp_path / "file" / "run")
     assert (code, out) == (2, "")
-    assert err == f"vaelib: cannot use '{tmp_path}/file/run/config.json': Not a directory\n"
+    assert err == f"vaelib: '{tmp_path}/file/run/config.json' cannot be read (Not a directory)\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from vaelib import __version__
 from vaelib.config import Config
-from vaelib.errors import InputError
+from vaelib.errors import OPTIONS, InputError
 from vaelib.files import in_shell
 
 app = typer.Typer(
@@ -31,15 +32,28 @@ experiment_app = typer.Typer(
     help="The papers' tables and figures: list them, run one, show what it gave.", no_args_is_help=True
 )
 app.add_typer(experiment_app, name="experiment")
+GROUPS = (app, data_app, experiment_app)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; what the user can put right is one sentence on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be text
+    warnings.showwarning = lambda message, *_: print(f"vaelib: warning: {message}", file=sys.stderr)
+    names = OPTIONS.set(options())
     try:
         app(arguments, prog_name="vaelib")
     except (InputError, OSError) as error:
         print(f"vaelib: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        OPTIONS.reset(names)
+
+
+def options() -> dict[str, str]:
+    """Return what is typed for the arguments that options stand for."""
+    commands = [command for group in GROUPS for command in group.registered_commands]
+    names = {name for command in commands for name in inspect.signature(command.callback).parameters}
+    return {name: f"--{name.replace('_', '-')}" for name in names} | {"sizes": "--size"}
 
 
 def explain(error: Exception) -> str:
@@ -169,14 +183,16 @@ def evaluate(
     start()
     from vaelib import runs
 
-    found = runs.evaluate(run_dir, samples, chunk, limit, seed, device, progress=show_progress(quiet))
-    typer.echo(
-        f"-log p(x): {found['nll']:.2f} +- {found['nll_error']:.2f} nats "
-        f"({found['images']} test images, {found['samples']} samples each)\n"
-        f"bound: {found['bound']:.2f} nats; active units: {', '.join(map(str, found['active_units']))}"
-    )
-    if found["mind"]:
-        typer.echo(f"mind: {found['mind']}")
+    def show(found: dict[str, Any]) -> None:
+        typer.echo(
+            f"-log p(x): {found['nll']:.2f} +- {found['nll_error']:.2f} nats "
+            f"({found['images']} test images, {found['samples']} samples each)\n"
+            f"bound: {found['bound']:.2f} nats; active units: {', '.join(map(str, found['active_units']))}"
+        )
+        if found["mind"]:
+            typer.echo(f"mind: {found['mind']}")
+
+    runs.evaluate(run_dir, samples, chunk, limit, seed, device, show_progress(quiet), show)
 
 
 @app.command()

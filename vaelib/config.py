@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vaelib.errors import InputError, positive, true_or_false, whole_number
+from vaelib.errors import InputError, positive, true_or_false, typed, whole_number
 
 DEVICES = {"auto": "a GPU if there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
 
@@ -26,7 +26,7 @@ def names(recipe: Any, *fields: str) -> None:
     """Raise InputError unless these fields of a recipe are names, whatever they are names of."""
     for name in fields:
         if not isinstance(value := getattr(recipe, name), str):
-            raise InputError(f"{name} must be a name, but is {value!r}")
+            raise InputError(f"{typed(name)} must be a name, but is {value!r}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("k", "batch_size", "epochs"):
             whole_number(name, getattr(self, name), least=1)
-        whole_number("seed", self.seed, least=0)
+        whole_number("seed", self.seed, least=0, most=2**63 - 1)
         for name in ("lr", "adam_eps", "clip"):
             if (value := getattr(self, name)) is not None or name != "clip":
                 positive(name, value)

@@ -8,14 +8,56 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
+OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("options", default={})
+"""What an argument is called where it was typed, such as --batch-size for batch_size; the command line sets it."""
+
+NO_MEMORY = (
+    "t allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Unable to allocate",
+    "overflow",
+    "invalid size",
+)
+"""What errors say for which there is too little memory, or would be in any machine."""
+
 
 class InputError(ValueError):
     """Something the caller gave is not usable; the message is one sentence meant for them."""
+
+
+def typed(name: str) -> str:
+    """Return the name of an argument as it was typed: ``k`` in Python, ``--k`` at the command line."""
+    return OPTIONS.get().get(name, name)
+
+
+@contextmanager
+def enough_memory(*smaller: str) -> Iterator[None]:
+    """Say that memory is out, and which arguments should be ``smaller``, where that is what an error means.
+
+    Raises
+    ------
+    InputError
+        in the place of such an error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        raise InputError(
+            f"there is not enough memory{f', {size[1]} were asked for at once' if size else ''}: "
+            f"choose a smaller {' or '.join(map(typed, smaller))}"
+        ) from error
 
 
 def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
@@ -35,26 +77,28 @@ def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
     raise InputError(f"no {what} is called '{name}'{hint} choose from: {', '.join(options)}")
 
 
-def whole_number(name: str, value: Any, least: int) -> None:
-    """Raise InputError unless ``value`` is a whole number of at least ``least``."""
+def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    """Raise InputError unless ``value`` is a whole number of at least ``least``, and no more than ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, but is {value!r}")
+        raise InputError(f"{typed(name)} must be a whole number of at least {least}, but is {value!r}")
+    if value > most:
+        raise InputError(f"{typed(name)} must be a whole number of at most {most}, but is {value!r}")
 
 
 def true_or_false(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is one of these."""
     if not isinstance(value, bool):
-        raise InputError(f"{name} must be true or false, but is {value!r}")
+        raise InputError(f"{typed(name)} must be true or false, but is {value!r}")
 
 
 def between(name: str, value: Any, least: float, most: float) -> None:
     """Raise InputError unless ``value`` is a finite number from ``least`` to ``most``."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most or value == math.inf:
         limits = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise InputError(f"{name} must be a number {limits}, but is {value!r}")
+        raise InputError(f"{typed(name)} must be a number {limits}, but is {value!r}")
 
 
 def positive(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is a positive number."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a positive number, but is {value!r}")
+        raise InputError(f"{typed(name)} must be a positive number, but is {value!r}")

@@ -1,15 +1,20 @@
-"""Files that are whole or not there, locks between processes, and paths in printed commands."""
+"""Where the outside comes in: files that are read and checked, files that are whole or not there, locks, shell words.
+
+Nothing else in the package opens a file.
+"""
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import re
 import shlex
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +29,15 @@ except ImportError:  # Windows: two processes in one folder are not noticed
 PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 """The names of what is being written; nothing else gives a file such a name."""
 
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-"""What an error is called when there is no room."""
+NO_ROOM = "what was there before is whole: make room, then run the same command again to go on"
+ADVICE = {
+    errno.ENOSPC: NO_ROOM,
+    errno.EFBIG: NO_ROOM,
+    getattr(errno, "EDQUOT", errno.ENOSPC): NO_ROOM,
+    errno.ENOENT: "its folder is gone: bring it back to go on, or run the same command again to begin anew",
+    errno.EISDIR: "a folder has that name: move it out of the way, then run the same command again to go on",
+}
+"""What to do about an error while writing."""
 
 A_DAY = 86_400.0
 """Seconds after which nobody writes to such a file any more."""
@@ -37,7 +49,11 @@ class InUse(InputError):
 
 @contextmanager
 def atomic(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``target`` to write to, and name it ``target`` once it is written and on disk."""
+    """Give a temporary path beside ``target`` to write to, and name it ``target`` once it is written and on disk.
+
+    A ``target`` that is a link stays one: what it points to is replaced.
+    """
+    target = Path(os.path.realpath(target))
     sweep(target.parent, A_DAY)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     part.touch(exist_ok=False)
@@ -76,11 +92,10 @@ def write(path: Path, content: bytes | memoryview) -> None:
         with atomic(path) as part:
             part.write_bytes(content)
     except OSError as error:
-        advice = "make room" if error.errno in FULL else "put that right"
-        raise InputError(
-            f"'{path}' could not be written ({error.strerror}); what was there before is whole: "
-            f"{advice}, then run the same command again to go on"
-        ) from error
+        advice = ADVICE.get(
+            error.errno, "what was there before is whole: put that right, then run the same command again"
+        )
+        raise InputError(f"'{path}' could not be written ({error.strerror}); {advice}") from error
 
 
 def in_shell(path: Path) -> str:
@@ -93,21 +108,91 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read(path: Path) -> bytes | None:
+    """Return what is in a file; None if there is none.
+
+    Raises
+    ------
+    InputError
+        if it cannot be read, or is a link to nothing.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(f"'{path}' is a link to '{os.readlink(path)}', which is not there: mend it") from None
+        return None
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise InputError(f"'{path}' cannot be read ({getattr(error, 'strerror', error)})") from error
+
+
+def read_text(path: Path) -> str | None:
+    """Return the text in a file, without a byte order mark; None if there is no file.
+
+    Raises
+    ------
+    InputError
+        if it is not text in UTF-8.
+    """
+    content = read(path)
+    try:
+        text = None if content is None else content.decode("utf-8-sig")
+        if text is not None and "\0" in text:
+            raise ValueError("it has zero bytes")
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise InputError(
+            f"'{path}' is not text in UTF-8 ({error}): save it in UTF-8, or put a whole copy in its place"
+        ) from error
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None if there is no file.
 
     Raises
     ------
     InputError
         if the file holds anything else.
     """
+    if (text := read_text(path)) is None:
+        return None
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not JSON ({error}): delete it, or put a whole copy in its place") from error
     if not isinstance(found, dict):
         raise InputError(f"'{path}' is no JSON object: delete it, or put a whole copy in its place")
     return found
+
+
+def read_table(path: Path, *headers: Sequence[str]) -> dict[int, dict[str, str]] | None:
+    """Return the lines of a CSV file by their numbers, each field by its column; None if there is no file.
+
+    A spreadsheet's byte order mark and line ends are nothing to it.
+
+    Raises
+    ------
+    InputError
+        if it is no CSV, or has other columns than those of one of the ``headers``.
+    """
+    if (text := read_text(path)) is None:
+        return None
+    advice = "mend that line or delete it; nothing was written"
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        lines = {reader.line_num: line for line in reader if line}
+    except csv.Error as error:
+        raise InputError(f"line {reader.line_num} of '{path}' is not CSV ({error}): {advice}") from error
+    first = lines.pop(next(iter(lines), None), [])
+    if first not in [list(header) for header in headers]:
+        raise InputError(
+            f"'{path}' has the columns {', '.join(first)}, but should have {', '.join(headers[0])}: "
+            "move that file out of the way; nothing was written"
+        )
+    for number, line in lines.items():
+        if len(line) != len(first):
+            raise InputError(f"line {number} of '{path}' has {len(line)} fields, not {len(first)}: {advice}")
+    return {number: dict(zip(first, line)) for number, line in lines.items()}
 
 
 @contextmanager

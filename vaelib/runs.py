@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ from torch import Tensor
 from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config
 from vaelib.data import Images
-from vaelib.errors import InputError, choose, whole_number
+from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.estimators.base import log_weight
-from vaelib.files import in_shell, locked, read_json, sweep, write, write_json
+from vaelib.files import in_shell, locked, read, read_json, sweep, write, write_json
 from vaelib.posteriors import as_posterior, ready
 from vaelib.training import Diverged, Training, stream
 
@@ -42,6 +44,8 @@ FORMAT = 2
 
 READ_BY = {1: "0.1.0"}
 """The last version of vaelib that reads an older format."""
+
+SETTINGS = {field.name: field for field in fields(Config)}
 
 FREE = {"epochs", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
@@ -92,18 +96,15 @@ def train(
     KeyboardInterrupt
         after SIGINT or SIGTERM; the message says how to go on.
     """
-    folder = Folder(Path(run_dir))
+    folder = Folder(named(run_dir))
     training = build(config, load_images(config))
     with in_use(folder):
-        stored = read_config(folder.config)
+        stored, known = read_config(folder.config), read_result(folder.result)
         if stored is not None:
             check_same(stored, config, folder)
-        if folder.checkpoint.exists():
-            if stored is None:
-                raise InputError(f"'{run_dir}' has a checkpoint.pt but no config.json: choose another folder")
-            restore(training, folder.checkpoint)
-        if not training.over:
-            folder.result.unlink(missing_ok=True)
+        elif strange := [path.name for path in (folder.checkpoint, folder.metrics, folder.result) if lexists(path)]:
+            raise InputError(f"'{run_dir}' has a {strange[0]} but no config.json: choose another folder")
+        restore(training, folder.checkpoint)
         write_json(folder.config, asdict(config))
         write_metrics(folder.metrics, training)
         try:
@@ -111,8 +112,8 @@ def train(
                 training, folder, config.checkpoint_seconds, lambda training: report(training.progress.done), progress
             )
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {in_shell(Path(run_dir))}") from None
-        known = read_json(folder.result) if folder.result.exists() else {}
+            raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {in_shell(folder.path)}") from None
+        known = {name: found for name, found in known.items() if found["step"] == training.step}
         if "training" not in known:
             known["training"] = {**training.history[-1], **provenance(training)}
             write_json(folder.result, known)
@@ -195,14 +196,14 @@ def load(run_dir: str | Path, device: str = "auto") -> Run:
     InputError
         if there is none, or it is damaged.
     """
-    training, images = trained(Folder(Path(run_dir)), device)
+    training, images = trained(Folder(named(run_dir)), device)
     return Run(training.model, training.recipe, training.history, images)
 
 
 def trained(folder: Folder, device: str) -> tuple[Training, Images]:
     """Return the training in a folder, its model in evaluation mode, and its data."""
     config = read_config(folder.config)
-    if config is None or not folder.checkpoint.exists():
+    if config is None or not lexists(folder.checkpoint):
         command = f"vaelib train {in_shell(folder.path)}"
         raise InputError(f"there is no trained model in '{folder.path}': make one with `{command}`")
     config = replace(config, device=device)
@@ -221,6 +222,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
+    show: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     r"""Estimate log p(x) of the test images under the model trained in ``run_dir``; add it to its ``result.json``.
 
@@ -232,6 +234,8 @@ def evaluate(
         take the first ``limit`` test images alone.
     seed
         of the noise, and of the binarisation if that is dynamic: the same seed, the same images.
+    show
+        is given what is returned before anything is written: a disk that is full loses no computation.
 
     Returns
     -------
@@ -246,13 +250,14 @@ def evaluate(
     InputError
         if there is no run in the folder, it is in use or damaged, or an argument is out of range.
     """
-    folder = Folder(Path(run_dir))
+    folder = Folder(named(run_dir))
     if limit is not None:
         whole_number("limit", limit, least=2)
-    whole_number("seed", seed, least=0)
-    if not folder.checkpoint.exists():
+    whole_number("seed", seed, least=0, most=2**63 - 1)
+    if not lexists(folder.checkpoint):
         trained(folder, device)  # which says so, and makes no folder
-    with in_use(folder):
+    with in_use(folder), enough_memory("chunk", "limit"):
+        known = read_result(folder.result)
         training, images = trained(folder, device)
         model, device = training.model, training.device
         x = images.test.batch(slice(0, limit), stream("test", seed, device))
@@ -276,7 +281,7 @@ def evaluate(
             "mind": images.note,
             **provenance(training),
         }
-        known = read_json(folder.result) if folder.result.exists() else {}
+        show(found)
         write_json(folder.result, {**known, "evaluation": found})
     return found
 
@@ -300,7 +305,7 @@ def find_device(name: str) -> torch.device:
     """Return the device that ``name`` ("cpu", "cuda" or "auto") means on this machine."""
     choose("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is 'cuda', but torch finds no CUDA GPU on this machine: use cpu or auto")
+        raise InputError(f"{typed('device')} is 'cuda', but torch finds no CUDA GPU on this machine: use cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -314,7 +319,8 @@ def build(config: Config, images: Images) -> Training:
     """Return the run that ``config`` means, before its first step."""
     split = images.train
     weights = stream("init", config.seed)
-    model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
+    with enough_memory("sizes"):
+        model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
     return Training(model.to(split.grey.device), split, config.estimator, config, compile=config.compile)
 
 
@@ -327,6 +333,13 @@ def provenance(training: Training) -> dict[str, Any]:
         "torch": torch.__version__,
         "vaelib": __version__,
     }
+
+
+def named(folder: str | Path) -> Path:
+    """Return the path of a folder; an empty name, such as that of an unset variable, is not the folder we are in."""
+    if not str(folder).strip():
+        raise InputError("the name of the folder is empty: name the folder of the run")
+    return Path(folder)
 
 
 @contextmanager
@@ -362,31 +375,36 @@ def noticed(*signals: int) -> Iterator[list[int]]:
 
 
 def save(training: Training, path: Path) -> None:
-    """Write the checkpoint of ``training``; if it cannot be written, the one before it stays."""
+    """Write the checkpoint of ``training``; if it cannot be written, or is not good, the one before it stays.
+
+    Good is one whose parameters are finite, and have a finite bound.
+    """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **training.state()}, buffer)
+    torch.save({"format": FORMAT, **training.state(), "history": training.metrics()}, buffer)
     write(path, buffer.getbuffer())
 
 
 def restore(training: Training, path: Path) -> None:
-    """Put ``training`` where the checkpoint at ``path`` is.
+    """Put ``training`` where the checkpoint at ``path`` is, if there is one.
 
     Raises
     ------
     InputError
         if the file is damaged, of another format, or of a longer training than asked for.
     """
+    if (content := read(path)) is None:
+        return
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch does not look at the checksums
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state["format"]
-    except OSError:
-        raise
     except Exception as error:  # whatever zipfile, pickle and torch find wrong with it
+        unsafe = isinstance(error, pickle.UnpicklingError)  # torch would say how to load it all the same
+        why = "it holds more than numbers and words" if unsafe else str(error).partition("\n")[0]
         raise InputError(
-            f"'{path}' is cut or altered, or no checkpoint ({str(error).splitlines()[0]}): "
+            f"'{path}' is cut or altered, or no checkpoint ({why}): "
             "put a whole copy in its place, or train anew in another folder; nothing was changed"
         ) from error
     if version != FORMAT:
@@ -396,11 +414,12 @@ def restore(training: Training, path: Path) -> None:
             f"use {reader}, or train anew in another folder"
         )
     try:
-        training.load_state(state)
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"'{path}' is not a checkpoint of this run's model and data ({error})") from error
+        training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
+    except Exception as error:  # whatever a record of another kind does to what reads it
+        raise InputError(
+            f"'{path}' is not a checkpoint of this run's model and data ({str(error).partition(chr(10))[0]}): "
+            "put a whole copy in its place, or train anew in another folder"
+        ) from error
     if training.step > training.total_steps:
         done = training.step / training.steps_per_epoch
         raise InputError(
@@ -416,22 +435,42 @@ def read_config(path: Path) -> Config | None:
     InputError
         if the file is not the record of a run.
     """
-    try:
-        options = read_json(path)
-        if unknown := set(options) - {entry.name for entry in fields(Config)}:
-            raise InputError(f"it has the unknown key '{min(unknown)}'")
-        return Config(**options)
-    except FileNotFoundError:
+    if (options := read_json(path)) is None:
         return None
-    except (ValueError, TypeError) as error:  # InputError is a ValueError
+    try:
+        for name in options:
+            choose("option", name, SETTINGS)
+        return Config(**options)
+    except InputError as error:
         raise InputError(f"'{path}' is not the record of a run ({error}): choose another folder") from error
+
+
+def read_result(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what ``result.json`` holds: "training" and "evaluation", as far as they are there.
+
+    Raises
+    ------
+    InputError
+        if it holds anything else.
+    """
+    found = read_json(path) or {}
+    for name, part in found.items():
+        if (
+            name not in ("training", "evaluation")
+            or not isinstance(part, dict)
+            or not isinstance(part.get("step"), int)
+        ):
+            raise InputError(
+                f"'{path}' is not the result of a run ('{name}'): delete it, or put a whole copy in its place"
+            )
+    return found
 
 
 def check_same(stored: Config, asked: Config, folder: Folder) -> None:
     """Raise InputError, naming every difference, if ``asked`` is not the run that ``folder`` holds."""
     old, new = asdict(stored), asdict(asked)
     differences = [
-        f"{name} is {old[name]!r} there and {new[name]!r} here"
+        f"{typed(name)} is {old[name]!r} there and {new[name]!r} here"
         for name in old
         if name not in FREE and old[name] != new[name]
     ]
@@ -444,4 +483,4 @@ def check_same(stored: Config, asked: Config, folder: Folder) -> None:
 
 def write_metrics(path: Path, training: Training) -> None:
     """Write the history, one JSON object a line. Whatever is not in the checkpoint is so cut off on resuming."""
-    write(path, "".join(json.dumps(record) + "\n" for record in training.history).encode())
+    write(path, training.metrics().encode())

@@ -7,8 +7,10 @@ folder, for the command line; :mod:`vaelib.collapse` brings hooks, :mod:`vaelib.
 
 from __future__ import annotations
 
+import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from vaelib import estimators, evaluation, fast, objectives, posteriors
 from vaelib.config import Recipe
 from vaelib.data import Sentences, Split
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, between, choose, enough_memory, positive, true_or_false, typed, whole_number
 from vaelib.estimators import Estimator
 from vaelib.posteriors import Latent
 
@@ -363,7 +365,9 @@ class Training:
         estimator = estimators.get(estimator) if isinstance(estimator, str) else estimator
         self.fixed = isinstance(estimator, Estimator)
         if compile and not self.fixed:
-            raise InputError("an estimator that changes from step to step cannot be compiled: leave out compile")
+            raise InputError(
+                f"an estimator that changes from step to step cannot be compiled: leave out {typed('compile')}"
+            )
         self.model, self.split, self.recipe, self.hooks = model, split, recipe, list(hooks)
         self.schedule = choose("schedule", recipe.schedule, SCHEDULES)
         self.device = next(model.parameters()).device
@@ -380,6 +384,7 @@ class Training:
         self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
         self.step, self.seconds, self.decay, self.stopped = 0, 0.0, 1.0, False
         self.history: list[dict[str, Any]] = []
+        self.lines: list[str] = []
         self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
         self.backward = fast.Compiled() if compile else backward
@@ -419,7 +424,7 @@ class Training:
         """
         start = time.monotonic() - self.seconds
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
-        with bar:
+        with bar, enough_memory("k", "batch_size", "sizes"):
             while not self.over:
                 bounds = self.advance()
                 self.seconds = time.monotonic() - start
@@ -519,6 +524,11 @@ class Training:
         for hook in self.hooks:
             hook.after_epoch(self, record)
 
+    def metrics(self) -> str:
+        """Return the history, one JSON object a line; each record is put into words once, however long it gets."""
+        self.lines += [f"{json.dumps(record)}\n" for record in self.history[len(self.lines) :]]
+        return "".join(self.lines)
+
     def summary(self) -> str:
         """Say how the last epoch went."""
         return f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
@@ -529,13 +539,15 @@ class Training:
         bounds = self.bounds[: self.step - begin]
         if not bounds.isfinite().all():
             first = int(bounds.isfinite().logical_not().nonzero()[0])
-            raise self.diverged(f"the bound is {bounds[first].item()} at step {begin + first + 1}")
+            raise self.diverged(f"the bound is {bounds[first].item()} at step {begin + first + 1}", begin + first)
 
-    def diverged(self, what: str) -> Diverged:
-        """Return the error that says so."""
+    def diverged(self, what: str, steps: int = 1) -> Diverged:
+        """Return the error that says so, of a model that has taken some ``steps``."""
+        advice = f"train anew with a lower {typed('lr')}, or limit the gradient with {typed('clip')}"
         return Diverged(
             f"{what} with estimator '{self.estimator.name}', k = {self.recipe.k} and learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:g}: train anew with a lower lr, or limit the gradient with clip"
+            f"{self.optimizer.param_groups[0]['lr']:g}: "
+            f"{advice if steps else 'nothing is learnt yet, so look at the data and at how the model begins'}"
         )
 
     def state(self) -> dict[str, Any]:
@@ -544,14 +556,17 @@ class Training:
         Raises
         ------
         Diverged
-            if a bound, a parameter or a moment of the optimiser is not.
+            if a bound, a parameter or a moment of the optimiser is not, or if the bound of these parameters is not.
         """
         self.check_bounds()
         moments = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
         if not all(bool(tensor.isfinite().all()) for tensor in (*self.model.parameters(), *moments)):
             raise self.diverged(f"a parameter or its gradient is not finite at step {self.step}")
+        if not self.probe().isfinite().all():
+            raise self.diverged(f"the bound is not finite after step {self.step}")
         return {
             "device": self.device.type,
+            "world": world(),
             **{name: getattr(self, name) for name in EVOLVES},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -559,8 +574,25 @@ class Training:
             "hooks": [part.state() for part in self.keepers],
         }
 
+    def probe(self) -> Tensor:
+        """Return the loss of the coming batch, ``[B]``; nothing notices."""
+        with torch.enable_grad(), self.undisturbed():
+            x = self.split.batch(self.index(1)[0], self.streams["binarisation"])
+            q = posteriors.as_posterior(self.model.encoder(x))
+            return self.estimator.loss(self.model.joint, q, x, q.noise(self.recipe.k, self.streams["noise"])).detach()
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, bit for bit; on another kind of device with other noise from there on."""
+        """Go on from ``state``, bit for bit; it warns if that cannot be, since this is another world.
+
+        Raises
+        ------
+        InputError
+            if that is the state of no such training.
+        """
+        check_record(state, self)
+        then, now = {**state["world"], "device": state["device"]}, {**world(), "device": self.device.type}
+        if others := [f"{name} {then[name]} then and {now[name]} now" for name in now if then[name] != now[name]]:
+            warnings.warn(f"not bit for bit as without the interruption: {', '.join(others)}", stacklevel=2)
         for part, own in zip(self.keepers, state["hooks"], strict=True):
             part.load_state(own)
         self.model.load_state_dict(state["model"])
@@ -570,11 +602,37 @@ class Training:
         for name in EVOLVES:
             there, here = state[name], getattr(self, name)
             setattr(self, name, here.copy_(there) if isinstance(here, Tensor) else there)
-        self.captured = None  # with the tensors of before
+        self.lines, self.captured = [], None  # with the tensors of before
         for name, generator in self.streams.items():
             same = name == "order" or state["device"] == self.device.type
             anew = stream(name, self.recipe.seed, generator.device, self.step)
             generator.set_state(state["streams"][name] if same else anew.get_state())
+
+
+def world() -> dict[str, Any]:
+    """Return what must be the same for the same steps to have the same bits, besides the kind of device."""
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "torch": str(torch.__version__),
+    }
+
+
+def check_record(state: dict[str, Any], training: Training) -> None:
+    """Raise InputError unless the plain part of a record can be one of this training."""
+    whole_number("its step", state["step"], least=0)
+    between("its seconds", state["seconds"], 0, math.inf)
+    positive("its decay", state["decay"])
+    true_or_false("whether it stopped", state["stopped"])
+    for name in ("order", "bounds"):
+        shape = list(getattr(training, name).shape)
+        if not isinstance(state[name], Tensor) or list(state[name].shape) != shape:
+            raise InputError(f"its {name} must be a tensor {shape}")
+    if not all(0 <= i < len(training.split) for i in state["order"].aminmax()):
+        raise InputError(f"its order must be of {len(training.split)} observations")
+    epochs, history = state["step"] // training.steps_per_epoch, state["history"]
+    if not isinstance(history, list) or len(history) != epochs or not all(isinstance(each, dict) for each in history):
+        raise InputError(f"its history must be of the {epochs} epochs that are done")
 
 
 # --- what goes together -----------------------------------------------------------------------------------------------
@@ -590,7 +648,9 @@ def check_fit(training: Training) -> None:
     estimator.check(recipe.k)
     what = "images" if isinstance(split, Split) else "observations"
     if recipe.batch_size > len(split):
-        raise InputError(f"batch_size is {recipe.batch_size}, but there are only {len(split)} training {what}")
+        raise InputError(
+            f"{typed('batch_size')} is {recipe.batch_size}, but there are only {len(split)} training {what}"
+        )
     if isinstance(split, Split) and getattr(model, "binary", False):
         check_levels(split)
     noise = stream("test", 0, training.device)
@@ -608,7 +668,8 @@ def check_fit(training: Training) -> None:
             return False
 
     try:
-        attempt(x)
+        with enough_memory("k", "sizes"):
+            attempt(x)
     except RuntimeError as error:
         if not x.is_floating_point():
             raise
@@ -634,7 +695,7 @@ def check_levels(split: Split) -> None:
     if split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
         raise InputError(
             "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
-            "use binarisation=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"
+            f"use {typed('binarisation')}=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"
         )
 
 

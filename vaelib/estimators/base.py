@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vaelib.bounds import BOUNDS
-from vaelib.errors import InputError
+from vaelib.errors import InputError, typed
 from vaelib.posteriors import Adapted, Latent, Posterior, layers_of, ready
 
 
@@ -103,7 +103,9 @@ class Estimator:
     def check(self, k: int) -> None:
         """Raise InputError if the estimator is not defined for ``k`` draws."""
         if k < self.least_k:
-            raise InputError(f"estimator '{self.name}' needs k >= {self.least_k} draws, but k is {k}")
+            raise InputError(
+                f"estimator '{self.name}' needs {typed('k')} >= {self.least_k} draws, but {typed('k')} is {k}"
+            )
 
 
 @dataclass(frozen=True)
