@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import zuko
 from scipy import stats
 from torch import distributions, nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
@@ -560,6 +561,10 @@ def test_the_families_of_torch_keep_their_densities():
             ),
             r"event shape \[\]: wrap them as Independent",
         ),
+        (zuko.flows.MAF(2, 3), "q is zuko's MAF itself: call it"),
+        (zuko.flows.MAF(2)(), r"the shape \[2\] and not \[B, D\]: give it a context"),
+        (zuko.flows.NCSF(2, 3)(torch.zeros(3, 3)), "must start from a Gaussian, but this one's base is a Uniform"),
+        (zuko.flows.CNF(2, 3)(torch.zeros(3, 3)), r"a continuous flow of zuko \(CNF\) cannot be held constant"),
         (torch.zeros(3, 2), "returned a Tensor, which has no noise and no sample"),
         ((torch.zeros(3, 2), torch.zeros(3, 2)), "returned a tuple"),
         (None, "returned a NoneType"),

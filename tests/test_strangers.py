@@ -1,9 +1,15 @@
 """Posteriors, joints and estimators of other people: a right number, or a sentence that says what is the matter."""
 
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
+import zuko
 from torch import Tensor, distributions, nn
+from torch.distributions import Categorical, Independent, LowRankMultivariateNormal, MixtureSameFamily, Normal
 from torch.func import grad, vmap
+from toys import DTYPE, Leaves, quadrature
 
 import vaelib
 from vaelib import bounds, data, estimators, evaluation, gdreg, models, objectives, posteriors, training
@@ -234,3 +240,241 @@ def test_a_gradient_of_a_map_is_right_or_refused():
             assert name.endswith("dreg")
         else:
             torch.testing.assert_close(mapped, each)
+
+
+# --- the gradient of vaelib.loss against quadrature and enumeration ---------------------------------------------------
+
+K, NODES = 2, 14
+FINE = {"rtol": 0, "atol": 1e-4}
+"""What so many nodes leave; the bias of iwae-path, which is looked for too, is a hundred times that."""
+
+
+def target(theta: Tensor):
+    """A log p(x, z) that is neither a Gaussian in z nor the same for its coordinates."""
+
+    def log_joint(x: Tensor, z: Tensor) -> Tensor:
+        scale = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype)
+        return -0.5 * ((z - theta * x).square() / scale + 0.2 * (z * scale / 2).cos()).sum(-1) + theta * z[..., 0]
+
+    return log_joint
+
+
+def flow_of(name: str, leaf: Leaves, n: int):
+    sizes = {"transforms": 1, "hidden_features": (3,), "activation": nn.Tanh}
+    flow = leaf.module(getattr(zuko.flows, name)(2, 1, **sizes).to(DTYPE))
+    q = flow(leaf(1, 1).expand(n, -1))
+    return q, q.transform.inv
+
+
+def shift(mean: Tensor, scale: Tensor):
+    return lambda eps: mean + (scale @ eps.unsqueeze(-1)).squeeze(-1)
+
+
+def normal(leaf: Leaves, n: int, wrap):
+    mean, std = leaf(1, 2).expand(n, -1), leaf(1, 2).exp().expand(n, -1)
+    return wrap(Normal(mean, std)), shift(mean, torch.diag_embed(std))
+
+
+def multivariate(leaf: Leaves, n: int):
+    mean, scale = leaf(1, 2).expand(n, -1), leaf.scale_tril(1).expand(n, -1, -1)
+    return distributions.MultivariateNormal(mean, scale_tril=scale), shift(mean, scale)
+
+
+def low_rank(leaf: Leaves, n: int):
+    mean, factor, diagonal = leaf(1, 2).expand(n, -1), leaf(1, 2, 1).expand(n, -1, -1), leaf(1, 2).exp().expand(n, -1)
+    covariance = factor @ factor.mT + torch.diag_embed(diagonal)
+    return LowRankMultivariateNormal(mean, factor, diagonal), shift(mean, torch.linalg.cholesky(covariance))
+
+
+def mixture(leaf: Leaves, n: int):
+    logits, mean, std = (leaf(1, 2, *more, spread=0.2).expand(n, 2, *more) for more in ((), (2,), (2,)))
+    q = MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mean, std.exp()), 1))
+    return q, lambda eps: torch.stack([mean[:, c] + std[:, c].exp() * eps[c] for c in range(2)])
+
+
+CONTINUOUS = {
+    "Normal": lambda leaf, n: normal(leaf, n, lambda q: q),
+    "Independent": lambda leaf, n: normal(leaf, n, lambda q: Independent(q, 1)),
+    "MultivariateNormal": multivariate,
+    "LowRankMultivariateNormal": low_rank,
+    "MixtureSameFamily": mixture,
+    "zuko autoregressive": lambda leaf, n: flow_of("MAF", leaf, n),
+    "zuko couplings": lambda leaf, n: flow_of("RealNVP", leaf, n),
+}
+"""n copies of one q, as its own package has it, and how its samples come from the noise."""
+
+DISCRETE = {
+    "Bernoulli": lambda leaf, n: distributions.Bernoulli(logits=leaf(1, 2).expand(n, -1)),
+    "OneHotCategorical": lambda leaf, n: distributions.OneHotCategorical(logits=leaf(1, 3).expand(n, -1)),
+}
+
+
+def density(q, z: Tensor) -> Tensor:
+    log_q = q.log_prob(z)
+    return log_q if log_q.ndim == 2 else log_q.sum(-1)
+
+
+def truth(row, log_w: Tensor, log_q_still: Tensor, share: Tensor | float, weight: Tensor, theta, phi) -> list[Tensor]:
+    """The gradient of the bound itself, over all noise; for the wake-phase update, its definition."""
+    if isinstance(share, Tensor) and row.bound == "elbo":
+        value = weight @ (share.exp() * log_w).mean(0)
+    else:
+        value = weight @ bounds.BOUNDS[row.bound](log_w + share)
+    found = list(torch.autograd.grad(value, [theta, *phi], retain_graph=True))
+    if row.target == "wake":
+        wake = weight.detach() @ (log_w.softmax(0).detach() * log_q_still).sum(0)
+        found[1:] = torch.autograd.grad(wake, phi, retain_graph=True)
+    return found
+
+
+def assert_rows_are_right(q, z: Tensor, eps: Tensor, weight: Tensor, phi, rows, share=0.0):
+    """Hold the mean of vaelib.loss over all noise, and its gradient, to the truth."""
+    x, theta = torch.full((len(weight), 1), 0.4, dtype=DTYPE), torch.tensor(0.7, dtype=DTYPE, requires_grad=True)
+    joint = target(theta)
+    log_w = joint(x, z) - density(q, z)
+    for row in rows:
+        expected = truth(row, log_w, density(q, z.detach()), share, weight, theta, phi)
+        loss = vaelib.loss(row.name, joint, q, x, eps=eps)
+        value = bounds.BOUNDS[row.bound](log_w, share)
+        torch.testing.assert_close(-weight @ loss, weight @ value, **FINE)
+        found = torch.autograd.grad(-weight.detach() @ loss, [theta, *phi], retain_graph=True)
+        for mine, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, true, **FINE, msg=lambda m: f"{row.name}: {m}")
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_every_row_has_the_right_gradient_with_every_continuous_family(name):
+    points, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    grid = torch.cartesian_prod(*[torch.tensor(points)] * (2 * K))
+    weight = torch.cartesian_prod(*[torch.tensor(weights / weights.sum())] * (2 * K)).prod(-1)
+    eps = grid.view(-1, K, 2).transpose(0, 1)
+    leaf = Leaves()
+    q, sample = CONTINUOUS[name](leaf, len(weight))
+    mixed = name == "MixtureSameFamily"
+    share = (q.mixture_distribution.logits.log_softmax(-1).mT + np.log(2)) if mixed else 0.0
+    rows = [row for row in TABLEAU.values() if row.target and (row.whole or not mixed)]
+    assert len(rows) >= 3
+    assert_rows_are_right(q, sample(eps), eps, weight, leaf.parameters, rows, share)
+    with pytest.raises(AssertionError, match="iwae-path"):
+        assert_rows_are_right(q, sample(eps), eps, weight, leaf.parameters, [TABLEAU["iwae-path"]], share)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_every_row_that_applies_has_the_right_gradient_with_every_discrete_family(name):
+    support = DISCRETE[name](Leaves(), 1).enumerate_support().reshape(-1, 2 if name == "Bernoulli" else 3)
+    support = support if name != "Bernoulli" else torch.tensor([*product((0.0, 1.0), repeat=2)], dtype=DTYPE)
+    z = torch.stack([torch.stack(pair) for pair in product(support, repeat=K)], 1)
+    leaf = Leaves()
+    q = DISCRETE[name](leaf, z.shape[1])
+    ours = posteriors.as_posterior(q)
+    eps = torch.full(ours.noise_like(K).shape, 0.5, dtype=DTYPE)
+    for one in torch.rand(400, *eps.shape, dtype=DTYPE):  # for each z some noise that it comes from
+        eps = torch.where((ours.sample(one) == z).all(-1, keepdim=True), one, eps)
+    assert torch.equal(ours.sample(eps), z)
+    weight = density(q, z).sum(0).exp()
+    rows = [row for row in TABLEAU.values() if row.target and not row.reparameterised] + [estimators.get("exact")]
+    assert_rows_are_right(q, z, eps, weight, leaf.parameters, rows)
+    for row in TABLEAU.values():
+        if row.reparameterised:
+            with pytest.raises(InputError, match="use a row without the path channel"):
+                vaelib.loss(row.name, target(torch.ones(())), q, torch.ones(z.shape[1], 1, dtype=DTYPE), k=K)
+
+
+# --- in a loop of one's own -------------------------------------------------------------------------------------------
+
+
+def toy_vae(generator=None):
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+    return encoder, decoder, lambda x: DiagonalGaussian(*encoder(x).float().chunk(2, -1))
+
+
+def log_prior(z: Tensor) -> Tensor:
+    return Normal(0.0, 1.0).log_prob(z).sum(-1)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path", "elbo-score-loo"])
+def test_a_weight_on_the_kl_is_a_tempered_likelihood(name, beta):
+    """By quadrature, which is exact for these polynomials, against E log p(x|z) - beta KL in closed form."""
+    eps, weight = quadrature(1, K, nodes=8)
+    mean, log_std = (torch.tensor([value], dtype=DTYPE, requires_grad=True) for value in (0.6, -0.4))
+    q, x = DiagonalGaussian(mean.expand(len(weight), 1), log_std.expand(len(weight), 1)), weight.new_full((1, 1), 0.9)
+
+    def log_joint(x, z):
+        return (Normal(2 * z, 1.0).log_prob(x).sum(-1)) / beta + log_prior(z)
+
+    loss = beta * vaelib.loss(name, log_joint, q, x.expand(len(weight), 1), eps=eps)
+    expected = Normal(2 * mean, 1.0).log_prob(x).sum() - 2 * (2 * log_std).exp().sum() - beta * q.kl()[0]
+    torch.testing.assert_close(-weight @ loss, expected)
+    for mine, true in zip(*(torch.autograd.grad(v, [mean, log_std]) for v in (-weight @ loss, expected)), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_a_conditional_model_closes_over_its_condition():
+    """log p(x, z | c) with q(z | x, c): the exact posterior makes every log-weight log p(x | c)."""
+    condition, weight = torch.randn(3, 1), numbers(1)
+
+    def log_joint(x, z):
+        return Normal(weight * condition, 1.0).log_prob(z).sum(-1) + Normal(z[..., 0], 1.0).log_prob(x[:, 0])
+
+    mean = (weight * condition + X[:, :1]) / 2
+    q = Normal(mean, torch.full_like(mean, 0.5**0.5))
+    log_p = Normal((weight * condition)[:, 0], 2**0.5).log_prob(X[:, 0])
+    for name in ("elbo-total", "iwae-total", "elbo-path", "iwae-dreg"):
+        loss = vaelib.loss(name, log_joint, q, X, k=5)
+        torch.testing.assert_close(-loss, log_p)
+        if name.endswith("total"):  # differentiates this very constant
+            mine, true = (torch.autograd.grad(v.sum(), weight, retain_graph=True)[0] for v in (-loss, log_p))
+            torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("name", ["elbo-path", "iwae-dreg", "iwae-vimco"])
+def test_gradients_of_parts_of_a_batch_add_up(name):
+    encoder, decoder, q = toy_vae()
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    eps = torch.randn(5, 3, 2)
+
+    def log_joint(x, z):
+        return log_prior(z) + Normal(decoder(z), 1.0).log_prob(x).sum(-1)
+
+    whole = torch.autograd.grad(vaelib.loss(name, log_joint, q(X), X, eps=eps).mean(), parameters)
+    for part in (slice(0, 1), slice(1, 3)):
+        (vaelib.loss(name, log_joint, q(X[part]), X[part], eps=eps[:, part]).sum() / len(X)).backward()
+    for p, expected in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path", "iwae-dreg", "elbo-score-loo"])
+def test_under_autocast_the_networks_are_rounded_and_the_densities_are_not(name):
+    encoder, decoder, q = toy_vae()
+    parameters, eps, seen = [*encoder.parameters(), *decoder.parameters()], torch.randn(5, 3, 2), []
+
+    def log_joint(x, z):
+        seen.append(decoder(z).dtype)
+        return log_prior(z) + Normal(decoder(z).float(), 1.0).log_prob(x).sum(-1)
+
+    exact = vaelib.loss(name, log_joint, q(X), X, eps=eps)
+    expected = torch.autograd.grad(exact.mean(), parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        full = distributions.MultivariateNormal(torch.zeros(3, 2), scale_tril=torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
+        z = posteriors.as_posterior(full).sample(eps)
+        loss = vaelib.loss(name, log_joint, q(X), X, eps=eps)
+        wide = vaelib.loss("elbo-total", lambda x, z: log_prior(z), full, X, eps=eps)
+    found = torch.autograd.grad(loss.mean(), parameters)
+    assert seen[0] == torch.float32 and seen[-1] == loss.dtype == torch.float32 or torch.bfloat16 in seen
+    assert torch.bfloat16 in seen and loss.dtype == torch.float32 and not torch.equal(loss, exact)
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0.05)
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=0.1, atol=0.05)
+    exactly = vaelib.loss("elbo-total", lambda x, z: log_prior(z), full, X, eps=eps)
+    assert torch.equal(wide, exactly) and not torch.equal(z, posteriors.as_posterior(full).sample(eps))
+
+
+def test_a_density_of_two_digits_is_refused():
+    half, eps = torch.zeros(3, 2, dtype=torch.bfloat16), torch.randn(5, 3, 2)
+    q = DiagonalGaussian(torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(InputError, match=r"log p\(x, z\) is torch.bfloat16.*take the sum in float32"):
+        vaelib.loss("elbo-path", lambda x, z: log_prior(z).bfloat16(), q, X, eps=eps)
+    with pytest.raises(InputError, match=r"log q\(z\) is torch.bfloat16.*take the sum in float32"):
+        vaelib.loss("elbo-path", lambda x, z: log_prior(z).float(), DiagonalGaussian(half, half), X)

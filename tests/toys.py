@@ -210,6 +210,14 @@ def couplings(context: int = 0) -> list[nn.Module]:
     return [AffineCoupling(2, (4,), context) for _ in range(2)]
 
 
+def zuko_flow(leaf: Leaves, name: str) -> distributions.Distribution:
+    """What a flow of zuko gives for the context of each observation."""
+    import zuko
+
+    flow = leaf.module(getattr(zuko.flows, name)(2, 2, transforms=2, hidden_features=(4,)).to(DTYPE))
+    return flow(leaf(BATCH, 2))
+
+
 CONTINUOUS = {
     "diagonal": lambda leaf: leaf.diagonal(),
     "full, shared": lambda leaf: FullGaussian(leaf(BATCH, 2), leaf.scale_tril()),
@@ -242,6 +250,8 @@ CONTINUOUS = {
         distributions.Categorical(logits=leaf(BATCH, 2)),
         distributions.MultivariateNormal(leaf(BATCH, 2, 2), scale_tril=leaf.scale_tril(BATCH, 2)),
     ),
+    "zuko autoregressive": lambda leaf: zuko_flow(leaf, "MAF"),
+    "zuko couplings": lambda leaf: zuko_flow(leaf, "RealNVP"),
 }
 ONE_PASS = {
     "one-pass couplings": lambda leaf: OnePassFlow(leaf.flow(*couplings())),

@@ -74,7 +74,15 @@ def loss(
 
     ``vaelib.loss("iwae-dreg", log_joint, encoder(x), x, k=5).mean().backward()`` is a step's gradient. The value is
     minus the bound, and the gradient is the estimator's; the value of another expression of the same bound would have
-    another gradient.
+    another gradient. A conditional model is a ``log_joint`` that closes over its condition. A weight :math:`\beta` on
+    the KL is a likelihood to the power :math:`1/\beta`: for an estimator of the ELBO,
+
+    .. math:: \EE_q \log p(x \mid z) - \beta\,\mathrm{KL}(q \,\|\, p(z))
+        = \beta\, \EE_q\big[\tfrac1\beta \log p(x \mid z) + \log p(z) - \log q(z \mid x)\big]
+
+    so ``beta * vaelib.loss(name, lambda x, z: log_likelihood(x, z) / beta + log_prior(z), q, x)``. Under
+    ``torch.autocast`` the networks of ``log_joint`` run in its dtype, and q's density in that of its numbers; both
+    densities must come in float32 at least.
 
     Parameters
     ----------
@@ -83,8 +91,8 @@ def loss(
     log_joint
         any function ``log_joint(x, z)`` that returns :math:`\log p_\theta(x, z)`, ``[K, B]``, for ``z`` ``[K, B, D]``.
     q
-        the posterior of ``x``: one of :mod:`vaelib.posteriors`, or of the families of ``torch.distributions`` that
-        :func:`vaelib.posteriors.as_posterior` lists.
+        the posterior of ``x``: one of :mod:`vaelib.posteriors`, of the families of ``torch.distributions`` that
+        :func:`vaelib.posteriors.as_posterior` lists, or a flow of zuko.
     x
         observations, ``[B, ...]``.
     k
@@ -102,7 +110,11 @@ def loss(
     estimator, q = estimators.get(name), as_posterior(q)
     if not isinstance(x, Tensor):
         raise InputError(f"x must be a tensor of observations [B, ...], but is a {type(x).__name__}")
-    return estimator.loss(log_joint, q, x, q.noise(k, generator) if eps is None else eps)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        log_joint = torch.autocast(kind, torch.get_autocast_dtype(kind))(log_joint)
+    with torch.autocast(kind, enabled=False):
+        return estimator.loss(log_joint, q, x, q.noise(k, generator) if eps is None else eps)
 
 
 class Objective(nn.Module):

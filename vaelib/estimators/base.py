@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vaelib.bounds import BOUNDS
@@ -166,5 +167,10 @@ def _shaped(function: str, what: str, value: Tensor, x: Tensor, z: Latent) -> Te
         raise InputError(
             f"{function} must return {what} of the shape [K, B] = {list(expected)}, one value for each draw and "
             f"observation, but returned {found}; see that it sums over the last axis"
+        )
+    if value.dtype in (torch.bfloat16, torch.float16):
+        raise InputError(
+            f"{what} is {value.dtype}, which has two or three digits, too few for a sum over coordinates: let networks "
+            "run in it, but make their outputs .float() and take the sum in float32"
         )
     return value

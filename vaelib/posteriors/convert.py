@@ -3,17 +3,18 @@ r"""Posteriors that come from outside: converted into ours, adapted, or refused 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributions
+from torch import Tensor, distributions, nn
 
 from vaelib.errors import InputError
-from vaelib.posteriors.base import Latent, Posterior
+from vaelib.posteriors.base import Latent, Noise, Posterior
 from vaelib.posteriors.discrete import FactorisedBernoulli, OneHotCategorical
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, Mixture
+from vaelib.posteriors.stopping import stop_gradient
 
 CONTRACT = (
     "noise_like", "noise", "sample", "log_prob", "log_prob_of_sample", "sample_and_log_prob", "log_share", "strata",
@@ -59,9 +60,10 @@ def as_posterior(q: Any) -> Posterior:
 
     Ours stay as they are. The families of ``torch.distributions`` that have a counterpart here are converted:
     ``Normal`` (also ``Independent``), ``MultivariateNormal``, ``LowRankMultivariateNormal``, ``MixtureSameFamily`` of
-    these, ``Bernoulli`` and ``OneHotCategorical``, each with the observations on its first axis. Another object serves
-    if it has the methods ``noise``, ``sample``, ``log_prob`` and ``stop_gradient``
-    (:class:`vaelib.posteriors.Posterior` says what they are to do).
+    these, ``Bernoulli`` and ``OneHotCategorical``, each with the observations on its first axis; and what a flow of
+    `zuko <https://zuko.readthedocs.io>`_ returns for a context, ``flow(x)``. Another object serves if it has the
+    methods ``noise``, ``sample``, ``log_prob`` and ``stop_gradient`` (:class:`vaelib.posteriors.Posterior` says what
+    they are to do).
 
     Raises
     ------
@@ -72,6 +74,8 @@ def as_posterior(q: Any) -> Posterior:
         return q
     if isinstance(q, distributions.Distribution):
         return convert(q)
+    if isinstance(q, nn.Module) and _is(q, "zuko", type(q).__name__):
+        raise InputError(f"q is zuko's {type(q).__name__} itself: call it with what it is to see of x, flow(x)")
     missing = [
         name for name in ("noise", "sample", "log_prob", "stop_gradient") if not callable(getattr(q, name, None))
     ]
@@ -91,13 +95,87 @@ def convert(q: distributions.Distribution) -> Posterior:
     InputError
         if it has no counterpart; a subclass of one that has need not be the same thing.
     """
+    if _is(q, "zuko", "NormalizingFlow"):
+        return flow(q)
     if type(q) not in CONVERSIONS:
         raise InputError(
             f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: return Normal, "
-            "MultivariateNormal, MixtureSameFamily of these, Bernoulli or OneHotCategorical, or a posterior of "
-            "vaelib.posteriors"
+            "MultivariateNormal, MixtureSameFamily of these, Bernoulli or OneHotCategorical, a flow of zuko, or a "
+            "posterior of vaelib.posteriors"
         )
     return CONVERSIONS[type(q)](q)
+
+
+def _is(q: Any, package: str, name: str) -> bool:
+    """Whether q is of a class of a package that need not be here."""
+    return type(q).__name__ == name and type(q).__module__.partition(".")[0] == package
+
+
+@dataclass(frozen=True)
+class ZukoFlow(Posterior):
+    r"""A flow of zuko: a Gaussian :math:`z_0` and a transform T *from* z *to* it, :math:`z = T^{-1}(z_0)`.
+
+    .. math:: \log q(z) = \log q_0(T(z)) + \log|\det \partial T(z) / \partial z|
+
+    It is evaluated at z and not by the noise, since zuko inverts some transforms by bisection, to six digits.
+
+    Parameters
+    ----------
+    base
+        the Gaussian of :math:`z_0`, ``[B, D]``.
+    transform
+        the transform; what it sees of x is inside it.
+    """
+
+    base: DiagonalGaussian
+    transform: distributions.Transform
+
+    def noise_like(self, k: int) -> Noise:
+        """Return standard normal noise, ``[K, B, D]``."""
+        return self.base.noise_like(k)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Return z, ``[K, B, D]``."""
+        return self.transform.inv(self.base.sample(eps))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log q(z), ``[K, B]``."""
+        start, log_det = self.transform.call_and_ladj(z)
+        return self.base.log_prob(start) + log_det
+
+    def means(self) -> tuple[Tensor, ...]:
+        """Return where the mean of the Gaussian ends, which stands for the mean."""
+        return (self.sample(torch.zeros_like(self.base.mean).unsqueeze(0))[0],)
+
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> ZukoFlow:
+        """Raise InputError: what it sees of x is out of reach."""
+        raise InputError(
+            "a flow of zuko keeps what it sees of x inside functions, so that it has no coordinates to measure in: "
+            "measure the gradient of the encoder's weights, or take a flow of vaelib.flows"
+        )
+
+    def stop_gradient(self) -> ZukoFlow:
+        """Return the same flow with the parameters of the Gaussian and of the transform held constant."""
+        return replace(self, base=self.base.stop_gradient(), transform=stop_gradient(self.transform))
+
+
+def flow(q: Any) -> ZukoFlow:
+    """Return our flow for the distribution that one of zuko gives."""
+    base = q.base.base_dist if isinstance(q.base, distributions.Independent) else q.base
+    if type(base) is not distributions.Normal:
+        raise InputError(f"a flow of zuko must start from a Gaussian, but this one's base is a {type(base).__name__}")
+    if base.loc.ndim != 2:
+        raise InputError(
+            "a flow of zuko must be one for each observation, but this one's base has the shape "
+            f"{list(base.loc.shape)} and not [B, D]: give it a context, flow(x), or repeat it, flow().expand([len(x)])"
+        )
+    parts = getattr(q.transform, "transforms", [q.transform])
+    if any(_is(part, "zuko", "FreeFormJacobianTransform") for part in parts):
+        raise InputError(
+            "a continuous flow of zuko (CNF) cannot be held constant, since it differentiates in its parameters "
+            "whenever it is evaluated: take one of layers, such as MAF, NSF or RealNVP"
+        )
+    return ZukoFlow(gaussian(base), q.transform)
 
 
 def mixture(q: distributions.MixtureSameFamily) -> Mixture:

@@ -2,14 +2,17 @@ r"""The one operation the whole book turns on: a module with its parameters held
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
 from vaelib.errors import InputError
 
@@ -22,11 +25,11 @@ def stop_gradient(module: Callable[..., Any]) -> Callable[..., Any]:
 
     The copy shares the parameters' storage, follows every later change of their values, and can be differentiated
     with respect to its *input*. It is a shallow copy whose tensors are detached, module by module, also those in plain
-    lists, tuples and dictionaries and in methods bound to a module, and it works under
-    ``torch.func.functional_call``, ``vmap`` and ``grad``. A compiled module is stopped as what was compiled. Buffers
-    are copied, so that the running statistics of a stopped batch normalisation do not move twice. A function is
-    returned as it is, and what it closes over is out of reach: the estimators try every new posterior and refuse one
-    that is not stopped by this (:func:`vaelib.posteriors.ready`). Introduced in book/02-score-and-path.ipynb.
+    lists, tuples and dictionaries, in methods bound to a module and in transforms of ``torch.distributions``, and it
+    works under ``torch.func.functional_call``, ``vmap`` and ``grad``. A compiled module is stopped as what was
+    compiled. Buffers are copied, so that the running statistics of a stopped batch normalisation do not move twice. A
+    function is returned as it is, and what it closes over is out of reach: the estimators try every new posterior and
+    refuse one that is not stopped by this (:func:`vaelib.posteriors.ready`). Introduced in book/02-score-and-path.ipynb.
 
     Raises
     ------
@@ -46,6 +49,8 @@ def _still(value: Any, known: dict[int, Any]) -> Any:
         return still
     if isinstance(value, nn.Module):
         return _still_module(value, known)
+    if isinstance(value, Distribution | Transform):
+        return _still_transform(value, known)
     if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
         return types.MethodType(value.__func__, _still(value.__self__, known))
     if isinstance(value, functools.partial):
@@ -67,6 +72,14 @@ def _still(value: Any, known: dict[int, Any]) -> Any:
         changed = {name: part for name, part in still.items() if part is not parts[name]}
         return replace(value, **changed) if changed else value
     return value
+
+
+def _still_transform(value: Any, known: dict[int, Any]) -> Any:
+    still = known[id(value)] = copy.copy(value)
+    for name, part in value.__dict__.items():
+        if not isinstance(part, weakref.ref):  # to the live one's inverse, in older torch
+            still.__dict__[name] = _still(part, known)
+    return still
 
 
 def _refilled(before: dict, content: dict) -> dict:

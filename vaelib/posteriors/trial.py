@@ -6,6 +6,8 @@ and lists of known layers do not tell that; a trial does.
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.transforms import Transform, _InverseTransform
 
 from vaelib.errors import InputError
 from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tracing
@@ -63,6 +66,13 @@ def functions_in(value: Any) -> Iterator[Any]:
         yield from functions_in(
             list(getattr(value.q if isinstance(value, Adapted) else value, "__dict__", {}).values())
         )
+    elif isinstance(value, Transform):  # its inverse, if it knows one, is made of the same
+        inside = value.__dict__.items()
+        yield from functions_in([part for name, part in inside if name != "_inv" or type(value) is _InverseTransform])
+    elif isinstance(value, functools.partial):
+        yield from functions_in([value.func, *value.args, *value.keywords.values()])
+    elif isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+        yield value.__self__
     elif isinstance(value, nn.Module) or callable(value) and not isinstance(value, type):
         yield value
 
