@@ -29,7 +29,8 @@ def stop_gradient(module: Callable[..., Any]) -> Callable[..., Any]:
     works under ``torch.func.functional_call``, ``vmap`` and ``grad``. A compiled module is stopped as what was
     compiled. Buffers are copied, so that the running statistics of a stopped batch normalisation do not move twice. A
     function is returned as it is, and what it closes over is out of reach: the estimators try every new posterior and
-    refuse one that is not stopped by this (:func:`vaelib.posteriors.ready`). Introduced in book/02-score-and-path.ipynb.
+    refuse one that is not stopped by this (:func:`vaelib.posteriors.ready`). Introduced in
+    book/02-score-and-path.ipynb.
 
     Raises
     ------
