@@ -13,6 +13,8 @@ from vaelib import data
 from vaelib.collapse import METHODS
 from vaelib.experiments import curve, find, lag
 from vaelib.experiments.results import with_provenance
+from vaelib.models.vae import VAE
+from vaelib.posteriors import DiagonalGaussian
 
 QUIET = lambda fraction: None  # noqa: E731
 
@@ -81,10 +83,44 @@ def test_the_posterior_mean_space_is_noted_and_gathered(results, tmp_path_factor
         stages, paths = (
             space[(space["method"] == method) & (space["kind"] == kind)] for kind in ("stage", "trajectory")
         )
-        assert stages["step"].nunique() in (3, 4) and set(stages["point"]) == set(range(5))
+        assert set(stages["step"]) == {1, 5, 10}  # a quarter of an epoch of five steps, one, and the end
+        assert set(stages["point"]) == set(range(5))
         assert len(paths) == 9 * 11 and space["model_mean"].between(-20, 20).all()
     find("lag-toy").gather("smoke", [tmp_path / "gone"], tmp_path)
     assert table.read_text() == whole
+
+
+def test_the_space_has_the_model_s_mean_first_and_then_the_encoder_s(tmp_path):
+    """For log p(x, z) = -(z - 3)^2 / 2 and an encoder that says 7."""
+
+    class Shifted(torch.nn.Module):
+        def forward(self, x, z):
+            return -0.5 * (z - 3).square().sum(-1)
+
+    class Says(torch.nn.Module):
+        def forward(self, x):
+            return DiagonalGaussian(torch.full((len(x), 1), 7.0), torch.zeros(len(x), 1))
+
+    text = data.load("synthetic-text", sentences=20, vocabulary=20)
+    space = lag.Space(text.train, {"points": 4, "method": "plain", "epochs": 2}, tmp_path / "space.csv")
+    space.note("stage", 5, VAE(Shifted(), Says(), binary=False), space.x)
+    space.save()
+    table = pd.read_csv(tmp_path / "space.csv")
+    assert table["model_mean"].to_list() == [3.0] * 4 and table["encoder_mean"].to_list() == [7.0] * 4
+
+
+def test_the_likelihood_is_of_as_many_samples_as_the_cell_says(tmp_path, monkeypatch):
+    asked = []
+    log_likelihood = lag.evaluation.log_likelihood
+
+    def counted(model, x, samples, *arguments, **options):
+        asked.append((len(x), samples))
+        return log_likelihood(model, x, samples, *arguments, **options)
+
+    monkeypatch.setattr(lag.evaluation, "log_likelihood", counted)
+    config = {**find("lag-toy").presets["smoke"].grid[1], "epochs": 1, "points": 0, "samples": 30}
+    lag.run(config, 0, tmp_path, "cpu", QUIET)
+    assert asked == [(20, 30)]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -202,6 +202,18 @@ def test_a_broken_posterior_is_told_what_is_broken(fault, sentence):
         checks.contract(Broken(leaf(BATCH, 2) + 1, leaf(BATCH, 2), fault))
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 0.1), (torch.float64, 1e-9)])
+def test_two_densities_that_differ_in_more_than_rounding_are_two(dtype, off):
+    class Off(DiagonalGaussian):
+        def sample_and_log_prob(self, eps):
+            z, log_q = super().sample_and_log_prob(eps)
+            return z, log_q + off
+
+    leaf = Leaves(dtype)
+    with pytest.raises(AssertionError, match="sample_and_log_prob.eps. is not sample"):
+        checks.contract(Off(leaf(BATCH, 2), leaf(BATCH, 2)))
+
+
 def test_a_mixture_whose_shares_are_left_out_breaks_the_contract():
     class Deaf(Mixture):
         def log_share(self, k):
