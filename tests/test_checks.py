@@ -36,9 +36,10 @@ def test_less_variance_can_ask_for_a_factor():
 
 def test_a_check_without_spread_still_sees_a_difference():
     constant = torch.ones(100, 2, dtype=torch.float64)
-    checks.unbiased(constant, 1.0)
-    with pytest.raises(AssertionError):
-        checks.unbiased(constant, 1.0 + 1e-6)
+    checks.unbiased(constant, 1.0 + 1e-14)
+    for off in (1e-6, 1e-12, -1e-12):
+        with pytest.raises(AssertionError):
+            checks.unbiased(constant, 1.0 + off)
 
 
 def test_the_false_alarm_rate_is_as_stated():

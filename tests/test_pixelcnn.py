@@ -16,7 +16,7 @@ from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
 from vaelib.experiments import lag
-from vaelib.models.pixelcnn import CausalConvolution, NoLatent, PixelCNN, kernel_sizes, pixelcnn_alone
+from vaelib.models.pixelcnn import CausalConvolution, NoLatent, PixelCNN, convolution, kernel_sizes, pixelcnn_alone
 from vaelib.posteriors import stop_gradient
 
 SIZES = {"latent": 2, "maps": 4, "layers": 4, "encoder_maps": 3, "hidden": 5}
@@ -183,6 +183,15 @@ def test_the_sizes_are_those_of_he_et_al():
     body = [p.shape for p in decoder.blocks[0].parameters() if p.ndim > 1]
     assert body == [(32, 64, 1, 1), (32, 32, 4, 7), (64, 32, 1, 1)]
     assert model.eval().encoder(torch.zeros(3, 784)).noise(2).shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_starts_from_he_s_weights_by_the_maps_that_come_out(causal):
+    """A variance of 2 / (5^2 * 8), over 8 maps out and 2,000 in."""
+    generator = torch.Generator().manual_seed(0)
+    layer = CausalConvolution(2000, 8, 5, "B", generator) if causal else convolution(2000, 8, 5, generator)
+    squares = layer.weight.detach().square().flatten() * (5 * 5 * 8) / 2
+    assert abs(squares.mean() - 1) < 4 * math.sqrt(2 / len(squares)) and abs(layer.weight.mean()) < 1e-3
 
 
 def test_other_image_sizes_are_named():

@@ -79,6 +79,7 @@ def test_together_as_alone(split, case):
     stack.run()
     assert_same(alone, together)
     assert all(run.step == 30 for run in stack.trainings)
+    assert sum(history[-1]["seconds"] for history in stack.history) == pytest.approx(stack.seconds, abs=0.01)
 
 
 def shared_noise(stack):
