@@ -22,11 +22,14 @@ ifneq ("$(shell cat $(VENV)/home 2>/dev/null)","$(CURDIR)")
 ANEW := anew
 endif
 
-.PHONY: help book test notebooks lab bench clean distclean anew
+# JupyterLab asks root, as whom a container runs, to say that it is meant.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.PHONY: help book test notebooks editions lab lab-source bench clean distclean anew
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 book: $(VENV)/installed  ## render the book into _build/html
 	@rm -rf _build
@@ -48,8 +51,15 @@ test: $(VENV)/installed  ## run the unit tests, every chapter, and the checks of
 notebooks: $(VENV)/installed  ## run every chapter in place and store its outputs
 	@$(PY) book/_tools/run_notebooks.py book/*.ipynb
 
-lab: $(VENV)/installed  ## open the chapters in JupyterLab
-	@$(PY) -m jupyterlab book
+editions: $(VENV)/installed  ## make the notebooks that open anywhere: reader's, student's and teacher's
+	@$(PY) book/_tools/editions.py _build/editions
+
+lab: editions  ## open the reader's notebooks in JupyterLab, as copies of your own in work/
+	@$(VENV)/bin/vaelib book work
+	@$(PY) -m jupyterlab $(AS_ROOT) work
+
+lab-source: $(VENV)/installed  ## open the sources of the chapters in JupyterLab
+	@$(PY) -m jupyterlab $(AS_ROOT) book
 
 bench:  ## measure speed beside Pyro, NumPyro and pythae (its own environment; minutes)
 	@$(PYTHON) book/_tools/environment.py $(BENCH)

@@ -100,7 +100,8 @@ def test_what_is_added_is_read_again_in_the_order_of_the_grid(table):
     ]  # fmt: skip
     assert [found[name].dtype.kind for name in ("seed", "dim", "lr", "at", "value", "standard_error")] == list("iiffff")
     assert list(found) == results.columns(FIGURE_1) and found["standard_error"].isna().all()
-    assert experiments.load("stl-figure-1", "short", table.parent).empty
+    with pytest.raises(InputError, match="has no results of 'stl-figure-1', preset short: make them with `vaelib exp"):
+        experiments.load("stl-figure-1", "short", table.parent)
     with pytest.raises(InputError, match="no preset of 'stl-figure-1' is called 'shrt', did you mean 'short'"):
         experiments.load("stl-figure-1", "shrt", table.parent)
 

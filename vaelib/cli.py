@@ -256,6 +256,22 @@ def fetch_data(
     typer.echo(f"{name} is whole, in {folder}" if folder else f"{name} is built in")
 
 
+@app.command()
+def book(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", parser=run_folder)] = Path("quiet-gradients"),
+) -> None:
+    """Copy the book's notebooks into FOLDER, quiet-gradients if none is named; a file that is there stays as it is.
+
+    \b
+    Example:
+      vaelib book my-notebooks
+    """
+    from vaelib import notebooks
+
+    copied, kept = notebooks.copy(folder)
+    typer.echo(f"{len(copied)} notebooks copied into {folder}" + (f", {len(kept)} kept as they were" * bool(kept)))
+
+
 ExperimentName = Annotated[
     str, typer.Argument(metavar="NAME", help="A name from `vaelib experiment list`.", show_default=False)
 ]
@@ -344,7 +360,10 @@ def show_experiment(
     figure: Annotated[
         Path | None, typer.Option(help="Also draw its figure into this file, such as table-2.png.")
     ] = None,
-    results: ResultsFolder = Path("results"),
+    results: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the tables.", show_default="results, or the tables that came with vaelib"),
+    ] = None,
 ) -> None:
     """Show an experiment's table, ours beside the published one where there is one.
 
@@ -359,13 +378,9 @@ def show_experiment(
 
     if figure is not None and not figure.suffix:
         raise InputError(f"--figure must be a file's name with an ending, such as table-2.png, but is '{figure}'")
+    results = results or (Path("results") if Path("results").exists() else experiments.TABLES)
     experiment, found = experiments.find(name), experiments.load(name, preset, results)
     have = [each for each in experiment.presets if each in set(found["preset"])]
-    if not have:
-        raise InputError(
-            f"'{results}' has no results of '{name}'{f', preset {preset}' if preset else ''}: make them with "
-            f"`vaelib experiment run {name} --preset {preset or 'short'}{option_for(results)}`"
-        )
     preset = have[-1]
     found = found[found["preset"] == preset]
     typer.echo(f"{experiment.reproduces}\npreset {preset}, {', '.join(sorted(set(found['device'])))}\n")

@@ -16,11 +16,11 @@ from pandas import DataFrame
 from vaelib.errors import choose
 from vaelib.experiments import results
 from vaelib.experiments.experiment import Experiment, Measured, Preset, Task
-from vaelib.experiments.results import RESULTS, Table, curve, differences, over_seeds, plus_minus, select
+from vaelib.experiments.results import TABLES, Table, curve, differences, over_seeds, plus_minus, select
 
 __all__ = [
-    "EXPERIMENTS", "Experiment", "Measured", "Preset", "Table", "Task", "curve", "differences", "find", "load",
-    "over_seeds", "plus_minus", "select",
+    "EXPERIMENTS", "TABLES", "Experiment", "Measured", "Preset", "Table", "Task", "curve", "differences", "find",
+    "load", "over_seeds", "plus_minus", "select",
 ]  # fmt: skip
 
 EXPERIMENTS = {
@@ -49,6 +49,6 @@ def find(name: str) -> Experiment:
     return module.EXPERIMENTS[name]
 
 
-def load(name: str, preset: str | None = None, folder: str | Path = RESULTS) -> DataFrame:
+def load(name: str, preset: str | None = None, folder: str | Path = TABLES) -> DataFrame:
     """Return what an experiment measured, by name; see :func:`vaelib.experiments.results.load`."""
     return results.load(find(name), preset, folder)

@@ -53,7 +53,7 @@ def run(
     jobs: int | None = None,
     ray: str | None = None,
     gpu_share: float = 1.0,
-    results_folder: str | Path = results.RESULTS,
+    results_folder: str | Path = "results",
     runs_folder: str | Path = RUNS,
     progress: bool = False,
 ) -> Path:

@@ -27,8 +27,9 @@ from vaelib import __version__, files
 from vaelib.errors import InputError, choose
 from vaelib.experiments.experiment import Experiment, Lines, Measured, Task, as_text
 
-RESULTS = Path("results")
-"""Where the tables are, from the folder of the repository."""
+HERE = Path(__file__).parent.parent
+TABLES = HERE / "results" if (HERE / "results").exists() else HERE.parent / "results"
+"""The folder of the tables that came with the package: inside of it, or beside it in the repository."""
 
 NUMBERS = ("metric", "at", "value", "standard_error")
 PROVENANCE = ("seconds", "device", "threads", "torch", "vaelib", "date")
@@ -49,7 +50,7 @@ KINDS = {
 # --- reading and grouping ---------------------------------------------------------------------------------------------
 
 
-def load(experiment: Experiment, preset: str | None = None, folder: str | Path = RESULTS) -> DataFrame:
+def load(experiment: Experiment, preset: str | None = None, folder: str | Path = TABLES) -> DataFrame:
     """Return the measured numbers of an experiment, a line each, in the order of its grid.
 
     Columns are those of the file, with numbers as numbers; where nothing stands it is NaN, or None among words.
@@ -60,13 +61,24 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path =
     preset
         its numbers alone.
     folder
-        where the table is.
+        where the table is; that of the tables that came with the package, if it is not given.
+
+    Raises
+    ------
+    InputError
+        if there are none; it says how to make them.
     """
     if preset is not None:
         choose(f"preset of '{experiment.name}'", preset, experiment.presets)
     found = read(experiment, Path(folder))
     if preset is not None:
         found = found[found["preset"] == preset]
+    if found.empty:
+        option = "" if folder in (TABLES, Path("results")) else f" --results {files.in_shell(folder)}"
+        raise InputError(
+            f"'{folder}' has no results of '{experiment.name}'{f', preset {preset}' if preset else ''}: make them with "
+            f"`vaelib experiment run {experiment.name} --preset {preset or 'short'}{option}`"
+        )
     grid = [task.key[:-1] for each in experiment.presets for task in experiment.tasks(each, 1)]
     place = {key: i for i, key in enumerate(grid)}
     order = [place.get(key[:-1], len(place)) for key in keys(found, experiment)]
@@ -162,7 +174,7 @@ def path_of(experiment: Experiment, folder: Path) -> Path:
     return folder / f"{experiment.name}.csv"
 
 
-def read(experiment: Experiment, folder: Path = RESULTS) -> DataFrame:
+def read(experiment: Experiment, folder: Path = TABLES) -> DataFrame:
     """Return an experiment's table as it stands there, every field as text; empty if there is no file.
 
     A spreadsheet's byte order mark and line ends are nothing to it.

@@ -1,0 +1,39 @@
+"""The notebooks of the book that came with the package: the reader's edition."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from vaelib.errors import InputError
+
+HERE = Path(__file__).parent
+PLACES = (HERE / "book", HERE.parent / "_build/editions/reader")
+"""Where they are: inside of an installed package, or in a checkout once they were made."""
+
+
+def copy(folder: Path, places: tuple[Path, ...] = PLACES) -> tuple[list[Path], list[Path]]:
+    """Copy the notebooks into ``folder``; a file that is there already stays as it is.
+
+    Returns
+    -------
+    copied, kept
+        the paths of the new files, and of those that stayed.
+
+    Raises
+    ------
+    InputError
+        if this package came without notebooks; it says how to make them.
+    """
+    sources = next((found for place in places if (found := sorted(place.glob("*.ipynb")))), [])
+    if not sources:
+        raise InputError("this copy of vaelib came without notebooks: make them with `make editions` in the repository")
+    folder.mkdir(parents=True, exist_ok=True)
+    new, kept = [], []
+    for source in sources:
+        target = folder / source.name
+        if target.exists():
+            kept.append(target)
+        else:
+            new.append(Path(shutil.copyfile(source, target)))
+    return new, kept
