@@ -73,8 +73,8 @@ def test_the_version_is_said_once():
 
 def undocumented(makefile: str, documents: str) -> list[str]:
     """Targets that the documents do not mention, and mentioned ones that do not exist."""
-    targets = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
-    mentioned = set(re.findall(r"(?:^|`|\s)make ([a-z]+)\b(?=`|  | #|$| PYTHON)", documents, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+    mentioned = set(re.findall(r"(?:^|`|\s)make ([a-z-]+)\b(?=`|  | #|$| PYTHON)", documents, re.MULTILINE))
     return sorted((targets ^ mentioned) - {"help", "distclean"})
 
 

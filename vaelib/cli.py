@@ -258,7 +258,7 @@ def fetch_data(
 
 @app.command()
 def book(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", parser=run_folder)] = Path("quiet-gradients"),
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where to.")] = "quiet-gradients",
 ) -> None:
     """Copy the book's notebooks into FOLDER, quiet-gradients if none is named; a file that is there stays as it is.
 
@@ -268,7 +268,7 @@ def book(
     """
     from vaelib import notebooks
 
-    copied, kept = notebooks.copy(folder)
+    copied, kept = notebooks.copy(run_folder(folder))
     typer.echo(f"{len(copied)} notebooks copied into {folder}" + (f", {len(kept)} kept as they were" * bool(kept)))
 
 

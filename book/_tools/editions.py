@@ -2,10 +2,11 @@
 
 ========  ==============================================================================================
 reader    stubs and their checks, hints folded, solutions at the end with their code folded
-student   stubs and their checks, no solutions
-teacher   solutions in their places, the wrong answers that the checks refuse, the instructor's notes
+student   the reader's without its solutions
+teacher   solutions in their places, and what the page for teachers says of the chapter
 ========  ==============================================================================================
 
+So whoever runs the reader's notebooks has run every cell of the book.
 Their Markdown is what JupyterLab, Colab, VS Code and GitHub all show right: paragraphs, lists, tables, quotes, code,
 links, ``$`` and ``$$`` (on one line inside a quote) with plain TeX, and ``<details>`` with a ``<summary>``. Boxes
 become quotes; numbers are those of the site; terms, works and pages become links. :func:`faults` looks for all else.
@@ -31,8 +32,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from pybtex.database import Entry, parse_file
 from pybtex.richtext import Text
 
-EDITIONS = {"reader": {"wrong-answer"}, "student": {"wrong-answer", "solution"}, "teacher": set()}
-"""The editions, and the tags of the cells that each leaves out."""
+EDITIONS = ("reader", "student", "teacher")
 
 INSTALL = """\
 # Installs the book's package where it is missing, as on Colab; does nothing elsewhere.
@@ -43,6 +43,11 @@ import sys
 if importlib.util.find_spec("vaelib") is None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "{requirement}"], check=True)"""
+
+SOLUTIONS = "## Solutions\n\nOf each, the check of its exercise, and a likely mistake that the check refuses."
+
+TAGS = {"check", "stub", "exercise-check", "solution", "wrong-answer", "nbval-ignore-output", "raises-exception"}
+"""The tags that a notebook keeps: those that a program asks for."""
 
 NUMBERED = {
     "exercise": "Exercise", "exercise-start": "Exercise", "prf:theorem": "Theorem", "prf:lemma": "Lemma",
@@ -432,29 +437,26 @@ def tags(cell) -> list[str]:
 
 def edition(book: Book, name: str, kind: str):
     """The notebook of a page in one of the editions."""
-    page, left_out = Page(book, name), EDITIONS[kind]
-    main, solved, checks = [], [], {}
-    label, into = "", main
+    page = Page(book, name)
+    main, solved = [], []
+    into = main
     try:
         for cell in book.notebooks[name].cells:
             if cell.cell_type == "code":
-                if not left_out & set(tags(cell)):
-                    into.extend(code(page, cell, kind, is_solved=into is not main or kind == "teacher"))
-                if "exercise-check" in tags(cell) and label:
-                    checks[label] = cell
+                into += code(page, cell, folded=into is solved)
                 continue
             for piece in page.pieces(cell.source):
-                if isinstance(piece, Fold):
-                    label = piece.label or label
-                    into = main if not piece.label or kind == "teacher" else solved
-                    if piece.label:
-                        into.append(new_markdown_cell(f"#### Solution of {book.label(piece.label).words}"))
-                elif not (into is solved and kind == "student"):
+                if isinstance(piece, str):
                     into.append(new_markdown_cell(piece))
+                elif piece.label:
+                    into = main if kind == "teacher" else solved
+                    into.append(new_markdown_cell(f"#### Solution of {book.label(piece.label).words}"))
+                else:
+                    into = main
     except SourceError as error:
         raise SourceError(f"book/{name}.ipynb: {error}") from None
     if kind == "reader" and solved:
-        main += [new_markdown_cell("## Solutions"), *solved]
+        main += [new_markdown_cell(SOLUTIONS), *solved]
     if kind == "teacher" and (notes := notes_for(book, name)):
         main.insert(1, new_markdown_cell(notes))
     if page.cited:
@@ -471,20 +473,13 @@ def edition(book: Book, name: str, kind: str):
     return made
 
 
-def code(page: Page, cell, kind: str, is_solved: bool) -> Iterator:
+def code(page: Page, cell, folded: bool) -> Iterator:
     """A code cell with what it stores, and the caption of its figure below it."""
-    marks = tags(cell)
-    made = new_code_cell(cell.source, outputs=[nbformat.from_dict(out) for out in cell.outputs])
-    made.execution_count = cell.execution_count
-    kept = [mark for mark in marks if mark in ("check", "stub", "exercise-check", "solution", "raises-exception")]
-    if "exercise-check" in marks and not is_solved:  # the stub is still empty: the check fails, and the rest goes on
-        kept.append("raises-exception")
-        made.outputs, made.execution_count = [], None
-    if "stub" in marks:
-        made.outputs, made.execution_count = [], None
-    if kept:
+    made = new_code_cell(cell.source, execution_count=cell.execution_count)
+    made.outputs = [nbformat.from_dict(out) for out in cell.outputs]
+    if kept := [tag for tag in tags(cell) if tag in TAGS]:
         made.metadata["tags"] = kept
-    if "hide-input" in marks or ("solution" in marks and kind == "reader"):
+    if folded or {"hide-input", "remove-cell"} & set(tags(cell)):
         made.metadata["jupyter"] = {"source_hidden": True}
     mystnb = cell.metadata.get("mystnb", {})
     for out in made.outputs:
@@ -492,8 +487,7 @@ def code(page: Page, cell, kind: str, is_solved: bool) -> Iterator:
             out.metadata = {"image/png": {"alt": alt}}
     yield made
     if figure := mystnb.get("figure"):
-        caption = f"**{page.book.label(figure['name']).words}.** {page.inline(figure['caption'])}"
-        yield new_markdown_cell(caption)
+        yield new_markdown_cell(f"**{page.book.label(figure['name']).words}.** {page.inline(figure['caption'])}")
 
 
 def joined(cells: list) -> Iterator:
