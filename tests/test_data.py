@@ -531,8 +531,8 @@ def test_images_of_ones_own_become_a_split():
     for wrong, complaint in (
         (np.zeros((5, 2, 3), np.uint8), "but are torch.uint8"),
         (np.full((5, 6), np.nan), "must be finite, but these are from nan to nan"),
-        (np.zeros(5), r"must be \[N, H, W\] or \[N, D\], but their shape is \[5\]"),
-        (np.zeros((5, 1, 2, 3)), r"but their shape is \[5, 1, 2, 3\]"),
+        (np.zeros(5), r"must be \[N, H, W\] or \[N, D\], or .*, but their shape is \[5\]"),
+        (np.zeros((5, 2, 2, 2)), r"but their shape is \[5, 2, 2, 2\]"),
     ):
         with pytest.raises(InputError, match=complaint):
             Split.of(wrong)

@@ -233,7 +233,7 @@ def list_data() -> None:
     from vaelib import data
 
     for one in data.describe():
-        typer.echo(f"{one.name}\n    {one.description}\n    {one.splits}\n    {one.where}")
+        typer.echo(f"{one.name}\n    {one.description}\n    {one.splits}\n    {one.use}\n    {one.where}")
         if one.note:
             typer.echo(f"    mind: {one.note}")
 

@@ -2,7 +2,8 @@
 
 The files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the
 user's cache, and downloaded into it otherwise, once, with a checksum. ``digits``, which comes with scikit-learn,
-and ``synthetic-text``, which is made from a seed, need none of this.
+and ``synthetic-text``, which is made from a seed, need none of this; nor do files and folders of one's own
+(:mod:`vaelib.data.own`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaelib.data import files
+from vaelib.data import files, own
 from vaelib.data.images import BINARISATIONS, Images, ImageSet, Split
 from vaelib.data.registry import DATASETS, TEXTS
 from vaelib.data.text import Sentences, Text, TextSet, Vocabulary
@@ -32,6 +33,7 @@ __all__ = [
     "fetch",
     "load",
     "names",
+    "own",
 ]
 
 
@@ -54,16 +56,17 @@ def load(
         ``"omniglot-burda"``. Mind that ``"omniglot"`` is area-averaged from the original drawings and is not
         the ``chardata.mat`` of Burda et al.: log-likelihoods on it do not compare with published ones.
         ``"omniglot-burda"`` is that file. Or text: ``"synthetic-text"``, ``"ptb"``, ``"yahoo"`` or ``"yelp"``.
+        Or the path of one's own data, a .npy, .npz or .csv file or a folder of pictures.
     binarisation : str, optional
         What a batch holds: ``"dynamic"``, x ~ Bernoulli(grey) drawn anew at every access, as in Burda et al.;
         ``"fixed"``, drawn once, by ``seed``; ``"grey"``, the grey levels in [0, 1]. The default is ``"grey"``
-        for digits (whose running example is a Gaussian model), ``"fixed"``, and nothing else, for
-        binarized-mnist, and ``"dynamic"`` for the rest.
+        for digits (whose running example is a Gaussian model) and one's own data, ``"fixed"``, and nothing else,
+        for binarized-mnist, and ``"dynamic"`` for the rest.
     seed : int
         Of the ``"fixed"`` draws, and of synthetic text; the splits never change.
     valid : int
         Hold out the last ``valid`` training images as ``images.valid``. With 0, ``images.valid`` is None, but
-        for binarized-mnist and texts, which have their own.
+        for binarized-mnist, texts and one's own data, which have their own.
     sizes : int, optional
         For text alone. Of synthetic text, ``sentences`` (20,000), ``vocabulary`` (1,000), ``length`` (10) and
         ``hidden`` (100), the width of the LSTM that writes them. Of the others, ``sentences``, how many of the training
@@ -90,8 +93,13 @@ def load(
 
 
 def find(name: str) -> ImageSet | TextSet:
-    """Return the entry of a data set in the registry."""
-    return choose("data set", name, {**DATASETS, **TEXTS})
+    """Return the entry of a data set in the registry, or one for a path."""
+    known = {**DATASETS, **TEXTS}
+    return (
+        own.image_set(Path(name))
+        if isinstance(name, str) and name not in known and own.is_own(name)
+        else choose("data set", name, known)
+    )
 
 
 def fetch(name: str) -> Path | None:
@@ -110,18 +118,28 @@ def fetch(name: str) -> Path | None:
 @dataclass(frozen=True)
 class Listing:
     """A line of ``vaelib data list``: ``where`` is "built in", the folder that has it, or what is to be
-    downloaded."""
+    downloaded; ``use`` is what takes it."""
 
     name: str
     description: str
     splits: str
     where: str
     note: str
+    use: str
 
 
 def describe() -> list[Listing]:
     """Return a line for each data set; looks whether files exist, and opens none."""
-    return [Listing(one.name, one.description, one.splits, where(one), one.note) for one in map(find, names())]
+    return [
+        Listing(one.name, one.description, one.splits, where(one), one.note, USES[type(one)])
+        for one in map(find, names())
+    ]
+
+
+USES = {
+    ImageSet: "for `vaelib train` and experiments",
+    TextSet: "for experiments alone (`vaelib experiment list`), not for `vaelib train`",
+}
 
 
 def where(entry: ImageSet | TextSet) -> str:

@@ -39,13 +39,13 @@ class Split:
     Attributes
     ----------
     grey : Tensor
-        [N, D] in [0, 1], of a floating dtype (float32 in the data sets by name), D = H W, line by line from the top
-        left; 1 is ink (white on black, as in MNIST). For binarisation ``"fixed"`` these are the binary images
-        themselves, zeros and ones.
+        [N, D] in [0, 1], of a floating dtype (float32 in the data sets by name), D = H W or C H W, channel by channel
+        and line by line from the top left; 1 is ink (white on black, as in MNIST). For binarisation ``"fixed"`` these
+        are the binary images themselves, zeros and ones.
     labels : Tensor or None
         [N] int64.
     shape : tuple of int
-        (H, W).
+        (H, W), or (C, H, W) for images of three channels.
     binarisation : str
         What :meth:`batch` returns: see :func:`vaelib.data.load`.
 
@@ -57,7 +57,7 @@ class Split:
 
     grey: Tensor
     labels: Tensor | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     binarisation: str
 
     def __post_init__(self) -> None:
@@ -90,12 +90,23 @@ class Split:
                 )
 
     @classmethod
-    def of(cls, images: Tensor | np.ndarray, labels: Any = None, binarisation: str = "grey") -> Split:
-        """Return images of one's own, ``[N, H, W]`` or ``[N, D]``, as a split; dtype and device stay as they are."""
+    def of(cls, images: Tensor | np.ndarray | Any, labels: Any = None, binarisation: str = "grey") -> Split:
+        """Return images of one's own as a split; dtype and device stay as they are.
+
+        Parameters
+        ----------
+        images
+            an array or tensor ``[N, D]``, ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, H, W, C]`` with one or three
+            channels; or a torch ``Dataset`` whose items are images, or images and labels.
+        labels
+            whole numbers, ``[N]``.
+        """
+        if not isinstance(images, Tensor | np.ndarray):
+            images, found = stacked(images)
+            labels = found if labels is None else labels
         grey = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
-        if grey.ndim not in (2, 3):
-            raise InputError(f"images must be [N, H, W] or [N, D], but their shape is {list(grey.shape)}")
-        shape = tuple(grey.shape[1:]) if grey.ndim == 3 else (1, grey.shape[1])
+        grey = as_images(grey)
+        shape = tuple(grey.shape[1:]) if grey.ndim > 2 else (1, grey.shape[1])
         labels = None if labels is None else torch.as_tensor(labels, device=grey.device)
         return cls(grey.flatten(1), labels, shape, binarisation)
 
@@ -131,6 +142,52 @@ class Split:
         return replace(self, grey=self.grey.to(device, dtype), labels=labels)
 
 
+def as_images(images: Any) -> Any:
+    """Return ``[N, D]``, ``[N, H, W]`` or ``[N, 3, H, W]`` for an array or tensor of images, wherever its channels are.
+
+    Raises
+    ------
+    InputError
+        for any other shape.
+    """
+    shape = tuple(images.shape)
+    if len(shape) == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else images.transpose(0, 3, 1, 2)
+    if len(shape) not in (2, 3, 4) or len(shape) == 4 and images.shape[1] not in (1, 3):
+        raise InputError(
+            "images must be [N, H, W] or [N, D], or with one or three channels [N, C, H, W] or [N, H, W, C], but their "
+            f"shape is {list(shape)}"
+        )
+    return images[:, 0] if len(shape) == 4 and images.shape[1] == 1 else images
+
+
+def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the images of a torch ``Dataset`` and their labels, if its items are pairs."""
+    if (
+        not hasattr(dataset, "__getitem__")
+        or not hasattr(dataset, "__len__")
+        or isinstance(dataset, list | tuple | str)
+    ):
+        raise InputError(
+            "images must be an array, a tensor, or a torch Dataset with a length, but are a "
+            f"{type(dataset).__name__}: a list becomes an array by np.stack, and a DataLoader has its .dataset"
+        )
+    items = [dataset[i] for i in range(len(dataset))]
+    if not items:
+        raise InputError(f"there is nothing in this {type(dataset).__name__}")
+    pairs = [item if isinstance(item, tuple | list) else (item,) for item in items]
+    images = [pair[0] for pair in pairs]
+    if wrong := next((image for image in images if not isinstance(image, Tensor | np.ndarray)), None):
+        raise InputError(
+            f"the items of a Dataset must be tensors or arrays, but one is a {type(wrong).__name__}: give the Dataset "
+            "a transform, such as torchvision's ToTensor()"
+        )
+    if len(shapes := {tuple(image.shape) for image in images}) > 1:
+        raise InputError(f"the images of a Dataset must have one shape, but some are {sorted(shapes)[:3]}")
+    labels = torch.as_tensor([int(pair[1]) for pair in pairs]) if all(len(pair) == 2 for pair in pairs) else None
+    return torch.stack([torch.as_tensor(image) for image in images]), labels
+
+
 @dataclass(frozen=True)
 class Images:
     """A data set of images: ``train``, ``test``, and ``valid`` where there is one (else None)."""
@@ -142,14 +199,38 @@ class Images:
     test: Split
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(H, W) of an image."""
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) of an image, or (C, H, W)."""
         return self.train.shape
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Images:
         """Return the same data on ``device``, as ``dtype``; None for what stays as it is."""
+        return self.map(lambda split: split.to(device, dtype))
+
+    def map(self, function: Callable[[Split], Split]) -> Images:
+        """Return the same data with ``function`` applied to each split."""
         splits = {name: getattr(self, name) for name in ("train", "valid", "test")}
-        return replace(self, **{name: split and split.to(device, dtype) for name, split in splits.items()})
+        return replace(self, **{name: split and function(split) for name, split in splits.items()})
+
+    def hold_out(self, valid: int) -> Images:
+        """Part the last ``valid`` images of the training set from the rest.
+
+        Raises
+        ------
+        InputError
+            if there are validation images already, or not so many.
+        """
+        train = self.train
+        if self.valid is not None:
+            raise InputError(f"{self.name} has validation images of its own: leave valid at 0")
+        if not 0 < valid < len(train):
+            raise InputError(f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train")
+
+        def part(chosen: slice) -> Split:
+            labels = None if train.labels is None else train.labels[chosen]
+            return replace(train, grey=train.grey[chosen], labels=labels)
+
+        return replace(self, train=part(slice(None, -valid)), valid=part(slice(-valid, None)))
 
 
 BINARISATIONS = {
@@ -205,26 +286,11 @@ class ImageSet:
             splits[split] = Split(
                 draw(grey, generator) if once else grey,
                 None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-                pixels.shape[1:],
+                pixels.shape[1:] if pixels.ndim > 2 else (1, pixels.shape[1]),
                 binarisation,
             )
-        if valid:
-            splits["train"], splits["valid"] = self.hold_out(splits, valid)
-        return Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"])
-
-    def hold_out(self, splits: Mapping[str, Split], valid: int) -> tuple[Split, Split]:
-        """Part the last ``valid`` images of the training set from the rest."""
-        train = splits["train"]
-        if "valid" in splits:
-            raise InputError(f"{self.name} has validation images of its own: leave valid at 0")
-        if not 0 < valid < len(train):
-            raise InputError(f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train")
-
-        def part(chosen: slice) -> Split:
-            labels = None if train.labels is None else train.labels[chosen]
-            return replace(train, grey=train.grey[chosen], labels=labels)
-
-        return part(slice(None, -valid)), part(slice(-valid, None))
+        images = Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"])
+        return images.hold_out(valid) if valid else images
 
 
 # ------------------------------------------------------------------------------------- the file formats

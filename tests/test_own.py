@@ -1,0 +1,220 @@
+"""Data of one's own: what a file or folder holds is what is trained on, and what is wrong with it is said."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+
+from vaelib import data
+from vaelib.data import Split
+from vaelib.errors import InputError
+
+RANDOM = np.random.default_rng(0)
+BYTES = RANDOM.integers(0, 256, (20, 4, 6), np.uint8)
+LEVELS = torch.from_numpy(BYTES / np.float32(255)).flatten(1)
+
+
+def all_of(images) -> torch.Tensor:
+    """All images, in no order."""
+    grey = torch.cat([split.grey for split in (images.train, images.valid, images.test) if split])
+    return grey[grey[:, 0].argsort()]
+
+
+def test_an_array_is_divided_in_three_the_same_way_each_time(tmp_path):
+    np.save(tmp_path / "a.npy", BYTES)
+    images, again = (data.load(str(tmp_path / "a.npy")) for _ in range(2))
+    assert [len(split) for split in (images.train, images.valid, images.test)] == [16, 2, 2]
+    assert images.shape == (4, 6) and images.train.binarisation == "grey" and images.train.grey.dtype == torch.float32
+    assert torch.equal(images.test.grey, again.test.grey)
+    assert torch.equal(all_of(images), LEVELS[LEVELS[:, 0].argsort()])
+    binary = data.load(str(tmp_path / "a.npy"), "fixed", seed=1)
+    assert set(binary.train.grey.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("x_train", "x_test"), ("images_train", "images_test")])
+def test_parts_and_labels_are_taken_by_their_names(tmp_path, names):
+    arrays = {names[0]: BYTES[:12], "y_train": np.arange(12), names[1]: BYTES[12:], "test_labels": np.arange(8)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    images = data.load(str(tmp_path / "a.npz"))
+    assert torch.equal(images.train.grey, LEVELS[:12]) and torch.equal(images.test.grey, LEVELS[12:])
+    assert images.train.labels.tolist() == list(range(12)) and images.test.labels.tolist() == list(range(8))
+    assert images.valid is None and len(images.hold_out(2).valid) == 2
+    np.savez(tmp_path / "b.npz", images=BYTES, labels=np.arange(20))
+    images = data.load(str(tmp_path / "b.npz"))
+    assert torch.equal(images.train.grey, LEVELS[images.train.labels])
+
+
+@pytest.mark.parametrize("header", ["", "Label,a,b\n", "\ufefflabel,a,b\n"])
+def test_a_table_has_an_observation_a_line(tmp_path, header):
+    rows = RANDOM.normal(size=(20, 3)).round(3)
+    rows[:, 0] = np.arange(20)
+    text = header + "\n".join(",".join(map(str, row)) for row in rows)
+    (tmp_path / "a.csv").write_text(text, "utf-8")
+    images = data.load(str(tmp_path / "a.csv"))
+    found = images.train.grey.numpy()
+    if header:
+        assert images.shape == (1, 2) and np.allclose(found, rows[images.train.labels, 1:])
+    else:
+        assert images.shape == (1, 3) and np.allclose(found, rows[found[:, 0].round().astype(int)])
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def test_a_folder_of_pictures_with_labels_and_parts(tmp_path):
+    for i, image in enumerate(BYTES):
+        save(tmp_path / "plain" / f"{i:02}.png", image)
+        save(tmp_path / "classes" / "ab"[i % 2] / f"{i:02}.png", image)
+        save(tmp_path / "parts" / ("train" if i < 15 else "test") / "ab"[i % 2] / f"{i:02}.png", image)
+    images = data.load(str(tmp_path / "plain"))
+    assert images.shape == (4, 6) and torch.equal(all_of(images), LEVELS[LEVELS[:, 0].argsort()])
+    assert images.train.labels is None
+    images = data.load(str(tmp_path / "classes"))
+    for x, label in zip(images.train.grey, images.train.labels, strict=True):
+        assert (LEVELS == x).all(1).nonzero().item() % 2 == label
+    images = data.load(str(tmp_path / "parts"))
+    assert (len(images.train), images.valid, len(images.test)) == (15, None, 5)
+    assert images.test.labels.tolist() == [0, 0, 1, 1, 1]  # 16, 18; 15, 17, 19
+
+
+def test_colours_come_channel_by_channel_from_wherever_they_are(tmp_path):
+    colours = RANDOM.integers(0, 256, (10, 4, 6, 3), np.uint8)
+    for i, image in enumerate(colours):
+        save(tmp_path / "folder" / f"{i:02}.png", image)
+    np.save(tmp_path / "last.npy", colours), np.save(tmp_path / "first.npy", colours.transpose(0, 3, 1, 2))
+    found = [data.load(str(tmp_path / name)) for name in ("folder", "last.npy", "first.npy")]
+    for images in found:
+        assert images.shape == (3, 4, 6)
+        assert torch.equal(images.train.grey, found[0].train.grey)
+    image = (found[0].train.grey[0].unflatten(0, (3, 4, 6)) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert any((image == one).all() for one in colours)
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return LEVELS[i].view(1, 4, 6), i % 3
+
+
+def test_a_dataset_of_torch_becomes_a_split():
+    split = Split.of(Pairs())
+    assert split.shape == (4, 6) and torch.equal(split.grey, LEVELS[:5]) and split.labels.tolist() == [0, 1, 2, 0, 1]
+    assert torch.equal(Split.of(TensorDataset(LEVELS)).grey, LEVELS)
+    colours = torch.rand(5, 3, 4, 6)
+    assert Split.of(colours).shape == Split.of(colours.permute(0, 2, 3, 1)).shape == (3, 4, 6)
+    assert torch.equal(Split.of(colours).grey, Split.of(colours.permute(0, 2, 3, 1)).grey)
+
+
+class Strings(Pairs):
+    def __getitem__(self, i):
+        return "cat"
+
+
+class Ragged(Pairs):
+    def __getitem__(self, i):
+        return torch.zeros(i + 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (Strings(), "must be tensors or arrays, but one is a str: give the Dataset a transform"),
+        (Ragged(), "must have one shape, but some are"),
+        ([1.0, 2.0], "or a torch Dataset with a length, but are a list"),
+        (torch.utils.data.DataLoader(TensorDataset(LEVELS)), "a DataLoader has its .dataset"),
+        (torch.zeros(5, 2, 4, 4), "with one or three channels"),
+        (LEVELS.double() * torch.nan, "must be finite"),
+    ],
+)
+def test_what_is_no_split_is_told(images, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        Split.of(images)
+
+
+def objects(path):
+    np.save(path, np.array([np.zeros(2), np.zeros(3)], object), allow_pickle=True)
+
+
+def numbers(array):
+    return lambda path: np.save(path, array)
+
+
+WRONG = {
+    "no file": ("a.npy", lambda path: None, "there is no file"),
+    "no table": ("a.csv", lambda path: None, "there is no file"),
+    "another kind of file": ("a/b.txt", lambda path: None, "ends in .npy, .npz, .csv, or a folder of pictures"),
+    "objects": ("a.npy", objects, "holds Python objects and not just numbers"),
+    "pickled archive": (
+        "a.npz",
+        lambda path: np.savez(path, x=np.array([{}], object)),
+        "holds Python objects and not just numbers",
+    ),
+    "cut": ("a.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "no file of NumPy, or is cut"),
+    "cut archive": ("a.npz", lambda path: path.write_bytes(b"PK\x03\x04rest"), "no file of NumPy, or is cut"),
+    "not a number": ("a.npy", numbers(np.full((20, 4), np.nan)), "must be finite, but these are from nan to nan"),
+    "whole numbers": ("a.npy", numbers(np.zeros((20, 4), np.int64)), "images of int64, expected bytes"),
+    "complex": ("a.npy", numbers(np.zeros((20, 4), complex)), "images of complex128, expected bytes"),
+    "one number each": ("a.npy", numbers(np.zeros(20)), "their shape is [20]"),
+    "five channels": ("a.npy", numbers(np.zeros((20, 5, 4, 4))), "their shape is [20, 5, 4, 4]"),
+    "few": ("a.npy", numbers(np.zeros((5, 4))), "has 5 observations, but 10 are needed"),
+    "other names": ("a.npz", lambda path: np.savez(path, a=BYTES, b=BYTES), "has the arrays a, b, expected train"),
+    "a test part alone": ("a.npz", lambda path: np.savez(path, test=BYTES), "has the arrays test, expected train"),
+    "two shapes": (
+        "a.npz",
+        lambda path: np.savez(path, train=BYTES, test=BYTES[:, :2]),
+        "images of different shapes ({'train': (4, 6), 'test': (2, 6)})",
+    ),
+    "ragged lines": ("a.csv", lambda path: path.write_text("1,2\n3\n"), "not lines of as many numbers each"),
+    "words": ("a.csv", lambda path: path.write_text("a,b\n1,two\n"), "not lines of as many numbers each"),
+    "an empty table": ("a.csv", lambda path: path.write_text("a,b\n"), "has no line of numbers"),
+    "no text": ("a.csv", lambda path: path.write_bytes(b"\xff\xfe"), "is not text in UTF-8"),
+    "an empty folder": ("a", lambda path: path.mkdir(), "has no pictures: their names must end in .bmp"),
+    "ragged pictures": (
+        "a",
+        lambda path: [save(path / f"{i}.png", BYTES[0, :, :i]) for i in range(1, 3)],
+        "has 1 x 4 pixels and '{path}/2.png' has 2 x 4: crop or scale",
+    ),
+    "no picture": ("a", lambda path: path.mkdir() or (path / "a.png").write_bytes(b"PNG"), "no picture, or is cut"),
+    "deep pictures": (
+        "a",
+        lambda path: save(path / "a.png", np.zeros((4, 4), np.uint16)),
+        "levels of more than 8 bits (mode I;16)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_what_is_wrong_with_data_is_one_sentence(tmp_path, case):
+    name, make, sentence = WRONG[case]
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(InputError, match=re.escape(sentence.replace("{path}", str(path)))) as error:
+        data.load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_picture_is_named(tmp_path):
+    save(tmp_path / "a.png", BYTES[0])
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(InputError, match=r"b.png' is (cut or altered|no picture)"):
+        data.load(str(tmp_path))
+
+
+def test_a_name_of_the_registry_is_that_whatever_lies_about(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert data.load("digits").shape == (8, 8)
+    with pytest.raises(InputError, match="no pictures"):
+        data.load("./digits")
+    with pytest.raises(InputError, match="no data set is called 'digts', did you mean 'digits'"):
+        data.load("digts")

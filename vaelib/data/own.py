@@ -1,0 +1,246 @@
+"""Data of one's own: an array in a .npy, .npz or .csv file, or a folder of pictures, as a data set like any other.
+
+======================  ============================================================================================
+``FILE.npy``            one array of images (see :meth:`vaelib.data.Split.of`)
+``FILE.npz``            arrays ``train``, ``test`` and perhaps ``valid``, or one of images; with ``y_train`` ...
+                        or ``labels`` beside them
+``FILE.csv``            an observation a line, perhaps under a line of names; a column ``label`` is that
+``FOLDER``              pictures of one size; in folders ``train``, ``test`` and perhaps ``valid``, or not; in
+                        folders that name their labels, or not
+======================  ============================================================================================
+
+Bytes become levels in [0, 1] by division by 255; other numbers stay what they are. What comes in one piece is divided
+by a fixed seed: a tenth for validation, a tenth for testing, the rest for training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaelib.data.images import Arrays, ImageSet, as_images
+from vaelib.errors import InputError
+from vaelib.files import read, read_text
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+PARTS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+IMAGES, LABELS = ("images", "x", "data"), ("labels", "label", "y", "targets")
+
+Part = tuple[np.ndarray, np.ndarray | None]
+
+
+def image_set(path: Path) -> ImageSet:
+    """Return the data set in a file or folder, which is read when it is loaded."""
+    size = "its own"
+    return ImageSet(
+        str(path), f"your own, in {path}", size, lambda files: divided(whole(path), path), ("grey", "dynamic", "fixed"),
+        licence="", citation="",
+    )  # fmt: skip
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set's name is that of a file or folder of one's own."""
+    return Path(name).suffix.lower() in READERS or "/" in name or "\\" in name or Path(name).is_dir()
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's pictures and their names."""
+    found = hashlib.sha256()
+    for file in pictures(path) if path.is_dir() else [path]:
+        found.update(b"" if file == path else f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        found.update(read(file) or b"")
+    return found.hexdigest()
+
+
+def whole(path: Path) -> dict[str, Part]:
+    """Return what a file or folder holds, by its parts; all that is not divided is called ``train``."""
+    if path.is_dir():
+        return folder(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(
+            f"'{path}' is no data: --data takes a name from `vaelib data list`, a file that ends in "
+            f"{', '.join(READERS)}, or a folder of pictures"
+        )
+    return reader(path)
+
+
+def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
+    """Return the parts, as levels; part by a fixed seed what came in one piece."""
+    arrays = {name: levels(*part, path) for name, part in parts.items()}
+    shapes = {name: images.shape[1:] for name, (images, _) in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"the parts of '{path}' have images of different shapes ({shapes}): give them all one")
+    if "test" not in arrays:
+        images, labels = arrays["train"]
+        tenth = len(images) // 10
+        if not tenth:
+            raise InputError(f"'{path}' has {len(images)} observations, but 10 are needed to part them in three")
+        order = np.random.RandomState(0).permutation(len(images))  # a stream that NumPy keeps for ever
+        cuts = {"train": order[: -2 * tenth], "valid": order[-2 * tenth : -tenth], "test": order[-tenth:]}
+        if "valid" in arrays:
+            cuts = {"train": order[:-tenth], "test": order[-tenth:]}
+        arrays |= {name: (images[i], None if labels is None else labels[i]) for name, i in cuts.items()}
+    return arrays
+
+
+def levels(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Part:
+    """Return images as float32 and labels as whole numbers, with the names of classes numbered in their order."""
+    if images.dtype == np.uint8:
+        images = images / np.float32(255)
+    elif images.dtype.kind not in "fb":
+        raise InputError(
+            f"'{path}' has images of {images.dtype}, expected bytes (0 to 255) or floating-point numbers: "
+            "save them as one of these, such as (x / x.max()).astype('float32')"
+        )
+    if labels is not None:
+        labels = np.unique(labels, return_inverse=True)[1] if labels.dtype.kind not in "iu" else labels
+    return np.ascontiguousarray(as_images(images), np.float32), labels
+
+
+def loaded(path: Path) -> Any:
+    """Return what NumPy finds in a file, without Python objects, which are code."""
+    if (content := read(path)) is None:
+        raise InputError(f"there is no file '{path}': see where you are, or give the whole path")
+    try:
+        found = np.load(io.BytesIO(content), allow_pickle=False)
+        return found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except Exception as error:  # whatever zipfile and NumPy find wrong with it
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"'{path}' holds Python objects and not just numbers (a list of images of different shapes, say), "
+                "which could be code and are not loaded: save one array of numbers"
+            ) from None
+        raise InputError(f"'{path}' is no file of NumPy, or is cut ({error}): write it again with np.save") from error
+
+
+def npy(path: Path) -> dict[str, Part]:
+    """Read one array."""
+    found = loaded(path)
+    return npz(path, found) if isinstance(found, dict) else {"train": (found, None)}
+
+
+def npz(path: Path, found: dict[str, np.ndarray] | None = None) -> dict[str, Part]:
+    """Read arrays by their names."""
+    found = loaded(path) if found is None else found
+    if isinstance(found, np.ndarray):
+        return {"train": (found, None)}
+
+    def named(*names: str) -> np.ndarray | None:
+        return next((found[name] for name in names if name in found), None)
+
+    parts = {}
+    for part, names in PARTS.items():
+        images = named(*names, *(f"{x}_{name}" for x in IMAGES for name in names))
+        if images is not None:
+            both = [f"{y}_{name}" for y in LABELS for name in names] + [f"{name}_{y}" for y in LABELS for name in names]
+            parts[part] = images, named(*both)
+    if "train" not in parts:
+        rest = [name for name in found if name not in LABELS]
+        images = found[rest[0]] if len(rest) == 1 else named(*IMAGES)
+        if images is None or parts:
+            raise InputError(
+                f"'{path}' has the arrays {', '.join(found)}, expected train and test, or one of images (and labels)"
+            )
+        parts["train"] = images, named(*LABELS)
+    return parts
+
+
+def table(path: Path) -> dict[str, Part]:
+    """Read lines of numbers."""
+    if (text := read_text(path)) is None:
+        raise InputError(f"there is no file '{path}': see where you are, or give the whole path")
+    first = text.partition("\n")[0].strip().split(",")
+    header = [] if all(map(is_number, first)) else [name.strip().strip('"').lower() for name in first]
+    try:
+        rows = np.loadtxt(io.StringIO(text), delimiter=",", skiprows=len(header[:1]), ndmin=2)
+    except ValueError as error:
+        raise InputError(f"'{path}' is not lines of as many numbers each, parted by commas ({error})") from None
+    if not rows.size:
+        raise InputError(f"'{path}' has no line of numbers")
+    label = next((header.index(name) for name in LABELS if name in header), None)
+    if label is None:
+        return {"train": (rows, None)}
+    return {"train": (np.delete(rows, label, 1), rows[:, label])}
+
+
+def is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+READERS: dict[str, Callable[[Path], dict[str, Part]]] = {".npy": npy, ".npz": npz, ".csv": table}
+"""The readers of files, by how the file's name ends."""
+
+
+def pictures(path: Path) -> list[Path]:
+    """Return the pictures in a folder and the folders inside it, in the order of their names."""
+    found = (file for file in path.rglob("*") if file.suffix.lower() in PICTURES and not file.name.startswith("."))
+    return sorted(file for file in found if file.is_file())
+
+
+def folder(path: Path) -> dict[str, Part]:
+    """Read pictures; folders that are called like parts are these, others name labels."""
+    places = {part: [path / name for name in names if (path / name).is_dir()] for part, names in PARTS.items()}
+    parts = {part: found[0] for part, found in places.items() if found} if places["train"] else {"train": path}
+    files = {part: pictures(place) for part, place in parts.items()}
+    for part, found in files.items():
+        if not found:
+            raise InputError(
+                f"the folder '{parts[part]}' has no pictures: their names must end in {', '.join(sorted(PICTURES))}"
+            )
+    colour = any(image_mode(file) for found in files.values() for file in found)
+    images = {part: np.stack(list(same_size(found, colour))) for part, found in files.items()}
+    classes = {
+        part: [file.relative_to(parts[part]).parts[0] if file.parent != parts[part] else "" for file in found]
+        for part, found in files.items()
+    }
+    known = {name: number for number, name in enumerate(sorted({name for part in classes.values() for name in part}))}
+    named = len(known) > 1
+    return {
+        part: (images[part], np.array([known[name] for name in classes[part]]) if named else None) for part in files
+    }
+
+
+def opened(file: Path) -> Any:
+    """Return a picture, not yet read."""
+    from PIL import Image  # a third of a second
+
+    try:
+        return Image.open(io.BytesIO(read(file) or b""))
+    except Exception as error:  # a damaged picture raises nearly anything
+        raise InputError(f"'{file}' is no picture, or is cut: take it out of the folder ({error})") from error
+
+
+def image_mode(file: Path) -> bool:
+    """Whether a picture has colours, or raise InputError if its levels are not bytes."""
+    mode = opened(file).mode
+    if mode.startswith(("I", "F")):
+        raise InputError(f"'{file}' has levels of more than 8 bits (mode {mode}): save them as an array in a .npy file")
+    return mode not in ("1", "L", "LA")
+
+
+def same_size(files: Iterable[Path], colour: bool) -> Iterable[np.ndarray]:
+    """Yield pictures as bytes, ``[H, W]``, or ``[H, W, 3]`` for ``colour``, all of the first one's size."""
+    first = None
+    for file in files:
+        try:
+            image = np.asarray(opened(file).convert("RGB" if colour else "L"))
+        except OSError as error:
+            raise InputError(f"'{file}' is cut or altered: take it out of the folder ({error})") from error
+        first = first or (file, image.shape)
+        if image.shape != first[1]:
+            (height, width), (h, w) = image.shape[:2], first[1][:2]
+            raise InputError(
+                f"pictures must have one size, but '{first[0]}' has {w} x {h} pixels and '{file}' has {width} x "
+                f"{height}: crop or scale them first"
+            )
+        yield image
