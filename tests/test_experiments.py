@@ -146,8 +146,8 @@ def in_line_3(change):
 
 
 SPOILT = {
-    "a field less": (in_line_3(lambda lines: lines[2].rpartition(",")[0]), "line 3 of .* has 16 fields, not 17"),
-    "a field more": (in_line_3(lambda lines: lines[2] + ",x"), "line 3 of .* has 18 fields, not 17"),
+    "a field less": (in_line_3(lambda lines: lines[2].rpartition(",")[0]), "line 3 of .* has 17 fields, not 18"),
+    "a field more": (in_line_3(lambda lines: lines[2] + ",x"), "line 3 of .* has 19 fields, not 18"),
     "a word for a number": (
         in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1,one,,1")), "line 3 of .* has value 'one', not a number",
     ),
@@ -189,12 +189,42 @@ def test_a_spoilt_table_gets_one_sentence_and_nothing_is_written(table, kind, ca
     assert re.search(complaint, lines[lines.index("stl-figure-1") + 2])
 
 
+@pytest.mark.parametrize("lost", range(1, 4))
+def test_a_run_that_lacks_numbers_is_none_and_is_made_anew(table, lost):
+    """A table cut at a line end is one that everybody can read; what is finished is told by the count."""
+    both = [task.key for task in FIGURE_1.tasks("smoke")]
+    whole = experiments.load("stl-figure-1", folder=table.parent)
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-lost]))
+    left = both[: 1 if lost < 3 else 0]
+    assert results.finished(FIGURE_1, table.parent) == set(left)
+    if left:
+        assert len(experiments.load("stl-figure-1", folder=table.parent)) == 2
+    else:
+        with pytest.raises(InputError, match="has no results of 'stl-figure-1'"):
+            experiments.load("stl-figure-1", folder=table.parent)
+    for task in FIGURE_1.tasks("smoke"):
+        results.add(FIGURE_1, task, numbers(2.0, 1.0), table.parent)
+    assert experiments.load("stl-figure-1", folder=table.parent).equals(whole)
+
+
+def test_a_table_of_before_runs_were_counted_is_as_it_is(table):
+    before = experiments.load("stl-figure-1", folder=table.parent)
+    table.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in table.read_text().splitlines()))
+    assert experiments.load("stl-figure-1", folder=table.parent).equals(before)
+    results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], numbers(1.0), table.parent)
+    assert table.read_text().startswith("preset,") and ",date,numbers\n" in table.read_text()
+    assert len(results.finished(FIGURE_1, table.parent)) == 3
+
+
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 @pytest.mark.parametrize("share", [0.2, 0.97])
 def test_a_table_that_was_cut_between_two_lines_is_shown(tmp_path, name, share):
     """Some runs lack numbers then, or all of a kind do; that is a dash, or a run less."""
     lines = Path("results", f"{name}.csv").read_text().splitlines(keepends=True)
     (tmp_path / f"{name}.csv").write_text("".join(lines[: int(share * len(lines))]))
+    if not any(key[0] == "short" for key in results.finished(experiments.find(name), tmp_path)):
+        assert (name, share) == ("stl-figure-3", 0.2)
+        return
     found = experiments.load(name, "short", tmp_path)
     assert str(experiments.Table(experiments.find(name).table(found)))
     experiments.find(name).figure(found, Figure())

@@ -1,9 +1,9 @@
 """Run the grid of an experiment, on the cores of this machine or on a Ray cluster, and go on after whatever stopped it.
 
-Every run has a folder, ``runs/<experiment>/<preset>/<run>``, in which it leaves its checkpoints, how far it is, and in
-the end ``measured.json``. All that the grid needs to know is in these files and in the table of results: a grid that
-was killed goes on by the same command, runs that were finished are not made again, and two grids at once share the
-work. The folder must be seen by all machines of a cluster.
+Every run has a folder, ``runs/<experiment>/<preset>/<run>``, in which it leaves its checkpoints, how far it is
+(``progress.json``), and in the end ``measured.json``. All that the grid needs to know is in these files and in the
+table of results: a grid that was killed goes on by the same command, runs that were finished are not made again, and
+two grids at once share the work. The folder must be seen by all machines of a cluster.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Job:
     @property
     def fraction(self) -> float:
         """How much of it is done."""
-        return number_in(self.folder / "progress")
+        return progress_in(self.folder)["done"]
 
 
 class Pool(Protocol):
@@ -241,14 +241,13 @@ def execute(task: Task, folder: Path, device: str) -> str:
             if outcome.exists():
                 return ""
             start = time.monotonic()
-            before = number_in(folder / "seconds")  # of earlier starts
+            before = progress_in(folder)["seconds"]  # of earlier starts
 
             def report(fraction: float) -> None:
                 nonlocal reported
                 if (now := time.monotonic()) - reported >= 1:
                     reported = now
-                    (folder / "progress").write_text(f"{fraction:.4f}")
-                    (folder / "seconds").write_text(f"{before + now - start:.1f}")
+                    files.write_json(folder / "progress.json", {"done": fraction, "seconds": before + now - start})
 
             reported = start
             place = find_device(device).type
@@ -274,25 +273,22 @@ def measured_in(path: Path) -> list[dict[str, Any]]:
     InputError
         if the file says something else.
     """
-    found = files.read_json(path).get("measured")
-    known = {*results.NUMBERS, *results.PROVENANCE}
-    if (
-        not isinstance(found, list)
-        or not found
-        or not all(isinstance(one, dict) and set(one) == known for one in found)
-    ):
+    found = (files.read_json(path) or {}).get("measured")
+    if not isinstance(found, list) or not found or not all(map(results.is_measured, found)):
         raise InputError(
             f"'{path}' is not what a run measured: delete it, and the same command measures again, from the checkpoint"
         )
     return found
 
 
-def number_in(path: Path) -> float:
-    """Return the number that a run keeps in this file; 0 as long as there is none."""
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return 0.0
+def progress_in(folder: Path) -> dict[str, float]:
+    """Return how much of a run is ``done``, from 0 to 1, and its ``seconds`` so far; 0 as long as it does not say."""
+    found = {}
+    with suppress(InputError):
+        found = files.read_json(folder / "progress.json") or {}
+    most = {"done": 1.0, "seconds": 1e9}
+    numbers = {name: found[name] for name in most if isinstance(found.get(name), float)}
+    return {name: numbers[name] if 0 <= numbers.get(name, -1) <= high else 0.0 for name, high in most.items()}
 
 
 # --- where runs run ---------------------------------------------------------------------------------------------------
@@ -346,6 +342,9 @@ class OnThisMachine:
     def stop(self) -> None:
         for process, _ in self.processes.values():
             process.terminate()
+            if hasattr(signal, "SIGCONT"):  # one that was stopped does not hear it
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
         end = time.monotonic() + PATIENCE
         for process, _ in self.processes.values():
             process.join(max(0, end - time.monotonic()))

@@ -23,7 +23,7 @@ from torch import nn
 from vaelib import collapse, data, evaluation, files, models, plots, runs
 from vaelib.collapse import METHODS
 from vaelib.data import Images, Sentences, Split, Text
-from vaelib.errors import choose
+from vaelib.errors import InputError, choose
 from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report
 from vaelib.experiments.results import curve, over_seeds, plus_minus, select
 from vaelib.models.pixelcnn import pixelcnn_alone
@@ -194,9 +194,8 @@ class Space:
         self.split, self.config, self.path = split, config, path
         self.x = subset(split, config["points"], seed=1).batch(slice(None))
         self.lines: dict[tuple[str, int, int], str] = {}
-        for line in path.read_text().splitlines()[1:] if path.exists() else ():
-            _, kind, step, point, _, _ = line.split(",")
-            self.lines[kind, int(step), int(point)] = line
+        for line in read_points(path, SPACE_COLUMNS).to_dict("records"):
+            self.lines[line["kind"], int(line["step"]), int(line["point"])] = ",".join(line.values())
 
     def look(self, training: Training) -> None:
         """Note where the points are, if this step ends a stage."""
@@ -239,22 +238,39 @@ class Space:
         files.write(self.path, "\n".join([",".join(SPACE_COLUMNS), *self.lines.values(), ""]).encode())
 
 
+def read_points(path: Path, columns: Sequence[str]) -> DataFrame:
+    """Return the points that a file holds, as words; none if there is no file.
+
+    Raises
+    ------
+    InputError
+        if the file holds anything else; it names the line.
+    """
+    lines = files.read_table(path, columns) or {}
+    for number, line in lines.items():
+        try:
+            place = int(line["step"]) >= 0 and int(line["point"]) >= 0
+            if not place or not all(math.isfinite(float(line[name])) for name in ("model_mean", "encoder_mean")):
+                raise ValueError
+        except ValueError:
+            raise InputError(f"line {number} of '{path}' is no point: mend that line or delete it") from None
+    return DataFrame(list(lines.values()), columns=list(columns), dtype=object)
+
+
 def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> None:
     """Put the points that runs of ``lag-toy`` stored into ``lag-toy-space.csv``, in the place of those of earlier runs.
 
     Its columns are the preset and :data:`SPACE_COLUMNS`. Runs whose folders are gone keep what the table has of them.
     """
-    tables = [table for folder in folders if (table := folder / "space.csv").exists()]
-    if not tables:
+    points = pd.concat([read_points(folder / "space.csv", SPACE_COLUMNS) for folder in folders])
+    if points.empty:
         return
     path = results_folder / "lag-toy-space.csv"
+    points.insert(0, "preset", preset)
     with files.locked(results_folder, wait=True):
-        points = pd.concat([pd.read_csv(table, dtype=str) for table in tables])
-        points.insert(0, "preset", preset)
-        if path.exists():
-            old = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
-            made = (old["preset"] == preset) & old["method"].isin(points["method"])
-            points = pd.concat([old[~made], points])
+        old = read_points(path, ("preset", *SPACE_COLUMNS))
+        made = (old["preset"] == preset) & old["method"].isin(points["method"])
+        points = pd.concat([old[~made], points])
         files.write(path, points.to_csv(index=False, lineterminator="\n").encode())
 
 

@@ -1,16 +1,15 @@
 """Results on disk: ``results/<experiment>.csv``, one line a measured number; read and grouped with pandas.
 
 Its columns are the preset, the configuration, the seed, what was measured (``metric``, ``at``), the number with its
-standard error, and what it was measured with: seconds, device, threads, versions, date. A line is never altered; a run
-is added whole or not at all, under a lock, so that several grids can add to one table.
+standard error, what it was measured with (seconds, device, threads, versions, date), and how many ``numbers`` its run
+has. A run is added whole or not at all, under a lock, so that several grids can add to one table. One that lacks
+numbers, since somebody cut the table, is no run: it is left out, and made anew.
 """
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
-import io
 import math
 import re
 import subprocess
@@ -33,25 +32,29 @@ TABLES = HERE / "results" if (HERE / "results").exists() else HERE.parent / "res
 
 NUMBERS = ("metric", "at", "value", "standard_error")
 PROVENANCE = ("seconds", "device", "threads", "torch", "vaelib", "date")
+COUNT = "numbers"
+
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?(?:nan|inf)")
 
 WORDS = {"preset", "metric", "device", "torch", "vaelib", "date"}
 """The columns that hold words, even where they look like numbers."""
 
 KINDS = {
-    "seed": ("a whole number", lambda text: bool(re.fullmatch(r"[0-9]{1,18}", text))),
-    "at": ("a whole number, or nothing", lambda text: bool(re.fullmatch(r"[0-9]{0,18}", text))),
-    "value": ("a number", lambda text: is_number(text)),
-    "standard_error": ("a number, or nothing", lambda text: not text or is_number(text)),
-    "seconds": ("a number", lambda text: is_number(text)),
+    "seed": ("a whole number", re.compile(r"[0-9]{1,18}")),
+    "at": ("a whole number, or nothing", re.compile(r"[0-9]{0,18}")),
+    "value": ("a number", NUMBER),
+    "standard_error": ("a number, or nothing", re.compile(rf"(?:{NUMBER.pattern})?")),
+    "seconds": ("a number", NUMBER),
+    COUNT: ("a whole number", re.compile(r"[0-9]{1,18}")),
 }
-"""What must stand in a column, and how that is told."""
+"""What must stand in a column."""
 
 
 # --- reading and grouping ---------------------------------------------------------------------------------------------
 
 
 def load(experiment: Experiment, preset: str | None = None, folder: str | Path = TABLES) -> DataFrame:
-    """Return the measured numbers of an experiment, a line each, in the order of its grid.
+    """Return the measured numbers of an experiment's whole runs, a line each, in the order of its grid.
 
     Columns are those of the file, with numbers as numbers; where nothing stands it is NaN, or None among words.
     :func:`vaelib.experiments.load` does it by name.
@@ -71,6 +74,7 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path =
     if preset is not None:
         choose(f"preset of '{experiment.name}'", preset, experiment.presets)
     found = read(experiment, Path(folder))
+    found = found[whole(found, experiment)]
     if preset is not None:
         found = found[found["preset"] == preset]
     if found.empty:
@@ -166,7 +170,21 @@ class Table:
 
 def columns(experiment: Experiment) -> list[str]:
     """Return the header of an experiment's table."""
-    return ["preset", *experiment.keys, "seed", *NUMBERS, *PROVENANCE]
+    return ["preset", *experiment.keys, "seed", *NUMBERS, *PROVENANCE, COUNT]
+
+
+def kinds(experiment: Experiment) -> dict[str, tuple[str, re.Pattern]]:
+    """Return what must stand in the columns of an experiment's table: :data:`KINDS`, and words and numbers of its grid.
+
+    Where a grid has None, there is nothing.
+    """
+    found = dict(KINDS)
+    for name in experiment.keys:
+        values = {config[name] for preset in experiment.presets.values() for config in preset.grid}
+        words = sorted(value for value in values if isinstance(value, str))
+        fits = "|".join(map(re.escape, words)) if words else NUMBER.pattern
+        found[name] = (" or ".join(words) or "a number", re.compile(f"(?:{fits}){'?' * (None in values)}"))
+    return found
 
 
 def path_of(experiment: Experiment, folder: Path) -> Path:
@@ -177,7 +195,7 @@ def path_of(experiment: Experiment, folder: Path) -> Path:
 def read(experiment: Experiment, folder: Path = TABLES) -> DataFrame:
     """Return an experiment's table as it stands there, every field as text; empty if there is no file.
 
-    A spreadsheet's byte order mark and line ends are nothing to it.
+    A table of before runs were counted has those runs that it has.
 
     Raises
     ------
@@ -185,31 +203,15 @@ def read(experiment: Experiment, folder: Path = TABLES) -> DataFrame:
         if the file is no such table; it names the line.
     """
     path, header = path_of(experiment, folder), columns(experiment)
-    if not path.exists():
-        return DataFrame(columns=header, dtype=object)
-    advice = "mend that line or delete it; nothing was written"
-    try:
-        reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
-        lines = {reader.line_num: line for line in reader if line}
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"'{path}' is not text in UTF-8 ({error}): save it as CSV in UTF-8, or put a whole copy in its place"
-        ) from error
-    except csv.Error as error:
-        raise InputError(f"line {reader.line_num} of '{path}' is not CSV ({error}): {advice}") from error
-    first = lines.pop(next(iter(lines), None), [])
-    if first != header:
-        raise InputError(
-            f"'{path}' has the columns {', '.join(first)}, but '{experiment.name}' has {', '.join(header)}: "
-            "move that file out of the way; nothing was written"
-        )
-    for number, line in lines.items():
-        if len(line) != len(header):
-            raise InputError(f"line {number} of '{path}' has {len(line)} fields, not {len(header)}: {advice}")
+    lines = files.read_table(path, header, header[:-1]) or {}
     found = DataFrame(list(lines.values()), index=list(lines), columns=header, dtype=object)
-    for name, (kind, fits) in KINDS.items():
+    if lines and COUNT not in next(iter(lines.values())):
+        runs = Series(keys(found, experiment), found.index)
+        found[COUNT] = runs.map(runs.value_counts()).astype(str)
+    advice = "mend that line or delete it; nothing was written"
+    for name, (kind, fits) in kinds(experiment).items():
         for number, text in found[name].items():
-            if not fits(text):
+            if not fits.fullmatch(text):
                 raise InputError(f"line {number} of '{path}' has {name} '{text}', not {kind}: {advice}")
     again = found.duplicated(["preset", *experiment.keys, "seed", "metric", "at"])
     if again.any():
@@ -217,9 +219,16 @@ def read(experiment: Experiment, folder: Path = TABLES) -> DataFrame:
     return found.reset_index(drop=True)
 
 
+def whole(found: DataFrame, experiment: Experiment) -> Series:
+    """Tell of each line whether its run has all its numbers."""
+    runs = Series(keys(found, experiment), found.index, dtype=object)
+    return runs.map(runs.value_counts()).astype("int64") == found[COUNT].astype("int64")
+
+
 def finished(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
-    """Return the keys of the runs that the table holds, as :attr:`Task.key` has them."""
-    return set(keys(read(experiment, folder), experiment))
+    """Return the keys of the whole runs that the table holds, as :attr:`Task.key` has them."""
+    found = read(experiment, folder)
+    return set(keys(found[whole(found, experiment)], experiment))
 
 
 def add(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -227,12 +236,23 @@ def add(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder, wait=True):
         found = read(experiment, folder)
-        if task.key in set(keys(found, experiment)):
+        here = Series([key == task.key for key in keys(found, experiment)], found.index, dtype=bool)
+        if (here & whole(found, experiment)).any():
             return
-        known = dict(zip(("preset", *experiment.keys, "seed"), task.key, strict=True))
+        known = {**dict(zip(("preset", *experiment.keys, "seed"), task.key, strict=True)), COUNT: str(len(measured))}
         new = [{**known, **{name: as_text(value) for name, value in number.items()}} for number in measured]
-        table = pd.concat([found, DataFrame(new, columns=found.columns, dtype=object)])
+        table = pd.concat([found[~here], DataFrame(new, columns=found.columns, dtype=object)])
         files.write(path_of(experiment, folder), table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def is_measured(one: Any) -> bool:
+    """Tell whether something is a number that a run measured, with its provenance."""
+    return (
+        isinstance(one, dict)
+        and set(one) == {*NUMBERS, *PROVENANCE}
+        and all(isinstance(value, str | int | float | None) for value in one.values())
+        and all(fits.fullmatch(as_text(one[name])) for name, (_, fits) in KINDS.items() if name in one)
+    )
 
 
 def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -> list[dict[str, Any]]:
@@ -284,14 +304,6 @@ def canonical(text: str) -> str:
         with suppress(ValueError):
             return as_text(kind(text))
     return text
-
-
-def is_number(text: str) -> bool:
-    """Tell whether ``text`` is a number."""
-    with suppress(ValueError):
-        float(text)
-        return True
-    return False
 
 
 def as_numbers(column: Series) -> Series:
