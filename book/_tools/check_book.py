@@ -221,9 +221,9 @@ def answers(notebook) -> Iterator[str]:
         if sequence != sorted(sequence, key=ANSWER_TAGS.index) or set(sequence) != set(ANSWER_TAGS):
             yield f"{who} has cells tagged {sequence}, not {list(ANSWER_TAGS)}"
         for tag, call, said in (
-            ("exercise-check", f"checks.attempt({check}, ", "not solved yet"),
+            ("exercise-check", f"checks.attempt({check},", "not solved yet"),
             ("solution", f"{check}(", "ok: "),
-            ("wrong-answer", f"checks.refused({check}, ", "ok: refused, "),
+            ("wrong-answer", f"checks.refused({check},", "ok: refused, "),
         ):
             calling = [cell for cell in exercise.tagged(tag) if call in re.sub(r"\(\s+", "(", cell.source)]
             lines = [line for cell in calling for line in printed(cell).splitlines()]
