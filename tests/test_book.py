@@ -27,6 +27,13 @@ def test_chapters_have_the_shape_of_a_course():
         assert list(check_book.course(nbformat.read(BOOK / f"{name}.ipynb", as_version=4))) == [], name
 
 
+def test_the_symbols_of_a_chapter_are_those_of_the_notation_page():
+    notation = (BOOK / "notation.md").read_text("utf-8")
+    for name in COURSE:
+        notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+        assert check_book.symbols_apart(notation, int(name[:2]), notebook) == [], name
+
+
 def test_the_book_hangs_together():
     assert CHAPTERS, "there is no chapter"
     notebooks = {path.name: nbformat.read(path, as_version=4) for path in CHAPTERS}
@@ -257,6 +264,19 @@ def test_a_dangling_back_link_is_found(tmp_path):
         source = f'def {name}():\n    """One.\n\n    Introduced in book/{chapter_name}.ipynb.\n    """\n'
         (package / "module.py").write_text(source)
         assert len(check_book.dangling_links(package, book)) == wrong
+
+
+def test_letters_are_read_from_formulas():
+    text = "A $x_{ij} = \\frac{\\sigma}{2} \\text{if } \\log p$ b\n\n```\n$c$\n```\n\n$$\nd \\EE[w]\n$$ (eq-e)"
+    assert check_book.symbols(text) == {"x", "sigma", "p", "d", "w"}
+
+
+def test_a_symbol_without_a_meaning_or_with_two_is_found():
+    notation = "| $x$ | data |\n\n## In one chapter only\n\n| 1, 3 | $u$ | local |\n\n## Macros\n"
+    notebook = new_notebook(cells=[new_markdown_cell("We see $x$ and $u$.")])
+    assert check_book.symbols_apart(notation, 1, notebook) == []
+    assert check_book.symbols_apart(notation, 2, notebook) == ["'u' is not on the notation page"]
+    assert len(check_book.symbols_apart(notation.replace("$u$", "$u, x$"), 3, notebook)) == 1
 
 
 def test_a_macro_on_one_side_only_is_found():

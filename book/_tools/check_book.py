@@ -42,6 +42,10 @@ LINK = re.compile(r"\bbook/(\d\d-[\w-]+\.ipynb)")
 MAX_CELLS, MAX_MEDIAN, MAX_WORDS, EXERCISES = 40, 6, 3500, 8
 LEVELS, KINDS = ("warm-up", "standard", "hard", "project"), ("by hand", "code", "experiment", "predict, then run")
 SORT = re.compile(rf"^\*\*({'|'.join(LEVELS)}) · ({'|'.join(KINDS)}) · \d+ (?:minutes|hours?)\*\*$", re.MULTILINE)
+GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|upsilon|phi|"
+    "varphi|chi|psi|omega|ell|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega"
+)
 ASSERTING = ("checks.", "check_", "torch.testing.assert_")
 ANSWER_TAGS = ("stub", "exercise-check", "solution", "wrong-answer")
 
@@ -352,6 +356,31 @@ def docstrings(node, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 def mentions(chapter: Path, name: str) -> bool:
     notebook = nbformat.read(chapter, as_version=4)
     return any(re.search(rf"\b{re.escape(name)}\b", cell.source) for cell in notebook.cells)
+
+
+def symbols(text: str) -> set[str]:
+    """The letters, Latin and Greek, that stand for something in the formulas of a text; indices and words apart."""
+    formulas = " ".join(
+        re.findall(r"\$\$(?:.*?)\$\$|\$[^$]+\$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.DOTALL)
+    )
+    formulas = re.sub(
+        r"\\(?:text|mathrm|operatorname|begin|end)\{[^}]*\}|\\(?:quad|qquad|tfrac|frac)(?![a-z])", " ", formulas
+    )
+    greek = set(re.findall(rf"\\({GREEK})(?![A-Za-z])", formulas))
+    return greek | set(re.findall(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", formulas)))
+
+
+def symbols_apart(notation: str, chapter: int, notebook) -> list[str]:
+    """Letters that a chapter uses and the notation page does not list, or lists for the chapter and for the book."""
+    everywhere, _, rest = notation.partition("\n## In one chapter only\n")
+    rows = re.findall(r"^\| ([\d, ]+) \| ([^|]*) \|", rest.partition("\n## ")[0], re.MULTILINE)
+    own = {letter for numbers, listed in rows if str(chapter) in numbers.split(", ") for letter in symbols(listed)}
+    everywhere, rows = symbols(everywhere), "\n".join(listed for _, listed in rows)
+    used = symbols("\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
+    return [f"'{letter}' is not on the notation page" for letter in sorted(used - everywhere - own)] + [
+        f"'{letter}' has a meaning in the whole book and another in one chapter"
+        for letter in sorted(symbols(rows) & everywhere)
+    ]
 
 
 def macros_apart(config: str, notation: str) -> list[str]:
