@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import math
@@ -153,7 +154,7 @@ def test_an_altered_file_from_every_mirror_is_refused_and_named(mirrors, cache, 
 
 def test_a_connection_that_breaks_in_mid_transfer_leaves_no_file(mirrors, cache, toy):
     broken = (200, BODY[:70_000], len(BODY))
-    with pytest.raises(InputError, match="ChunkedEncodingError"):
+    with pytest.raises(InputError, match="it has 70,000 bytes|what it sends has 70,000 bytes|Error"):
         files.fetch("toy", [replace(toy, addresses=(mirrors.add("/broken", broken),))])
     assert left_over(cache) == [] and len(mirrors.asked) == files.ROUNDS
     again = replace(toy, addresses=(mirrors.add("/mended", broken, (200, BODY)),))
@@ -181,9 +182,63 @@ def test_a_full_disk_is_told_as_it_is_and_leaves_no_file(mirrors, cache, toy, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="toy/file.bin' could not be written .No space left.*make room"):
         files.fetch("toy", [replace(toy, addresses=(mirrors.add("/good", (200, BODY)),))])
     assert left_over(cache) == [] and len(mirrors.asked) == 1
+
+
+def test_a_full_cache_is_named(mirrors, small_disk, toy, monkeypatch):
+    monkeypatch.setattr(files, "cache", lambda: small_disk)
+    with pytest.raises(InputError, match="toy/file.bin' could not be written .No space left on device.*make room"):
+        files.fetch("toy", [replace(toy, addresses=(mirrors.add("/good", (200, BODY)),))])
+    assert left_over(small_disk) == []
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Sends for ever: all it can, or a byte now and then; or an answer without sense."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path == "/nonsense":
+            self.send_header("Content-Length", "many")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b"x" * (1 if self.path == "/drip" else 2**16))
+                time.sleep(0.01 if self.path == "/drip" else 0)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "sizes", "why"),
+    [
+        ("/flood", True, "it sends more than 102,400 bytes"),
+        ("/flood", False, "it sends more than 50,000 bytes"),
+        ("/nonsense", True, "it sends more than 102,400 bytes"),
+        ("/drip", True, "it sends too slowly: [0-9]+ bytes so far"),
+    ],
+)
+def test_a_download_is_capped_by_size_and_time(cache, toy, monkeypatch, path, sizes, why):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(files, "MOST", 50_000)
+    monkeypatch.setattr(files, "ROUNDS", 1)
+    monkeypatch.setattr(files, "TIMEOUT", 1.0)
+    monkeypatch.setattr(files, "SLOWEST", 10**6)
+    address = f"http://127.0.0.1:{server.server_port}{path}"
+    with pytest.raises(InputError, match=why):
+        files.fetch("toy", [replace(toy, size=toy.size if sizes else None, addresses=(address,))])
+    assert left_over(cache) == []
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_cannot_be_downloaded_is_not_said_to_be(cache):
+    with pytest.raises(InputError) as caught:
+        data.load("yelp")
+    assert "vaelib data fetch" not in str(caught.value) and "set VAELIB_DATA" in str(caught.value)
 
 
 def test_two_processes_that_fetch_at_once_both_end_with_a_whole_file(mirrors, cache, toy):

@@ -88,9 +88,15 @@ def write(path: Path, content: bytes | memoryview) -> None:
     InputError
         if it cannot be written; what was there before stays.
     """
+    with told(path), atomic(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Say in a sentence why ``path`` could not be written, if the block does not get it done."""
     try:
-        with atomic(path) as part:
-            part.write_bytes(content)
+        yield
     except OSError as error:
         advice = ADVICE.get(
             error.errno, "what was there before is whole: put that right, then run the same command again"

@@ -2,9 +2,8 @@
 
 Every file is named once, as a :class:`File`: its path inside a data folder, its checksum, its addresses.
 Files are looked for in the folder that the environment variable ``VAELIB_DATA`` names, then in the user's
-cache; what neither has is downloaded into the cache with pooch, mirror after mirror, and checked before it
-gets its name there. So a file that has its name is whole. What lies in ``VAELIB_DATA`` is checked too, and
-never written to.
+cache; what neither has is downloaded into the cache, mirror after mirror, and checked before it gets its name
+there. So a file that has its name is whole. What lies in ``VAELIB_DATA`` is checked too, and never written to.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vaelib.errors import InputError
-from vaelib.files import atomic
+from vaelib.files import atomic, told
 
 ROUNDS = 3  # how often the whole list of mirrors is tried
 PAUSE = 1.0  # seconds before the second round; twice as long before the third
 TIMEOUT = 30.0  # seconds without a sign of life from a server
+SLOWEST = 10_000  # bytes a second, on the whole
+MOST = 10**8  # bytes of a file whose size is not known
 
 
 @dataclass(frozen=True)
@@ -137,62 +138,74 @@ def fetch(name: str, files: Sequence[File]) -> Path:
         if not (fault := file.fault(path)):
             return path
         if place != "cache" or not file.obtainable:
+            again = f"delete it and run `vaelib data fetch {name}` with a network, or " if file.obtainable else ""
             raise InputError(
-                f"'{path}' is cut or altered: it {fault}, expected {file.expected}; delete it and run "
-                f"`vaelib data fetch {name}` with a network, or put a whole copy in its place"
+                f"'{path}' is cut or altered: it {fault}, expected {file.expected}; {again}put a whole copy there"
             )
     file = next((file for file in files if file.obtainable), files[0])
     target = cache() / file.path
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     if file.make is None:
         download(name, file, target)
     else:
         sources = [fetch(name, [source]) for source in file.made_from]
-        with atomic(target) as part:
+        with told(target), atomic(target) as part:
             file.make(sources, part)
     return target
 
 
+class Faulty(Exception):
+    """A mirror gives no whole copy; the message says in a few words why."""
+
+
 def download(name: str, file: File, target: Path) -> None:
     """Download ``file`` from the first mirror that gives a whole copy, and only then call it ``target``."""
-    import pooch
-    from requests import RequestException  # takes a tenth of a second, and is wanted only here
-
-    failures: dict[str, str] = {}
+    failures: dict[str, Faulty] = {}
     for attempt in range(ROUNDS):
         time.sleep(attempt * PAUSE)
         for address in file.addresses:
             try:
-                with atomic(target) as part, progress(target.name, file.size) as bar:
-                    get = pooch.HTTPDownloader(
-                        progressbar=bar,
-                        chunk_size=2**16,
-                        timeout=TIMEOUT,
-                        headers={"Accept-Encoding": "identity"},
-                    )
-                    get(address, str(part), None)
+                with told(target), atomic(target) as part:
+                    receive(address, file, part)
                     if fault := file.fault(part):
-                        raise InputError(f"what it sends {fault}")
+                        raise Faulty(f"what it sends {fault}")
                 return
-            except (InputError, RequestException) as error:
-                failures[address] = reason(error)
+            except Faulty as error:
+                failures[address] = error
     tried = "; ".join(f"{address}: {why}" for address, why in failures.items()) or "it has no address"
     looked = " or ".join(f"'{folder}'" for folder in folders().values())
+    network = f"run `vaelib data fetch {name}` with a network, or " if file.obtainable else ""
     raise InputError(
         f"no whole copy of '{file.path}' (expected: {file.expected}) is in {looked}, and none could be "
-        f"downloaded ({tried}): run `vaelib data fetch {name}` with a network, or set VAELIB_DATA to a "
-        "folder that holds it"
+        f"downloaded ({tried}): {network}put one into a folder, and set VAELIB_DATA to that"
     )
+
+
+def receive(address: str, file: File, target: Path) -> None:
+    """Write what an address sends to ``target``: no more than the file has, and no slower than is any use."""
+    import requests  # takes a tenth of a second, and is wanted only here
+    from urllib3.exceptions import HTTPError
+
+    most = file.size or MOST
+    got, latest = 0, time.monotonic() + TIMEOUT + most / SLOWEST
+    try:
+        ask = requests.get(address, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
+        with ask as answer, open(target, "wb") as out, progress(Path(file.path).name, file.size) as bar:
+            if answer.status_code != 200:
+                raise Faulty(f"HTTP {answer.status_code}")
+            while content := answer.raw.read1(2**16):
+                got += len(content)
+                if got > most:
+                    raise Faulty(f"it sends more than {most:,} bytes")
+                if time.monotonic() > latest:
+                    raise Faulty(f"it sends too slowly: {got:,} bytes so far")
+                out.write(content)
+                bar.update(len(content))
+    except (requests.RequestException, HTTPError) as error:
+        raise Faulty(type(error).__name__) from error
 
 
 def progress(name: str, size: int | None) -> tqdm:
     """Return a progress bar in bytes, which shows on a terminal only."""
     return tqdm(desc=name, total=size or 1, unit="B", unit_scale=True, disable=None)
-
-
-def reason(error: Exception) -> str:
-    """Say in a few words why a download failed."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"HTTP {response.status_code}"
-    return str(error) if isinstance(error, InputError) else type(error).__name__

@@ -4,6 +4,7 @@ formats."""
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zipfile
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vaelib.data.files import File, fetch
 from vaelib.errors import InputError, choose
+from vaelib.files import read
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (float32 [N, H, W] in [0, 1], labels [N])
 
@@ -309,7 +311,7 @@ def read_digits(paths: Mapping[str, Path]) -> Arrays:
 def idx(path: Path) -> np.ndarray:
     """Read a gzipped idx file of bytes: 0, 0, 8, number of axes, their lengths (big-endian int32), values."""
     try:
-        content = gzip.decompress(path.read_bytes())
+        content = gzip.decompress(read(path) or b"")
         zeros, kind, axes = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{axes}I", content, 4)
     except (OSError, EOFError, zlib.error, struct.error) as error:
@@ -345,8 +347,11 @@ def read_amat(paths: Mapping[str, Path]) -> Arrays:
     """Larochelle's binarized MNIST: an image a line, 784 digits parted by single spaces, so 1,568 bytes."""
 
     def split(path: Path) -> tuple[np.ndarray, None]:
-        content = path.read_bytes()
-        text = np.frombuffer(gzip.decompress(content) if path.suffix == ".gz" else content, np.uint8)
+        content = read(path) or b""
+        try:
+            text = np.frombuffer(gzip.decompress(content) if path.suffix == ".gz" else content, np.uint8)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"'{path}' is no gzipped file ({error}): delete it and fetch it again") from error
         pixels = text[::2].astype(np.float32) - ord("0")
         well_formed = len(text) and len(text) % 1568 == 0 and (text[1::2].reshape(-1, 784) == BETWEEN_PIXELS).all()
         if not well_formed or not np.isin(pixels, (0, 1)).all():
@@ -365,14 +370,14 @@ def read_omniglot(paths: Mapping[str, Path]) -> Arrays:
     """
     path = paths["drawings"]
     try:
-        with np.load(path, allow_pickle=False) as fields:
+        with np.load(io.BytesIO(read(path) or b""), allow_pickle=False) as fields:
             images = fields["images"]
             if images.dtype != np.uint8 or images.shape[1:] != (20, 28, 28):
                 raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [N, 20, 28, 28]")
             order = np.lexsort((fields["character"], fields["alphabet"], ~fields["background"]))
+            drawings = images[order].swapaxes(0, 1) / np.float32(255)  # [20, characters, 28, 28]
     except Exception as error:  # a damaged archive raises nearly anything, a TokenError among the rest
         raise InputError(f"'{path}' is cut or altered ({error}): delete it and fetch it again") from error
-    drawings = images[order].swapaxes(0, 1) / np.float32(255)  # [20, characters, 28, 28]
 
     def split(drawings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return drawings.reshape(-1, *drawings.shape[2:]), np.tile(np.arange(drawings.shape[1]), len(drawings))
@@ -435,7 +440,7 @@ def read_chardata(paths: Mapping[str, Path]) -> Arrays:
 
     path = paths["images"]
     try:
-        fields = loadmat(path, variable_names=("data", "testdata"))
+        fields = loadmat(io.BytesIO(read(path) or b""), variable_names=("data", "testdata"))
         train, test = (
             np.ascontiguousarray(fields[key].T.reshape(-1, 28, 28).swapaxes(1, 2), np.float32)
             for key in ("data", "testdata")

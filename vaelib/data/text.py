@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vaelib.data.files import File, fetch
 from vaelib.errors import InputError, choose, whole_number
+from vaelib.files import read_text
 
 PAD, BEGIN, END = range(3)
 MARKS = ("<pad>", "<s>", "</s>")
@@ -224,13 +225,7 @@ def lines(path: Path, labelled: bool = False) -> list[list[str]]:
     InputError
         for a line without words or without its label, or a file that is no text.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not text in UTF-8 ({error}): save it as UTF-8, or fetch it again") from error
-    if "\0" in text:
-        raise InputError(f"'{path}' is not text in UTF-8 (it has zero bytes): save it as UTF-8, or fetch it again")
-    documents = []
+    text, documents = read_text(path) or "", []
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
         label, tab, document = line.partition("\t") if labelled else ("", "\t", line)
         if not tab:
