@@ -500,7 +500,7 @@ def test_a_trained_model_is_loaded_with_one_call(finished, tmp_path):
     run = runs.load(finished, device="cpu")
     state = contents(finished)["checkpoint"]
     assert not differences(state["model"], dict(run.model.state_dict())) and not run.model.training
-    assert run.config == TINY and run.history == state["history"] and len(run.images.test) > 0
+    assert run.config == TINY and run.history == state["history"] and len(run.data.test) > 0
     with pytest.raises(InputError, match="there is no trained model in .*: make one with `vaelib train"):
         runs.load(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

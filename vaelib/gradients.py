@@ -41,12 +41,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from vaelib import advice
 from vaelib import estimators as known
+from vaelib.advice import Advice, Bias
 from vaelib.errors import InputError, choose, whole_number
 from vaelib.estimators import Estimator
 from vaelib.estimators.base import draws as count
 from vaelib.objectives import Objective
-from vaelib.posteriors import Latent, Posterior, as_posterior, map_latent, modules_in
+from vaelib.posteriors import Discrete, Latent, Posterior, as_posterior, map_latent, modules_in
 
 ROWS = 8192
 """Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
@@ -363,6 +365,104 @@ def bias_test(
             bar.update(count(eps))
     rounding = 100 * torch.finfo(g.dtype).eps * size.mean.clamp_min(1)  # of two ways to compute the same number
     return BiasTest(difference.mean, torch.maximum(difference.standard_error, rounding), draws, error_rate)
+
+
+ERROR_RATE = 1e-4
+"""How often :func:`advise` may accuse an unbiased row."""
+
+
+@dataclass
+class Networks:
+    """The two parts of a model, ours to change."""
+
+    joint: Any
+    encoder: Any
+
+
+def advise(
+    model: Any,
+    x: Tensor,
+    *,
+    k: int = 4,
+    batch_size: int = 20,
+    estimator: Estimator | str | None = None,
+    seconds: float = 40.0,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Advice:
+    """Measure which gradient estimator a model is best trained with, whether it uses z, and whether its encoder lags.
+
+    The model is copied, and stays as it is. Introduced in book/07-choosing.ipynb.
+
+    Parameters
+    ----------
+    model
+        anything with a ``joint`` and an ``encoder``, such as :class:`vaelib.models.VAE`.
+    x
+        observations as it is trained on, ``[N, ...]``; some hundreds at least, in random order.
+    k
+        evaluations of the decoder for each observation.
+    batch_size
+        observations a step.
+    estimator
+        the one in use, to be compared with.
+    seconds
+        the time for the variances of the training gradient; the rest takes about as long again.
+    generator
+        draws all noise, on the device of ``x``.
+    progress
+        say what is being measured.
+
+    Raises
+    ------
+    InputError
+        for less than 100 observations, a model with nothing to train, or one that no estimator takes.
+    """
+    whole_number("k", k, least=1)
+    whole_number("batch_size", batch_size, least=1)
+    if missing := [part for part in ("joint", "encoder") if not hasattr(model, part)]:
+        raise InputError(f"a model must have a joint and an encoder, but this one has no {' and no '.join(missing)}")
+    if len(x) < 100:
+        raise InputError(f"advice needs 100 observations at least, but x has {len(x)}: give it more")
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    copies: dict[int, Any] = {}
+    model = Networks(own(model.joint, copies), own(model.encoder, copies))
+    few = x[:8]
+    rows, left_out = advice.applicable(model, few, k)
+
+    def bias(row: Estimator, reference: Estimator, k: int) -> Bias:
+        """On one noise for every row; where z is discrete, in the coordinates that are drawn often enough."""
+        noise = torch.Generator(x.device).manual_seed(1)
+        options = {"draws": 1000, "k": k, "generator": noise}
+        test = bias_test(row, reference, model.joint, model.encoder, few, error_rate=ERROR_RATE, **options)
+        mean = measure([reference], model.joint, model.encoder, few, **(options | {"draws": 200}))[reference.name].mean
+        return advice.bias_of(test, reference.name, mean, _often_drawn(model.encoder(few), 1000 * k))
+
+    def say(what: str) -> None:
+        if progress:
+            tqdm.write(what)
+
+    say(f"{len(rows)} estimators apply; their gradients ...")
+    costs, doubled = advice.cost_of_rows(model, x, rows, k, batch_size, generator, seconds, bias)
+    say("is the encoder late? ...")
+    trains = next(name for name in (*(row for _, _, row in advice.CHART), *rows) if name in rows)
+    late = advice.lag(model, x, rows[trains], generator, k=advice.draws_of(trains, k))
+    say("is z used? ...")
+    used = advice.usage(model, x, generator)
+    choices = [choice for goal in advice.WANTED if (choice := advice.choose_row(goal, costs))]
+    current = None if estimator is None else known.get(estimator).name
+    setting = {"k": k, "batch_size": batch_size, "observations": len(x)}
+    return Advice(costs, left_out, choices, doubled, used, late, current, setting)
+
+
+@torch.no_grad()
+def _often_drawn(q: Any, draws: int) -> Tensor | slice:
+    """Return the coordinates of a discrete q whose rarer value is expected 20 times and more; of others all."""
+    q = as_posterior(q)
+    if not isinstance(q, Discrete):
+        return slice(None)
+    share = q.mean.flatten()
+    return torch.minimum(share, 1 - share) > 20 / draws
 
 
 def two_sided(error_rate: float) -> float:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config
-from vaelib.data import Images
+from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.estimators.base import log_weight
 from vaelib.files import in_shell, locked, read, read_json, sweep, write, write_json
@@ -41,6 +41,9 @@ from vaelib.training import Diverged, Training, stream
 
 FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
+
+LSTM = "lstm"
+"""The model for sentences."""
 
 READ_BY = {1: "0.1.0"}
 """The last version of vaelib that reads an older format."""
@@ -178,14 +181,50 @@ class Run:
         what it was trained by.
     history
         one record an epoch, see :class:`vaelib.training.Training`.
-    images
+    data
         the data set it was trained on.
     """
 
     model: torch.nn.Module
     config: Config
     history: list[dict[str, Any]]
-    images: Images
+    data: Images | Text
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return what the model makes of ``x`` ``[B, ...]`` through a draw of z: pixels' means, or tokens.
+
+        A mixture's components count by their weights. The draw is the same each time unless there is a ``generator``.
+        """
+        generator = generator or torch.Generator(x.device).manual_seed(0)
+        q = as_posterior(self.model.encoder(x))
+        made = self._joint.generate(q.sample(q.noise(q.strata, generator)), generator)
+        return made[0] if q.strata == 1 else (q.log_share(q.strata).exp().unsqueeze(-1) * made).mean(0)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return ``n`` observations of the model's own, for z drawn from its prior: pixels' means, or tokens."""
+        whole_number("n", n, least=1)
+        x = self.data.train.batch(slice(0, 1), stream("test", 0, next(self.model.parameters()).device))
+        generator = generator or torch.Generator(x.device).manual_seed(0)
+        q = as_posterior(self.model.encoder(x))
+        eps = q.noise(-(-n // q.strata) * q.strata, generator)  # of the prior too
+        return self._joint.generate(self._joint.sample_prior(eps), generator).flatten(0, 1)[:n]
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """Return where the encoder puts ``x`` ``[B, ...]``: q's means, all stochastic layers side by side, ``[B, D]``."""
+        return torch.cat(as_posterior(self.model.encoder(x)).means(), -1)
+
+    @property
+    def _joint(self) -> Any:
+        joint = self.model.joint
+        if missing := [name for name in ("sample_prior", "generate") if not hasattr(joint, name)]:
+            raise InputError(
+                f"this joint, a {type(joint).__name__}, has no {' and no '.join(missing)}: build it as "
+                "models.Joint(decode), whose decode(z) returns a likelihood, or give it these methods"
+            )
+        return joint
 
 
 def load(run_dir: str | Path, device: str = "auto") -> Run:
@@ -309,19 +348,31 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_images(config: Config) -> Images:
+def load_images(config: Config) -> Images | Text:
     """Return the data of a run, on its device."""
     device = find_device(config.device)
     return data.load(config.data, config.binarisation).to(device)
 
 
-def build(config: Config, images: Images) -> Training:
+def build(config: Config, images: Images | Text) -> Training:
     """Return the run that ``config`` means, before its first step."""
-    split = images.train
-    weights = stream("init", config.seed)
+    split, weights = images.train, stream("init", config.seed)
+    if isinstance(images, Text) != (config.model == LSTM):
+        raise InputError(
+            f"model '{config.model}' is for {'sentences' if config.model == LSTM else 'images'}, but '{config.data}' "
+            f"has {'sentences' if isinstance(images, Text) else 'images'}: sentences go with --model {LSTM}, images "
+            "with the models of `vaelib models`"
+        )
     with enough_memory("sizes"):
-        model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
-    return Training(model.to(split.grey.device), split, config.estimator, config, compile=config.compile)
+        if isinstance(images, Text):
+            from vaelib.models.text import lstm_vae  # here alone, since few want it
+
+            for size in config.sizes:
+                choose(f"size of model '{LSTM}'", size, lstm_vae.__kwdefaults__)
+            model = lstm_vae(len(images.vocabulary), weights, **config.sizes)
+        else:
+            model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
+    return Training(model.to(find_device(config.device)), split, config.estimator, config, compile=config.compile)
 
 
 def provenance(training: Training) -> dict[str, Any]:

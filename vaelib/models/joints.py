@@ -3,7 +3,9 @@ r"""Joint densities p(x, z): a prior and a decoder."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vaelib.models.encoders import family
@@ -29,9 +31,22 @@ class Joint(nn.Module):
         """Return log p(z), ``[K, B]``."""
         return standard_normal_log_prob(z)
 
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+    def sample_prior(self, eps: Latent) -> Latent:
+        """Return the z of the prior that the posterior's noise ``[K, B, D]`` makes: here the noise itself."""
+        return eps
+
+    def likelihood(self, z: Latent) -> Any:
+        """Return p(x given z), as ``decode`` makes it."""
+        return self.decode(z)
+
+    def log_likelihood(self, x: Tensor, z: Latent) -> Tensor:
         """Return log p(x given z), ``[K, B]``."""
-        return self.decode(z).log_prob(x)
+        return self.likelihood(z).log_prob(x)
+
+    def generate(self, z: Latent, generator: torch.Generator | None = None) -> Tensor:
+        """Return what z looks like, ``[K, B, X]``: the mean of p(x given z), or a draw where it does not know its mean."""
+        likelihood = self.likelihood(z)
+        return likelihood.mean if hasattr(likelihood, "mean") else likelihood.sample(generator)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return log p(x, z), ``[K, B]``."""
@@ -64,9 +79,16 @@ class HierarchicalJoint(Joint):
             log_p = log_p + prior(above).log_prob(here)
         return log_p
 
-    def log_likelihood(self, x: Tensor, z: Latent) -> Tensor:
-        """Return log p(x given z1), ``[K, B]``."""
-        return super().log_likelihood(x, z[0])
+    def sample_prior(self, eps: Latent) -> Latent:
+        """Return the layers of z that the noise makes, from the last one down."""
+        z = [eps[-1]]
+        for prior, noise in zip(reversed(self.priors), reversed(eps[:-1]), strict=True):
+            z.insert(0, prior(z[0]).sample(noise))
+        return tuple(z)
+
+    def likelihood(self, z: Latent) -> Any:
+        """Return p(x given z1)."""
+        return self.decode(z[0])
 
 
 class DiscreteJoint(Joint):
@@ -104,6 +126,10 @@ class DiscreteJoint(Joint):
         """Return log p(z), ``[K, B]``."""
         return self.prior.log_prob(z)
 
+    def sample_prior(self, eps: Tensor) -> Tensor:
+        """Return the bits or choices that uniform noise ``[K, B, D]`` makes under the prior."""
+        return self.prior.sample(eps)
+
 
 class Guided(nn.Module):
     r"""The joint density of the model that is trained, and beside it the guide: one latent and prior, two decoders.
@@ -133,6 +159,16 @@ class Guided(nn.Module):
     def log_prior(self, z: Tensor) -> Tensor:
         """Return log p(z), ``[K, B]``."""
         return self.joint.log_prior(z)
+
+    def sample_prior(self, eps: Tensor) -> Tensor:
+        """Return the z that the noise makes under the prior."""
+        return self.joint.sample_prior(eps)
+
+    def likelihood(self, z: Tensor) -> Any:
+        """Return p(x given z) of the model."""
+        return self.joint.likelihood(z)
+
+    generate = Joint.generate
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Return log p(x given z) of the model, ``[K, B]``."""

@@ -138,6 +138,10 @@ class TextJoint(Joint):
         """Return log p(x given z) for sentences ``x`` ``[B, T]`` and ``z`` ``[K, B, D]``: ``[K, B]``."""
         return self.decode.log_prob(x, z)
 
+    def generate(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Write a sentence for each ``z`` ``[K, B, D]``, as tokens ``[K, B, T]``."""
+        return self.decode.sample(z.flatten(0, 1), generator).unflatten(0, z.shape[:2])
+
 
 def lstm_vae(
     vocabulary: int,
