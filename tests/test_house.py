@@ -348,7 +348,7 @@ LAYERS = (
     ("layers",),
     ("estimators", "objectives"),
     ("flows", "models"),
-    ("gradients", "evaluation", "checks"),
+    ("evaluation", "advice", "gradients", "checks"),
     ("training", "collapse", "stacked"),
     ("runs",),
     ("experiments",),

@@ -301,7 +301,7 @@ class Pairs:
         return Estimate.of(torch.tensor(self.half[part], dtype=torch.float64))
 
     def signal_and_minibatch(self, part: str) -> tuple[Estimate, Estimate]:
-        r"""Return :math:`\|\EE g\|^2` from different minibatches, and :math:`\EE[g \cdot g']` less that; by jackknife."""
+        r"""Return :math:`\|\EE g\|^2` across minibatches, and :math:`\EE[g \cdot g']` less that; errors by jackknife."""
         sums, n = torch.stack(self.sums[part]).double(), len(self.common[part])
         gram, block = sums @ sums.mT, torch.arange(n) % self.BLOCKS
         common, counts = torch.tensor(self.common[part], dtype=torch.float64), torch.bincount(block).double()
@@ -364,9 +364,9 @@ class Bias:
 
 
 def bias_of(test: Any, reference: str, mean: Tensor, counted: Tensor | slice = slice(None)) -> Bias:
-    """Return what a :class:`vaelib.gradients.BiasTest` says of the coordinates ``counted``; ``mean`` is the reference's.
+    """Return what a :class:`vaelib.gradients.BiasTest` says of the coordinates ``counted``.
 
-    A difference inside every coordinate's limit is no longer than all the limits together.
+    ``mean`` is that of the reference. A difference inside every coordinate's limit is no longer than all the limits together.
     """
     off, error, unit = test.difference[counted], test.standard_error[counted].norm().item(), mean[counted].norm().item()
     if not len(off) or not unit > 0:
@@ -402,7 +402,7 @@ class RowCost:
 
 @dataclass(frozen=True)
 class Doubled:
-    """A row's gradient at some size: its variance in the encoder's weights and its time, in units of the first one's."""
+    """A row's gradient of some size: its variance in the encoder's weights and its time, in units of the first."""
 
     row: str
     draws: int
@@ -511,7 +511,7 @@ CHART = (
     ("iwae", "z has a path, K draws, the bound", "iwae-dreg"),
     ("iwae", "z is discrete, K draws, the bound", "iwae-vimco"),
 )
-"""The leaves of the chart of book/07-choosing.ipynb: what is aimed at, the leaf, its row; the first that fits counts."""
+"""The leaves of the chart of book/07-choosing.ipynb: the aim, the leaf, its row; the first that fits counts."""
 
 WANTED = {
     "elbo": "for q itself or a reported ELBO",
@@ -640,7 +640,9 @@ class Advice:
         if self.current in rows and self.current != choice.row and (now := rows[self.current].encoder) is not None:
             said.append(
                 f"from {self.current} to {choice.row} the variance of the encoder's gradient falls "
-                f"{now.variance / part.variance:.2g} times" if part.variance else f"{choice.row} leaves no variance"
+                f"{now.variance / part.variance:.2g} times"
+                if part.variance
+                else f"{choice.row} leaves no variance"
             )
         if part.variance:
             share = max(part.minibatch.value, 0) / part.variance

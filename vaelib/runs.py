@@ -213,7 +213,7 @@ class Run:
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
-        """Return where the encoder puts ``x`` ``[B, ...]``: q's means, all stochastic layers side by side, ``[B, D]``."""
+        """Return where the encoder puts ``x`` ``[B, ...]``: q's means, layers side by side, ``[B, D]``."""
         return torch.cat(as_posterior(self.model.encoder(x)).means(), -1)
 
     @property

@@ -44,7 +44,7 @@ class Joint(nn.Module):
         return self.likelihood(z).log_prob(x)
 
     def generate(self, z: Latent, generator: torch.Generator | None = None) -> Tensor:
-        """Return what z looks like, ``[K, B, X]``: the mean of p(x given z), or a draw where it does not know its mean."""
+        """Return what z looks like, ``[K, B, X]``: the mean of p(x given z), or a draw where that has none."""
         likelihood = self.likelihood(z)
         return likelihood.mean if hasattr(likelihood, "mean") else likelihood.sample(generator)
 
