@@ -301,7 +301,7 @@ class Pairs:
         return Estimate.of(torch.tensor(self.half[part], dtype=torch.float64))
 
     def signal_and_minibatch(self, part: str) -> tuple[Estimate, Estimate]:
-        r"""Return :math:`\|\EE g\|^2` across minibatches, and :math:`\EE[g \cdot g']` less that; errors by jackknife."""
+        r"""Return :math:`\|\EE g\|^2` across minibatches, and :math:`\EE[g \cdot g']` less that, by jackknife."""
         sums, n = torch.stack(self.sums[part]).double(), len(self.common[part])
         gram, block = sums @ sums.mT, torch.arange(n) % self.BLOCKS
         common, counts = torch.tensor(self.common[part], dtype=torch.float64), torch.bincount(block).double()
@@ -368,7 +368,8 @@ def bias_of(test: Any, reference: str, mean: Tensor, counted: Tensor | slice = s
 
     ``mean`` is that of the reference. A difference inside every coordinate's limit is no longer than all the limits together.
     """
-    off, error, unit = test.difference[counted], test.standard_error[counted].norm().item(), mean[counted].norm().item()
+    off, error = test.difference[counted], test.standard_error[counted].norm().item()
+    unit = mean[counted].norm().item()
     if not len(off) or not unit > 0:
         return Bias(reference, math.nan, math.nan, math.nan, "cannot tell")
     size = math.sqrt(max(off.square().sum().item() - error**2, 0.0))
