@@ -366,7 +366,7 @@ class Bias:
 def bias_of(test: Any, reference: str, mean: Tensor, counted: Tensor | slice = slice(None)) -> Bias:
     """Return what a :class:`vaelib.gradients.BiasTest` says of the coordinates ``counted``.
 
-    ``mean`` is that of the reference. A difference inside every coordinate's limit is no longer than all the limits together.
+    ``mean`` is that of the reference. Inside every coordinate's limit, a difference is no longer than all limits.
     """
     off, error = test.difference[counted], test.standard_error[counted].norm().item()
     unit = mean[counted].norm().item()
