@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -264,6 +265,26 @@ def test_the_sizes_are_those_of_burda_et_al():
     encoder = [(200, 784), (200, 200), (100, 200), (100, 200), (100, 100), (100, 100), (50, 100), (50, 100)]
     prior, decoder = [(100, 50), (100, 100), (100, 100), (100, 100)], [(200, 100), (200, 200), (784, 200)]
     assert layers["mlp-2"] == encoder + prior + decoder
+
+
+def test_the_networks_are_tanh_layers_and_a_linear_one():
+    """In NumPy: the encoder's mean and log-scale, and the logits of the pixels."""
+    generator = torch.Generator().manual_seed(0)
+    encoder = models.GaussianMLP((4, 5, 3), 2, generator).double()
+    decoder = models.BernoulliMLP((2, 5), 4, None, generator).double()
+    x = np.random.default_rng(0).normal(size=(6, 4))
+    with torch.no_grad():
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            parameter.normal_(generator=generator)
+        q, logits = encoder(torch.from_numpy(x)), decoder(torch.from_numpy(x[:, :2])).logits
+
+    def layer(linear, h):
+        return h @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+
+    h = np.tanh(layer(encoder.hidden[2], np.tanh(layer(encoder.hidden[0], x))))
+    np.testing.assert_allclose(q.mean, layer(encoder.mean, h), rtol=1e-12)
+    np.testing.assert_allclose(q.log_std, layer(encoder.log_std, h), rtol=1e-12)
+    np.testing.assert_allclose(logits, layer(decoder.logits, np.tanh(layer(decoder.hidden[0], x[:, :2]))), rtol=1e-12)
 
 
 def test_the_output_bias_starts_at_the_mean_image():

@@ -16,7 +16,15 @@ from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
 from vaelib.experiments import lag
-from vaelib.models.pixelcnn import CausalConvolution, NoLatent, PixelCNN, convolution, kernel_sizes, pixelcnn_alone
+from vaelib.models.pixelcnn import (
+    CausalConvolution,
+    NoLatent,
+    PixelCNN,
+    Residual,
+    convolution,
+    kernel_sizes,
+    pixelcnn_alone,
+)
 from vaelib.posteriors import stop_gradient
 
 SIZES = {"latent": 2, "maps": 4, "layers": 4, "encoder_maps": 3, "hidden": 5}
@@ -154,6 +162,12 @@ def test_the_layers_are_the_equations():
         y.append(block(y[layer - 1] + (network.skips[layer - 3](y[layer - 3]) if layer >= 3 else 0.0)))
     logits = network.last(y[5] + network.skips[3](y[3])).reshape(2, 3, 25)
     torch.testing.assert_close(network(z).conditional(x).logits, logits)
+
+
+def test_a_residual_block_is_elu_of_body_and_shortcut():
+    block = Residual(torch.nn.Identity(), torch.nn.Threshold(0.0, -1.0))  # x + x, or below 0 x - 1
+    found = block(torch.tensor([2.0, -0.5]))
+    torch.testing.assert_close(found, torch.tensor([4.0, math.exp(-1.5) - 1]))
 
 
 # --------------------------------------------------------------------------------------- the model's contract
