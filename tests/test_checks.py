@@ -100,6 +100,7 @@ def test_nothing_passes_by_a_shape_that_broadcasts():
         lambda: checks.less_variance(DRAWS[:, :1], DRAWS * 2),
         lambda: checks.below(DRAWS[:, 0], DRAWS[:, :1] + 1),
         lambda: checks.equivalent(DRAWS[:, 0], DRAWS[:, :1], within=1.0),
+        lambda: checks.biased(DRAWS, float("inf")),
         lambda: checks.same(torch.zeros(0), torch.zeros(0)),
         lambda: checks.same(torch.tensor([float("nan")]), torch.tensor([float("nan")])),
     ):
