@@ -19,11 +19,10 @@ from stacked import training
 from steps import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from vaelib import fast
 from vaelib.stacked import StackedTraining
-from vaelib.training import CAPTURED_STEPS, Training, backward
+from vaelib.training import STEPS_ON_GPU, Training
 
-WAYS = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled graph": (True, True)}
+WAYS = ("eager", "compiled", "graph", "compiled graph")
 LARGE = 8192
 
 
@@ -36,8 +35,10 @@ def on_gpu(k: int, seed: int) -> Training:
 def make(way: str, k: int, seeds: int) -> Training:
     """Return one training, or several stacked ones, that take their steps in this way."""
     loop: Any = on_gpu(k, 0) if seeds == 1 else StackedTraining([on_gpu(k, seed) for seed in range(seeds)])
-    compiled, loop.captures = WAYS[way]
-    loop.backward = fast.Compiled() if compiled else backward
+    loop.compile = way != "eager"
+    loop.hasten()
+    loop.whole = loop.whole if "compiled" in way else None
+    loop.captured = loop.captured if "graph" in way else None
     return loop
 
 
@@ -66,7 +67,7 @@ def measure(k: int, seeds: int, rounds: int, rate: float) -> list[dict[str, Any]
     loops = {way: make(way, k, seeds) for way in WAYS}
     with FlopCounterMode(display=False) as counter:
         loops["eager"].note(loops["eager"].advance())
-    count = 4 * CAPTURED_STEPS
+    count = 4 * STEPS_ON_GPU
     calls = {way: (lambda loop=loop: steps(loop, count)) for way, loop in loops.items()}
     times = take_turns(calls, rounds, time.perf_counter, f"k = {k}, {seeds} seeds")
     return [

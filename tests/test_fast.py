@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from test_stacked import assert_same as assert_same_to_rounding
 from torch import nn
 
-from vaelib import data, estimators, fast, models, stacked, training
+from vaelib import data, estimators, fast, models, optimizers, posteriors, training
 from vaelib.config import Recipe
 from vaelib.errors import InputError
 from vaelib.stacked import StackedTraining
@@ -38,12 +39,53 @@ def problem(model="mlp-1", k=3):
     return built, x, built.encoder(x).noise(k, torch.Generator().manual_seed(2))
 
 
-def gradient(backward, row, model, x, eps):
-    model.zero_grad()
-    bound = backward(estimators.get(row), model, x, eps)
-    return bound, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+class Loop:
+    """What :class:`vaelib.fast.WholeSteps` is told of a training: a model, a row and an optimiser."""
+
+    def __init__(self, model, row, optimizer="adam", clip=None):
+        self.model, self.estimator = model, estimators.get(row)
+        self.optimizer = optimizers.build_optimizer(model.parameters(), Recipe(optimizer=optimizer, lr=0.01))
+        self.clip = clip
+
+    def plain_step(self, x, eps):
+        return training.train_step(self.model, self.estimator, self.optimizer, x, eps, self.clip)
+
+    def limit(self, parameters):
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+
+    mean = staticmethod(torch.Tensor.mean)
 
 
+def plainly(loop):
+    return lambda batches: torch.stack([loop.plain_step(x, eps) for x, eps in batches])
+
+
+def steps_of(x, eps, count=7):
+    """Return batches that differ from step to step."""
+    generator = torch.Generator().manual_seed(3)
+    return [(x, posteriors.map_latent(lambda e: torch.randn(e.shape, generator=generator), eps)) for _ in range(count)]
+
+
+def begun(row="iwae-dreg", model="mlp-1", change=lambda model: None, **options):
+    """Return two equal loops after their first step, the second with its steps traced, and batches."""
+    (built, x, eps), loops = problem(model), []
+    change(built)
+    for _ in range(2):
+        loops.append(Loop(copy.deepcopy(built), row, **options))
+        loops[-1].plain_step(x, eps)
+    return loops[0], loops[1], fast.WholeSteps(loops[1], "eager"), steps_of(x, eps)
+
+
+def assert_same_values(one, other):
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert one.optimizer.state[a].keys() == other.optimizer.state[b].keys()
+        for name, value in one.optimizer.state[a].items():
+            torch.testing.assert_close(value, other.optimizer.state[b][name])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam-released", "sgd"])
 @pytest.mark.parametrize(
     ("row", "model"),
     [
@@ -55,57 +97,93 @@ def gradient(backward, row, model, x, eps):
         ("elbo-path", "mlp-1-flow"),
     ],
 )
-def test_the_traced_engine_is_the_engine(row, model):
-    """What the compiler is given, run as it is; for every kind of row and of posterior."""
-    traced, (model, x, eps) = fast.Compiled("eager"), problem(model)
-    for step in range(2):  # it follows the weights
-        torch.testing.assert_close(
-            gradient(traced, row, model, x, eps), gradient(training.backward, row, model, x, eps)
-        )
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1.5 + step)
-    assert traced.works and len(traced.traces) == 1
-    _, once = gradient(traced, row, model, x, eps)
-    traced(estimators.get(row), model, x, eps)  # it adds to .grad
-    torch.testing.assert_close(
-        {name: model.get_parameter(name).grad for name in once}, {n: 2 * g for n, g in once.items()}
-    )
+def test_traced_steps_are_the_steps(row, model, optimizer):
+    """What the compiler is given, run as it is; for every kind of row, posterior and optimiser."""
+    plain, traced, whole, batches = begun(row, model, optimizer=optimizer, clip=5.0)
+    bounds = torch.cat([whole(batches[:3]), whole(batches[3:6]), whole(batches[6:])])
+    torch.testing.assert_close(bounds, plainly(plain)(batches))
+    assert_same_values(plain, traced)
+    assert whole.works and [trace.function is not None for trace in whole.traces] == [True, True]
 
-    _, other = gradient(training.backward, "rws-dreg" if row != "rws-dreg" else "rws", model, x, eps)
-    assert not all(torch.allclose(once[name], other[name]) for name in other)  # the negative control
+    another = begun("rws-dreg" if row != "rws-dreg" else "rws", model, optimizer=optimizer, clip=5.0)[0]
+    plainly(another)(batches)
+    pairs = zip(another.model.parameters(), traced.model.parameters(), strict=True)
+    assert not all(torch.allclose(a, b) for a, b in pairs)  # the negative control
+
+
+def test_the_first_step_of_an_optimiser_is_a_plain_one():
+    model, x, eps = problem()
+    loop = Loop(model, "iwae-dreg")
+    whole = fast.WholeSteps(loop, "eager")
+    whole([(x, eps)]), whole([(x, eps)])
+    assert [trace.function is None for trace in whole.traces] == [True, False]
+    assert all(state["step"] == 2 for state in loop.optimizer.state.values())
+
+
+def test_a_learning_rate_that_changes_is_followed():
+    plain, traced, whole, batches = begun()
+    for lr in (0.1, 0.001):
+        for loop, take in ((plain, plainly(plain)), (traced, whole)):
+            loop.optimizer.param_groups[0]["lr"] = lr
+            take(batches[:2])
+    assert_same_values(plain, traced)
+    assert len(whole.traces) == 1
 
 
 def test_a_stack_is_traced_too():
-    built = [problem("mlp-2")[0] for _ in range(2)]
-    x, eps = torch.cat([problem()[1]] * 2), [problem("mlp-2")[2]] * 2
-    rows, gradients = stacked.side_by_side([estimators.get(name) for name in ("elbo-path", "iwae-dreg")]), []
-    model = stacked.stack(built)
-    for backward in (fast.Compiled("eager"), training.backward):
-        model.zero_grad()
-        backward(rows, model, x, stacked.join(eps))
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(*gradients)
+    def stack():
+        return StackedTraining([tiny_training(False, row, seed=s) for s, row in enumerate(("elbo-path", "iwae-dreg"))])
+
+    plain, traced = stack(), with_backend(stack())
+    plain.run(), traced.run()
+    assert traced.whole.works and traced.whole.traces
+    assert_same_to_rounding(plain.trainings, traced.trainings)
 
 
 def tiny_training(compile, row="iwae-dreg", **recipe):
     split = data.load("digits", "dynamic").train
-    split = data.images.Split(split.grey[:100].double(), None, split.shape, split.binarisation)
+    split = data.images.Split(split.grey[:110].double(), None, split.shape, split.binarisation)
     model = models.build("mlp-1", 64, generator=torch.Generator().manual_seed(0), **SMALL)
-    return Training(model, split, row, Recipe(k=2, epochs=2, **recipe), compile=compile)
+    return Training(model, split, row, Recipe(**{"k": 2, "epochs": 2, "batch_size": 10, **recipe}), compile=compile)
 
 
 def with_backend(run, backend="eager"):
-    run.backward = fast.Compiled(backend)
+    """Let a training take its steps traced: four at once, in epochs of eleven."""
+    run.compile, run.most = True, 4
+    run.hasten()
+    run.whole.backend = backend
     return run
 
 
 @pytest.mark.parametrize("recipe", [{}, {"clip": 5.0}, {"optimizer": "adam-released"}, {"optimizer": "sgd"}], ids=str)
 def test_a_traced_training_is_the_same_training(recipe):
-    eager, traced = tiny_training(False, **recipe), with_backend(tiny_training(True, **recipe))
-    eager.run(), traced.run()
-    assert traced.backward.works and traced.backward.traces
+    eager, traced = tiny_training(False, **recipe), with_backend(tiny_training(False, **recipe))
+    seen = []
+    eager.run(), traced.run(lambda run: seen.append(run.step))
+    assert seen == [4, 8, 9, 10, 11, 15, 19, 20, 21, 22]
+    assert traced.whole.works and traced.whole.traces
     assert_same_to_rounding([eager], [traced])
+
+
+def test_a_traced_training_goes_on_bit_for_bit():
+    straight, first, second = (with_backend(tiny_training(False)) for _ in range(3))
+    straight.run()
+
+    class Stop(Exception):
+        pass
+
+    def stop(run):
+        if run.step == 15:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.run(stop)
+    second.load_state(copy.deepcopy(first.state()))
+    second.whole.backend = "eager"
+    second.run()
+    for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [r["bound"] for r in straight.history] == [r["bound"] for r in second.history]
 
 
 def test_an_estimator_that_changes_cannot_be_compiled():
@@ -119,18 +197,17 @@ def test_a_compiled_training_is_the_same_training():
     """With the real compiler, once."""
     eager, compiled = tiny_training(False), tiny_training(True)
     eager.run(), compiled.run()
-    assert compiled.backward.works and compiled.backward.traces
+    assert compiled.whole.works and any(trace.function is not None for trace in compiled.whole.traces)
     assert_same_to_rounding([eager], [compiled])
 
 
 # What a trace takes for constant
 
 
-def changed_model():
-    model, x, eps = problem()
+def with_layers(model):
     model.encoder.hidden.append(nn.Dropout(0.9))
     model.joint.decode.hidden.append(nn.LeakyReLU(0.1))
-    return model.eval(), x, eps
+    model.eval()
 
 
 def freeze(model):
@@ -168,30 +245,42 @@ def hooked(model):
 @pytest.mark.parametrize(
     "change", [freeze, thaw_one, slope, another_layer, no_layer, another_parameter, no_bias, hooked]
 )
-def test_a_trace_notices_what_changes_in_the_model_and_when_it_changes_back(change):
-    traced, (model, x, eps) = fast.Compiled("eager"), changed_model()
-    first = gradient(traced, "iwae-dreg", model, x, eps)
-    change(model)
-    second = gradient(traced, "iwae-dreg", model, x, eps)
-    torch.testing.assert_close(second, gradient(training.backward, "iwae-dreg", model, x, eps))
-    assert first[1].keys() != second[1].keys() or any(not torch.equal(first[1][n], g) for n, g in second[1].items())
-    gradient(traced, "iwae-dreg", model, x, eps)
-    assert sum(map(len, traced.traces.values())) == 2
+def test_a_trace_notices_what_changes_in_the_model(change):
+    plain, traced, whole, batches = begun(change=with_layers)
+    for loop, take in ((plain, plainly(plain)), (traced, whole)):
+        take(batches[:2])
+        change(loop.model)
+        torch.manual_seed(0)
+        loop.last = take(batches[2:4]), take(batches[4:6])
+    torch.testing.assert_close(traced.last, plain.last)
+    for a, b in zip(plain.model.parameters(), traced.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(whole.traces) == 2 and whole.works
 
 
 def test_a_trace_is_kept_for_each_mode():
-    traced, (model, x, eps) = fast.Compiled("eager"), changed_model()
+    plain, traced, whole, batches = begun(change=with_layers)
     for mode in (False, True, False, True):
-        model.train(mode)
-        torch.manual_seed(0)
-        mine = gradient(traced, "elbo-path", model, x, eps)
-        torch.manual_seed(0)
-        torch.testing.assert_close(mine, gradient(training.backward, "elbo-path", model, x, eps))
-    assert sum(map(len, traced.traces.values())) == 2
+        for loop, take in ((plain, plainly(plain)), (traced, whole)):
+            loop.model.train(mode)
+            torch.manual_seed(0)
+            take(batches[:2])
+    assert_same_values(plain, traced)
+    assert len(whole.traces) == 2
+
+
+def test_a_parameter_that_is_thawed_gets_its_memories_by_a_plain_step():
+    plain, traced, whole, batches = begun(change=lambda model: model.joint.requires_grad_(False))
+    for loop, take in ((plain, plainly(plain)), (traced, whole)):
+        take(batches[:2])
+        loop.model.joint.requires_grad_(True)
+        take(batches[2:4]), take(batches[4:6])
+    assert_same_values(plain, traced)
+    assert [trace.function is None for trace in whole.traces] == [False, True, False]
 
 
 def test_a_decoder_thawed_after_an_epoch_learns_in_a_compiled_training_too():
-    runs = [tiny_training(False), with_backend(tiny_training(True))]
+    runs = [tiny_training(False), with_backend(tiny_training(False))]
     for run in runs:
         run.model.joint.requires_grad_(False)
         run.run(lambda run: run.model.joint.requires_grad_(run.step >= run.steps_per_epoch))
@@ -202,34 +291,36 @@ def test_a_decoder_thawed_after_an_epoch_learns_in_a_compiled_training_too():
 
 
 def test_a_setting_that_changes_at_every_step_ends_the_compiling(recwarn):
-    traced, (model, x, eps) = fast.Compiled("eager"), changed_model()
+    plain, traced, whole, batches = begun("elbo-path", change=with_layers)
     for step in range(fast.MOST_TRACES + 3):
-        model.joint.decode.hidden[-1].negative_slope = 0.1 + 0.01 * step
-        torch.testing.assert_close(
-            gradient(traced, "elbo-path", model, x, eps), gradient(training.backward, "elbo-path", model, x, eps)
-        )
-    assert not traced.works and sum("a setting of the model has changed" in str(w.message) for w in recwarn) == 1
+        for loop, take in ((plain, plainly(plain)), (traced, whole)):
+            loop.model.joint.decode.hidden[-1].negative_slope = 0.1 + 0.01 * step
+            take(batches[:1])
+    assert_same_values(plain, traced)
+    assert not whole.works and sum("a setting of the model" in str(w.message) for w in recwarn) == 1
 
 
-def test_gradients_lie_in_memory_as_their_parameters_do():
-    """Fused Adam runs through memory, and a compiled gradient may come in any order."""
-    traced, (model, x, eps) = fast.Compiled("eager"), problem()
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data = p.data.T.contiguous().T
-    gradient(traced, "elbo-path", model, x, eps)
-    traced(estimators.get("elbo-path"), model, x, eps)
-    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+def test_values_stay_where_they_lie_in_memory():
+    """Fused Adam runs through memory, and views of a parameter must go on seeing it."""
+
+    def transpose(model):
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.data = p.data.T.contiguous().T
+
+    plain, traced, whole, batches = begun("elbo-path", change=transpose)
+    before = [(p.data_ptr(), p.stride()) for p in traced.model.parameters()]
+    whole(batches[:2]), plainly(traced)(batches[2:]), plainly(plain)(batches)
+    assert [(p.data_ptr(), p.stride()) for p in traced.model.parameters()] == before
+    assert_same_values(plain, traced)
 
 
 def test_tracing_draws_nothing():
-    traced, (model, x, eps) = fast.Compiled("eager"), changed_model()
-    model.train()
+    plain, traced, whole, batches = begun(change=lambda model: (with_layers(model), model.train()))
     torch.manual_seed(0)
-    torch.testing.assert_close(
-        gradient(traced, "elbo-path", model, x, eps)[0],
-        (torch.manual_seed(0), gradient(training.backward, "elbo-path", model, x, eps))[1][0],
-    )
+    mine = whole(batches[:1])
+    torch.manual_seed(0)
+    torch.testing.assert_close(mine, plainly(plain)(batches[:1]))
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, recwarn):
@@ -237,11 +328,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, recwarn):
         raise RuntimeError("No working C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", none)
-    compiled, (model, x, eps) = fast.Compiled(), problem()
-    for _ in range(2):
-        torch.testing.assert_close(
-            gradient(compiled, "elbo-path", model, x, eps), gradient(training.backward, "elbo-path", model, x, eps)
-        )
+    plain, traced, _, batches = begun()
+    whole = fast.WholeSteps(traced)
+    torch.testing.assert_close(torch.cat([whole(batches[:3]), whole(batches[3:])]), plainly(plain)(batches))
+    assert_same_values(plain, traced)
     (warning,) = recwarn.list
     sentence = str(warning.message)
     assert sentence.startswith("torch.compile does not work here (No working C++ compiler found); training goes on")
@@ -250,10 +340,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, recwarn):
 
 def test_what_the_caller_got_wrong_is_no_fault_of_the_compiler(recwarn):
     model, x, eps = problem(k=1)
-    traced = fast.Compiled("eager")
+    whole = fast.WholeSteps(Loop(model, "iwae-vimco"), "eager")
     with pytest.raises(InputError, match="needs k >= 2 draws, but k is 1"):
-        traced(estimators.get("iwae-vimco"), model, x, eps)
-    assert traced.works and not [w for w in recwarn if "torch.compile does not work" in str(w.message)]
+        whole([(x, eps)])
+    assert whole.works and not [w for w in recwarn if "torch.compile does not work" in str(w.message)]
 
 
 def test_torch_without_its_compiler_is_caught(monkeypatch):
@@ -263,17 +353,18 @@ def test_torch_without_its_compiler_is_caught(monkeypatch):
     cpp_builder.get_cpp_compiler.cache_clear() if hasattr(cpp_builder.get_cpp_compiler, "cache_clear") else None
     monkeypatch.setattr(config, "force_disable_caches", True)
     torch._dynamo.reset()
-    compiled, (model, x, eps) = fast.Compiled(), problem(k=2)
+    _, traced, _, batches = begun("elbo-path")
+    whole = fast.WholeSteps(traced)
     with pytest.warns(UserWarning, match="torch.compile does not work here .*install a C.. compiler"):
-        compiled(estimators.get("elbo-path"), model, x, eps)
-    assert not compiled.works
+        whole(batches[:1])
+    assert not whole.works
 
 
 @needs_gpu
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_captured_steps_are_the_steps(side_by_side, monkeypatch):
     split = data.load("digits", "dynamic").train.to("cuda")
-    monkeypatch.setattr(training, "CAPTURED_STEPS", 5)
+    monkeypatch.setattr(training, "STEPS_ON_GPU", 5)
 
     def group(capture):
         runs = []
@@ -283,9 +374,10 @@ def test_captured_steps_are_the_steps(side_by_side, monkeypatch):
             runs.append(Training(model.float().cuda(), split, "iwae-dreg", recipe))
         loops = [StackedTraining(runs)] if side_by_side else runs
         for loop in loops:
-            loop.captures = capture
+            loop.compile = capture
+            loop.hasten()
             loop.run()
-        assert not capture or all(loop.captured.graph is not None for loop in loops)
+        assert not capture or all(loop.captured.graph is not None and loop.whole.works for loop in loops)
         return runs
 
     for eager, captured in zip(group(False), group(True), strict=True):

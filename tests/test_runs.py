@@ -387,14 +387,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
 
 def test_divergence_names_the_last_good_checkpoint(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    step = training.plain_step
+    step = training.Training.plain_step
 
-    def poisoned(self, x):
+    def poisoned(self, x, eps):
         if self.step == STEPS + 3:
             next(self.model.parameters()).data.fill_(float("inf"))
-        return step(self, x)
+        return step(self, x, eps)
 
-    monkeypatch.setattr(training, "plain_step", poisoned)
+    monkeypatch.setattr(training.Training, "plain_step", poisoned)
     with pytest.raises(InputError) as caught:
         runs.train(run_dir, TINY)
     assert f"at step {STEPS + 4} with estimator 'iwae-dreg', k = 2" in str(caught.value)

@@ -9,7 +9,7 @@ import torch
 from test_training import differences, kill_at
 from torch import nn
 
-from vaelib import data, estimators, models, stacked, training
+from vaelib import data, estimators, models, optimizers, stacked, training
 from vaelib.config import Recipe
 from vaelib.errors import InputError
 from vaelib.stacked import StackedTraining
@@ -92,7 +92,7 @@ def shared_order(stack):
 
 
 def unscaled(stack):
-    stack.backward = lambda estimator, *rest: training.backward(estimator.rows[0], *rest)
+    stack.estimator = stack.estimator.rows[0]
 
 
 @pytest.mark.parametrize("fault", [shared_noise, shared_order, unscaled])
@@ -128,7 +128,7 @@ def test_joint_clipping_is_noticed(split, monkeypatch):
         assert_same(alone, together)
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_a_stack_resumes_bit_for_bit_and_one_of_it_alone(split, optimizer):
     whole = StackedTraining(trainings(split, optimizer=optimizer))
     whole.run()

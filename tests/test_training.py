@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from vaelib import data, estimators, models, runs, training
+from vaelib import data, estimators, models, optimizers, runs, training
 from vaelib.config import Config, Recipe
 from vaelib.errors import InputError
 from vaelib.estimators import silent
-from vaelib.training import Diverged, Hook, Progress, Training, plain_step
+from vaelib.training import Diverged, Hook, Progress, Training
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,9 @@ def test_the_released_adam():
     recipe = Recipe(lr=0.05, adam_eps=1e-2, batch_size=20)
     by_hand = released_by_hand(start, gradients, 0.05, 1e-2, 20)
     paths = {}
-    for name in training.OPTIMIZERS:
+    for name in optimizers.OPTIMIZERS:
         parameter = nn.Parameter(torch.from_numpy(start.copy()))
-        optimizer = training.build_optimizer([parameter], replace(recipe, optimizer=name))
+        optimizer = optimizers.build_optimizer([parameter], replace(recipe, optimizer=name))
         paths[name] = steps_of(optimizer, parameter, gradients)
     np.testing.assert_allclose(paths["adam-released"], by_hand, rtol=1e-12)
     assert (by_hand[0] == start).all() and (by_hand[1] != start).all()
@@ -195,7 +195,7 @@ def test_an_epoch_shows_every_image_once_and_no_part_of_a_batch(split):
     class Watch(Hook):
         def update(self, training, x):
             seen.append(len(x))
-            return plain_step(training, x)
+            return training.plain_step(x, training.noise(x))
 
     run = small_training(split, hooks=[Watch()], epochs=1)
     run.run()
@@ -272,7 +272,7 @@ class Poison(Hook):
     at = STEPS + 12
 
     def update(self, training, x):
-        bound = plain_step(training, x)
+        bound = training.plain_step(x, training.noise(x))
         if training.step + 1 == self.at:
             next(training.model.parameters()).data[0, 0] = math.nan
         return bound
@@ -457,7 +457,7 @@ def strided(kind, values):
 
 
 @pytest.mark.parametrize("kind", ["columns", "every other", "transposed", "expanded"])
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_a_parameter_that_is_a_view_is_trained_like_any_other(kind, optimizer):
     generator = torch.Generator().manual_seed(0)
     values, x = torch.randn(12, 3, generator=generator), torch.randn(60, 12, generator=generator)
@@ -478,9 +478,9 @@ def test_a_parameter_that_is_a_view_is_trained_like_any_other(kind, optimizer):
 
 def test_what_fills_its_memory():
     whole = torch.zeros(4, 6)
-    assert all(map(training.dense, (whole, whole.T, whole[1], whole[:1, :1], torch.zeros(()))))
-    assert training.dense(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
-    assert not any(map(training.dense, (whole[:, :3], whole[::2], whole[:, 0], whole[0].expand(4, 6), whole[0, ::2])))
+    assert all(map(optimizers.dense, (whole, whole.T, whole[1], whole[:1, :1], torch.zeros(()))))
+    assert optimizers.dense(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    assert not any(map(optimizers.dense, (whole[:, :3], whole[::2], whole[:, 0], whole[0].expand(4, 6), whole[0, ::2])))
 
 
 @pytest.mark.parametrize("row", [row for row in estimators.TABLEAU])

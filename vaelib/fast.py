@@ -1,52 +1,77 @@
-r"""The same steps with less overhead: the engine as one compiled function, and several steps as one CUDA graph.
+r"""The same steps with less overhead: several whole steps as one traced function, and many of those as one CUDA graph.
 
-Neither changes what is computed, and neither knows the estimators: :class:`Compiled` traces forward and backward of an
-estimator's loss together, hooks and all, and :class:`Captured` records whatever a training step launches on a GPU.
-:class:`vaelib.training.Training` uses both if told to ``compile``.
+Neither changes what is computed, and neither knows the estimators or the optimisers. :class:`WholeSteps` traces what a
+step is, from the loss to the optimiser's last write in place, hooks and all, as often as one call shall take it;
+:class:`Captured` records whatever such a call launches on a GPU. :class:`vaelib.training.Training` uses both if told to
+``compile``.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from vaelib import objectives
-from vaelib.estimators import Estimator
-from vaelib.posteriors import Latent, map_latent
+from vaelib.objectives import Objective
+from vaelib.optimizers import RULES
+from vaelib.posteriors import Latent
 
 MOST_TRACES = 8
-"""Of one model with one estimator and one shape of batch: what changes more often is not worth the compiler's time."""
+"""Of one training: what changes more often is not worth the compiler's time."""
+
+Batches = Sequence[tuple[Tensor, Latent]]
+"""Of several steps: the observations and the noise of each."""
+
+Named = dict[str, Tensor]
+
+OPTIONS = {"cpp_wrapper": True, "fallback_random": True}
+"""Of torch's inductor: no Python between the kernels, and layers that draw do so as they would without it."""
 
 
-class Compiled:
-    """Called as :func:`vaelib.training.backward` and does the same, to rounding, by ``torch.compile``.
+class Untraceable(Exception):
+    """Torch, its backend or the system's compiler cannot do it."""
 
-    Forward and backward are traced together, once for each estimator, model, shape, and state of the model's settings
-    (see :func:`settings`); this takes the compiler some ten seconds, and saves a tenth to a third of every step after.
-    Where it finds no compiler it warns, once, and goes on without.
+
+class WholeSteps:
+    """Called with the batches of U steps, it takes them and returns their bounds, ``[U, ...]``.
+
+    One function is traced for each U, each shape, and each state of the model's settings (see :class:`Settings`): the
+    losses, their gradients, and what the optimiser does with them, values and memories written back in place. Where
+    there is no compiler it warns, once, and takes plain steps. So it does where an optimiser has no memories yet to
+    write to: at the first step, and at the first one of a parameter.
 
     Parameters
     ----------
+    training
+        what it takes the steps of, with ``estimator``, ``model``, ``optimizer``; ``plain_step(x, eps)``, which it
+        stands for; ``limit(parameters)``, which limits their gradients; and ``mean(bound)``, what is reported of a
+        batch.
     backend
         of ``torch.compile``; "eager" runs what was traced as it is, without a compiler.
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
-        self.backend = backend
-        self.traces: dict[object, list[Trace]] = {}
+    def __init__(self, training: Any, backend: str = "inductor") -> None:
+        self.training, self.backend = training, backend
+        self.traces: list[Trace] = []
         self.works = True
 
-    def __call__(self, estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent) -> Tensor:
+    def __call__(self, batches: Batches) -> Tensor:
+        on_gpu = batches[0][0].is_cuda
+        pieces = [[batch] for batch in batches] if on_gpu else [batches]  # a graph asks for all of them at once anyway
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return self.last(pieces)
         if self.works:
             try:
-                return self.find(estimator, model, x, eps)(x, eps)
+                self.last = self.find(pieces[0])
+                if self.last.function is not None:
+                    return self.last(pieces)
             except Untraceable as error:
                 self.works = False
                 warnings.warn(
@@ -54,84 +79,150 @@ class Compiled:
                     "more slowly: install a C++ compiler (g++ or clang) if it is missing, or leave out compile",
                     stacklevel=2,
                 )
-        return objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
+        return torch.stack([self.training.plain_step(x, eps) for x, eps in batches])
 
-    def find(self, estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent) -> Trace:
-        """Return the trace for this call, made now if none of the known ones is of the model as it is."""
-        noise = map_latent(lambda e: (e.shape, e.dtype), eps)
-        world = torch.get_default_dtype(), torch.is_autocast_enabled(x.device.type)
-        key = (estimator, model, x.shape, x.dtype, x.device, noise, world)
-        known = self.traces.setdefault(key, [])
-        for trace in known:
-            if trace.holds():
+    def find(self, batches: Batches) -> Trace:
+        """Return the trace for these batches, made now if none of the known ones is of the training as it is."""
+        for trace in self.traces:
+            if trace.holds(batches):
                 return trace
-        if len(known) == MOST_TRACES:
-            raise Untraceable(f"a setting of the model has changed {MOST_TRACES} times")
-        known.append(Trace(estimator, model, x, eps, self.backend))
-        return known[-1]
-
-
-class Untraceable(Exception):
-    """Torch, its backend or the system's compiler cannot do it."""
+        if len(self.traces) == MOST_TRACES:
+            raise Untraceable(f"a setting of the model, or a shape, has changed {MOST_TRACES} times")
+        self.traces.append(Trace(self.training, self.backend, batches))
+        return self.traces[-1]
 
 
 class Trace:
-    """One compiled step: ``(x, eps) -> bound``, which adds the gradient of ``-bound.mean()`` to ``.grad``."""
+    """Some whole steps as one function; there is none where the optimiser has yet to make its memories."""
 
-    def __init__(self, estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent, backend: str) -> None:
-        self.engine = engine = objectives.Objective(estimator, model.joint, model.encoder)
-        self.settings = [(module, settings(module)) for module in engine.modules()]
-        self.parameters = dict(engine.named_parameters())
-        self.buffers = dict(engine.named_buffers())
-        self.learns = [p.requires_grad for p in self.parameters.values()]
-        names = [name for name, p in self.parameters.items() if p.requires_grad]
+    def __init__(self, training: Any, backend: str, batches: Batches) -> None:
+        self.objective = objective = Objective(training.estimator, training.model.joint, training.model.encoder)
+        self.optimizer, self.settings = training.optimizer, Settings(objective)
+        self.rule, (self.group,) = RULES[type(self.optimizer)], self.optimizer.param_groups
+        values = dict(objective.named_parameters())
+        self.learning = {name: p for name, p in values.items() if p.requires_grad}
+        self.rest = {name: p for name, p in values.items() if not p.requires_grad} | dict(objective.named_buffers())
+        self.constants = self.read_constants(batches)
+        ages = dict(zip(self.learning, self.ages(), strict=True))
+        self.of_age = {age: name for name, age in reversed(ages.items())}  # a parameter of each age, for all of them
+        which = {name: list(self.of_age).index(age) for name, age in ages.items()}
 
-        def gradient(values: dict[str, Tensor], x: Tensor, eps: Latent) -> tuple[Tensor, dict[str, Tensor]]:
-            leaves = {name: value.detach().requires_grad_(name in names) for name, value in values.items()}
-            loss = functional_call(engine, leaves, (x, eps))
-            wrt = [leaves[name] for name in names] if loss.requires_grad else []
-            grads = torch.autograd.grad(loss.mean(), wrt, allow_unused=True) if wrt else ()
-            return -loss.detach(), {name: grad for name, grad in zip(names, grads) if grad is not None}
+        def steps(learning: Named, memories: Named, rest: Named, factors: Tensor, batches: Batches) -> Tensor:
+            values, kept, bounds = dict(learning), dict(memories), []
+            for i, (x, eps) in enumerate(batches):
+                leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
+                loss = functional_call(objective, leaves | rest, (x, eps))
+                gradients = torch.autograd.grad(loss.mean(), list(leaves.values()), allow_unused=True) if leaves else ()
+                for leaf, leaf.grad in zip(leaves.values(), gradients, strict=True):
+                    pass
+                moving = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
+                training.limit(list(moving.values()))
+                for name, leaf in moving.items():
+                    numbers = factors[i, which[name]].unbind()
+                    step = values[name], leaf.grad, kept[name], numbers, self.group
+                    values[name], kept[name] = self.rule.update(*step)
+                bounds.append(training.mean(-loss.detach()))
+            for old, new in zip(tree_leaves((learning, memories)), tree_leaves((values, kept)), strict=True):
+                old.copy_(new)
+            return torch.stack(bounds)
 
-        constants = {name: value.detach().clone() for name, value in (self.parameters | self.buffers).items()}
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            gradient(constants, x, eps)  # what is wrong with the model is told here, and not by the compiler
+        self.function = None
+        if None in ages.values():
+            return
+        with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
+            objective(*batches[0])  # what is wrong with the model is told here, and not by the compiler
             try:
-                graph = make_fx(gradient)(constants, x, eps)
-                self.function = graph if backend == "eager" else torch.compile(graph, dynamic=False, backend=backend)
-                with torch.no_grad():
-                    self.function(constants, x, eps)
+                self.function = self.compiled(steps, backend, batches)
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
                 raise Untraceable((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
-    def holds(self) -> bool:
-        """Whether the model is still as it was traced."""
-        return all(same(module.__dict__, then) for module, then in self.settings) and self.learns == [
-            p.requires_grad for p in self.parameters.values()
-        ]
+    def compiled(self, steps: Callable, backend: str, batches: Batches) -> Callable:
+        """Return ``steps`` as one function of tensors, once tried on copies."""
+        arguments = *self.values(), self.factors(len(batches)), list(batches)
+        copies = tree_map_only(Tensor, lambda value: value.detach().clone(), arguments)
+        function = make_fx(steps)(*copies)
+        if backend != "eager":
+            options = OPTIONS if backend == "inductor" else None
+            function = torch.compile(function, dynamic=False, backend=backend, options=options)
+        with torch.no_grad():
+            function(*copies)
+        return function
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, eps: Latent) -> Tensor:
-        bound, gradients = self.function({**self.parameters, **self.buffers}, x, eps)
-        for name, gradient in gradients.items():
-            p = self.parameters[name]
-            if gradient.stride() != p.stride():  # fused optimisers run through memory
-                gradient = torch.empty_like(p).copy_(gradient)
-            p.grad = gradient if p.grad is None else p.grad + gradient
-        return bound
+    def __call__(self, pieces: Sequence[Batches]) -> Tensor:
+        """Take the steps of each piece in a call of its own; return the bounds of all."""
+        values, factors = self.values(), self.factors(sum(map(len, pieces))).split(len(pieces[0]))
+        bounds = [self.function(*values, f, list(piece)) for f, piece in zip(factors, pieces, strict=True)]
+        if self.rule.memories:
+            torch._foreach_add_([self.optimizer.state[p]["step"] for p in self.learning.values()], sum(map(len, pieces)))
+        return torch.cat(bounds)
+
+    def values(self) -> tuple[Named, dict[str, tuple[Tensor, ...]], Named]:
+        """Return what the function reads or writes, besides the batches."""
+        state = {name: self.optimizer.state[p] for name, p in self.learning.items()}
+        return self.learning, {n: tuple(s[key] for key in self.rule.memories) for n, s in state.items()}, self.rest
+
+    def ages(self) -> list[int | None]:
+        """Return how many steps each parameter has taken; None for one whose memories are not there."""
+        if not self.rule.memories:
+            return [0 for _ in self.learning]
+        state = [self.optimizer.state.get(p, {}) for p in self.learning.values()]
+        return [int(s["step"]) if "step" in s else None for s in state]
+
+    def factors(self, steps: int) -> Tensor:
+        """Return the factors of the next steps, for the parameters of each age, ``[steps, ages, factors]``.
+
+        In double precision, as Python's numbers are: Adam's :math:`1 - \\beta_2^t` would lose four digits.
+        """
+        p = next(self.objective.parameters())
+        t = torch.arange(1, steps + 1, dtype=torch.double, device=p.device).unsqueeze(1)
+        if self.rule.memories:
+            t = t + torch.stack([self.optimizer.state[self.learning[name]]["step"] for name in self.of_age.values()])
+        found = self.rule.factors(t, self.group["lr"], self.group)
+        return torch.stack([f if isinstance(f, Tensor) else torch.full_like(t, f) for f in found], -1).to(p.dtype)
+
+    def read_constants(self, batches: Batches) -> Any:
+        """Return what the trace takes for constant besides the settings of the modules."""
+        kinds = tree_map(lambda value: (value.shape, value.dtype, value.device), list(batches))
+        ages = self.ages()
+        group = {name: value for name, value in self.group.items() if name not in ("params", "lr")}
+        autocast = torch.is_autocast_enabled(batches[0][0].device.type)
+        return kinds, [ages.index(age) for age in ages], None in ages, group, torch.get_default_dtype(), autocast
+
+    def holds(self, batches: Batches) -> bool:
+        """Whether all is still as it was traced."""
+        return self.settings.hold() and self.constants == self.read_constants(batches)
 
 
-def settings(module: nn.Module) -> dict[str, Any]:
-    """Return all that a trace of ``module`` takes for constant: mode, parts, and every attribute, as it is now."""
-    return {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in module.__dict__.items()}
+class Settings:
+    """All that is taken for constant of a model: modes, parts, every attribute, and which parameters learn."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of = [(module, self.read(module)) for module in model.modules()]
+        self.learns = [(p, p.requires_grad) for p in model.parameters()]
+
+    @staticmethod
+    def read(module: nn.Module) -> dict[str, Any]:
+        """Return a module's attributes as they are now."""
+        return {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in module.__dict__.items()}
+
+    def hold(self) -> bool:
+        """Whether all is as it was; a tensor in the place of another one is not."""
+        return all(same(module.__dict__, then) for module, then in self.of) and all(
+            p.requires_grad == then for p, then in self.learns
+        )
 
 
 def same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
-    """Whether two records of a module's settings are the same; a tensor in the place of another one is not."""
+    """Whether two records of a module's attributes are the same."""
     try:
         return now == then
     except (RuntimeError, ValueError):  # two tensors or arrays have no one answer
         return False
+
+
+WARM_UPS = 2
+"""Calls before the one that is captured: the optimiser makes its memories in the first, the second is compiled."""
 
 
 class Captured:
@@ -139,30 +230,38 @@ class Captured:
 
     Parameters
     ----------
-    step
-        takes one step from the numbers of its observations, reads nothing back from the GPU, and returns its bound.
+    steps
+        takes steps from the numbers of their observations ``[steps, ...]``, reads nothing back from the GPU, and
+        returns their bounds.
+    model
+        what they train; a graph holds for its settings as they are.
     generators
-        all that the step draws from; each replay goes on where the last one ended.
+        all that the steps draw from; each replay goes on where the last one ended.
     """
 
-    WARM_UP = 3
-    """Steps that torch wants to see on a stream before it captures there."""
+    def __init__(
+        self, steps: Callable[[Tensor], Tensor], model: nn.Module, generators: Iterable[torch.Generator]
+    ) -> None:
+        self.steps, self.model, self.generators = steps, model, list(generators)
+        self.stream, self.graph, self.settings = torch.cuda.Stream(), None, None
 
-    def __init__(self, step: Callable[[Tensor], Tensor], generators: Iterable[torch.Generator]) -> None:
-        self.step, self.generators = step, list(generators)
-        self.stream, self.warm, self.graph = torch.cuda.Stream(), 0, None
+    def forget(self) -> None:
+        """Capture anew at the next call: a number that was captured, such as the learning rate, is another one now."""
+        self.graph = None
 
     def __call__(self, index: Tensor) -> Tensor:
         """Take ``len(index)`` steps, always as many as the first time, and return their bounds."""
-        if self.warm < self.WARM_UP:
-            self.warm += len(index)
-            return self.beside(lambda: torch.stack([self.step(row) for row in index]))
+        if self.settings is None or not self.settings.hold():
+            self.graph, self.settings, self.warm = None, Settings(self.model), 0
+        if self.warm < WARM_UPS:
+            self.warm += 1
+            return self.beside(lambda: self.steps(index))
         if self.graph is None:
             self.index, self.graph = index.clone(), torch.cuda.CUDAGraph()
             for generator in self.generators:
                 self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.bounds = torch.stack([self.step(row) for row in self.index])
+                self.bounds = self.steps(self.index)
         self.index.copy_(index)
         self.graph.replay()
         return self.bounds

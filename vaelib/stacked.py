@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import estimators as known
-from vaelib import fast
+from vaelib import fast, objectives
 from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator, Row, Weights
 from vaelib.posteriors import Latent
-from vaelib.training import Diverged, Training, backward, build_optimizer, drawing_from, set_lr, stream
+from vaelib.training import STEPS_COMPILED, Diverged, Progress, Training, drawing_from, stream
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -185,14 +185,14 @@ class StackedTraining(Training):
         self.estimator = side_by_side([training.estimator for training in self.trainings])
         with drawing_from(torch.Generator(first.device)):
             check_same(self.trainings, self.estimator)
-        self.recipe, self.device, self.hooks = first.recipe, first.device, []
+        self.estimator_at = lambda progress: self.estimator
+        self.recipe, self.device, self.hooks, self.update = first.recipe, first.device, [], None
         self.model = stack([training.model for training in self.trainings])
         self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(self.parameters, self.recipe)
-        self.backward = fast.Compiled() if compile else backward
-        self.captures, self.captured = compile and self.optimizer.defaults.get("capturable", False), None
+        self.compile, self.most = compile, first.most if self.device.type == "cuda" or not compile else STEPS_COMPILED
         self.steps_per_epoch, self.seconds, self.stopped = first.steps_per_epoch, 0.0, False
         self.streams = {"layers": stream("layers", self.recipe.seed, self.device)}
+        self.restart_optimizer()
 
     @property
     def step(self) -> int:
@@ -208,23 +208,43 @@ class StackedTraining(Training):
         """Shuffle the data of each training and set the learning rate."""
         for training in self.trainings:
             training.begin_epoch()
-        if set_lr(self.optimizer, self.trainings[0].lr):
-            self.captured = None
+        self.set_lr()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, the same of all."""
+        return self.trainings[0].lr
+
+    @property
+    def progress(self) -> Progress:
+        """How far the trainings are."""
+        return self.trainings[0].progress
 
     def index(self, steps: int) -> Tensor:
         """Return the observations of the next ``steps`` steps of each training, ``[steps, S, B]``."""
         return torch.stack([training.index(steps) for training in self.trainings], 1)
 
-    def learn(self, index: Tensor) -> Tensor:
-        """Take one step of each training with the observations ``index`` ``[S, B]``; return their bounds, ``[S]``."""
-        together = list(zip(self.trainings, index, strict=True))
-        batches = [training.split.batch(row, training.streams["binarisation"]) for training, row in together]
-        noise = [training.noise(x) for training, x in zip(self.trainings, batches, strict=True)]
+    def batches(self, index: Tensor) -> fast.Batches:
+        """Draw the observations ``[S B, ...]`` and the noise of some steps, a training after the other."""
+        each = [training.batches(index[:, s]) for s, training in enumerate(self.trainings)]
+        steps = [zip(*step, strict=True) for step in zip(*each, strict=True)]
+        return [(torch.cat(xs), join(noise)) for xs, noise in steps]
+
+    def plain_step(self, x: Tensor, eps: Latent) -> Tensor:
+        """Take one step of each training and return their mean bounds, ``[S]``."""
         self.optimizer.zero_grad()
-        bound = self.backward(self.estimator, self.model, torch.cat(batches), join(noise))
-        if self.recipe.clip is not None:
-            clip_each(self.parameters, self.recipe.clip)
+        bound = objectives.backward(self.estimator, self.model.joint, self.model.encoder(x), x, eps)
+        self.limit(self.parameters)
         self.optimizer.step()
+        return self.mean(bound)
+
+    def limit(self, parameters: Sequence[Tensor]) -> None:
+        """Limit the gradient of each training as the recipe says."""
+        if self.recipe.clip is not None:
+            clip_each(parameters, self.recipe.clip)
+
+    def mean(self, bound: Tensor) -> Tensor:
+        """Return the mean bound of each training, ``[S B] -> [S]``."""
         return bound.view(len(self.trainings), -1).mean(1)
 
     def generators(self) -> list[torch.Generator]:
@@ -265,8 +285,8 @@ class StackedTraining(Training):
                     key: torch.stack([each[key] for each in states]) if value.shape == views[0].shape else value
                     for key, value in states[0].items()
                 }
-        set_lr(self.optimizer, self.trainings[0].lr)
-        self.captured = None
+        self.hasten()
+        self.set_lr()
 
     def views(self) -> Iterator[tuple[nn.Parameter, tuple[nn.Parameter, ...]]]:
         """Yield each parameter with those of the trainings that are views of it."""

@@ -8,12 +8,11 @@ folder, for the command line; :mod:`vaelib.collapse` brings hooks, :mod:`vaelib.
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,12 @@ from vaelib.config import Recipe
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, enough_memory, positive, true_or_false, typed, whole_number
 from vaelib.estimators import Estimator
-from vaelib.posteriors import Latent
+from vaelib.optimizers import build_optimizer
+from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
-CAPTURED_STEPS = 50  # in one CUDA graph
+STEPS_ON_GPU = 50  # drawn for, and captured, at once
+STEPS_COMPILED = 4  # in one traced function
 
 # --- schedules --------------------------------------------------------------------------------------------------------
 
@@ -76,111 +77,6 @@ def burda(progress: Progress) -> float:
 SCHEDULES: dict[str, Callable[[Progress], float]] = {"constant": constant, "burda": burda}
 """Learning-rate schedules by name: the factor on the learning rate in an epoch."""
 
-# --- optimisers -------------------------------------------------------------------------------------------------------
-
-
-class ReleasedAdam(torch.optim.Optimizer):
-    r"""Adam as it stands in the code released with Burda et al. (2016) and Roeder et al. (2017), not as in their text.
-
-    With the gradient g summed over the batch, :math:`m_0 = 0`, :math:`v_0 = 1`, :math:`\beta_1 = 0.99`,
-
-    .. math::
-
-        \theta_t &= \theta_{t-1} - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
-            \frac{m_{t-1}}{\sqrt{v_{t-1}} + \epsilon}, \\
-        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2.
-
-    The moments in the update are those of the step before, so that the first step moves nothing.
-
-    Parameters
-    ----------
-    params, lr, betas, eps
-        as for :class:`torch.optim.Adam`.
-    scale
-        multiplies the gradient; the batch size turns that of the mean into that of the sum.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.99, 0.999),
-        eps: float = 1e-4,
-        scale: float = 1.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "scale": scale})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            (beta1, beta2), scale = group["betas"], group["scale"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["mean"], state["square"] = torch.zeros_like(p), torch.ones_like(p)
-                state["step"] += 1
-                t, mean, square = state["step"].item(), state["mean"], state["square"]
-                rate = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-                p.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-rate)
-                mean.mul_(beta1).add_(p.grad, alpha=(1 - beta1) * scale)
-                square.mul_(beta2).addcmul_(p.grad, p.grad, value=(1 - beta2) * scale**2)
-
-
-def dense(p: Tensor) -> bool:
-    """Whether a tensor fills its memory, in whatever order: then fused Adam, which runs through that, is right."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def adam(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba 2015), as the papers describe their training."""
-    fused, on_gpu = all(map(dense, parameters)), parameters[0].is_cuda
-    return torch.optim.Adam(parameters, recipe.lr, eps=recipe.adam_eps, fused=fused, capturable=on_gpu)
-
-
-def adam_released(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam as in the papers' released code."""
-    return ReleasedAdam(parameters, recipe.lr, eps=recipe.adam_eps, scale=recipe.batch_size)
-
-
-def sgd(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Stochastic gradient descent."""
-    return torch.optim.SGD(parameters, recipe.lr)
-
-
-OPTIMIZERS: dict[str, Callable[[Sequence[Tensor], Recipe], torch.optim.Optimizer]] = {
-    "adam": adam,
-    "adam-released": adam_released,
-    "sgd": sgd,
-}
-"""Optimisers by name, built from the parameters and the recipe."""
-
-
-def build_optimizer(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser; a parameter that is a view with gaps or overlaps gets memory of its own first."""
-    parameters = list(parameters)
-    for p in parameters:
-        if not dense(p):
-            p.data = p.data.clone(memory_format=torch.contiguous_format)
-    return choose("optimizer", recipe.optimizer, OPTIMIZERS)(parameters, recipe)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
-    """Set the learning rate and return whether it is another one now."""
-    changed = any(group["lr"] != lr for group in optimizer.param_groups)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return changed
-
-
 # --- randomness -------------------------------------------------------------------------------------------------------
 
 STREAMS = ("init", "order", "binarisation", "noise", "test", "layers")
@@ -215,11 +111,6 @@ def offspring(generator: torch.Generator) -> torch.Generator:
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
-def backward(estimator: Estimator, model: nn.Module, x: Tensor, eps: Latent) -> Tensor:
-    """Add the gradient of ``-bound.mean()`` to ``.grad`` and return the bound, ``[B]``."""
-    return objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
-
-
 def gradient(
     model: nn.Module,
     estimator: Estimator,
@@ -227,14 +118,12 @@ def gradient(
     eps: Latent,
     clip: float | None = None,
     joint_clip: bool = True,
-    backward: Callable[..., Tensor] = backward,
 ) -> Tensor:
     """Put the gradient of ``-bound.mean()`` into ``.grad``, where there is none yet, and return the bound, ``[B]``.
 
-    ``clip`` limits its global norm, or without ``joint_clip`` that of encoder and decoder each; ``backward`` computes
-    it, as :func:`backward` does.
+    ``clip`` limits its global norm, or without ``joint_clip`` that of encoder and decoder each.
     """
-    bound = backward(estimator, model, x, eps)
+    bound = objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
     if clip is not None:
         for part in (model,) if joint_clip else (model.joint, model.encoder):
             nn.utils.clip_grad_norm_(part.parameters(), clip)
@@ -249,14 +138,13 @@ def train_step(
     eps: Latent,
     clip: float | None = None,
     joint_clip: bool = True,
-    backward: Callable[..., Tensor] = backward,
 ) -> Tensor:
     """Take one step up the bound and return its mean over the batch ``x``, before the step, ``[]``.
 
-    ``clip``, ``joint_clip`` and ``backward`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
+    ``clip`` and ``joint_clip`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
     """
     optimizer.zero_grad()
-    bound = gradient(model, estimator, x, eps, clip, joint_clip, backward)
+    bound = gradient(model, estimator, x, eps, clip, joint_clip)
     optimizer.step()
     return bound.mean()
 
@@ -290,13 +178,6 @@ class Hook:
         """Go on from ``state``."""
 
 
-def plain_step(training: Training, x: Tensor) -> Tensor:
-    """Take one step of gradient ascent and return the mean bound, ``[]``."""
-    eps, clip = training.noise(x), training.recipe.clip
-    model, estimator, optimizer = training.model, training.estimator, training.optimizer
-    return train_step(model, estimator, optimizer, x, eps, clip, backward=training.backward)
-
-
 def random_order(training: Training) -> Tensor:
     """Return all observations in a random order, or in the one they have where the recipe says so."""
     count = len(training.split)
@@ -327,7 +208,8 @@ class Training:
     hooks
         what else goes on; their states are in the record.
     compile
-        take the same steps with less overhead (:mod:`vaelib.fast`): compiled, and on a GPU captured, several at a time.
+        take the same steps with less overhead (:mod:`vaelib.fast`): several traced as one function, on a GPU many
+        captured as one graph; where a hook takes the steps, this changes nothing.
 
     Attributes
     ----------
@@ -379,7 +261,7 @@ class Training:
         self.estimator = self.estimator_at(Progress(0, 0.0, 0.0))
         check_fit(self)
         self.keepers = [part for part in (*self.hooks, estimator) if hasattr(part, "load_state")]
-        self.step_by = next((hook.update for hook in self.hooks if hook.update), plain_step)
+        self.update = next((hook.update for hook in self.hooks if hook.update), None)
         self.order_by = next((hook.order for hook in self.hooks if hook.order), random_order)
         self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
         self.step, self.seconds, self.decay, self.stopped = 0, 0.0, 1.0, False
@@ -387,10 +269,11 @@ class Training:
         self.lines: list[str] = []
         self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
-        self.backward = fast.Compiled() if compile else backward
-        self.restart_optimizer()
-        self.captures = compile and self.step_by is plain_step and self.optimizer.defaults.get("capturable", False)
+        self.compile = compile and self.update is None
+        on_gpu = self.device.type == "cuda" and self.fixed and self.update is None and isinstance(split, Split)
+        self.most = STEPS_ON_GPU if on_gpu else STEPS_COMPILED if self.compile else 1  # steps that are taken at once
         self.noises: dict[Any, Any] = {}
+        self.restart_optimizer()
 
     @property
     def total_steps(self) -> int:
@@ -439,15 +322,13 @@ class Training:
         return self.history
 
     def advance(self) -> Tensor:
-        """Take a step, or on a GPU that captures them several; return their bounds, ``[steps, ...]``."""
+        """Take a step, or several where that is faster; return their bounds, ``[steps, ...]``."""
         if self.epoch_ends:
             self.begin_epoch()
+        left = self.steps_per_epoch - self.step % self.steps_per_epoch
+        index = self.index(self.most if self.most <= left else 1)
         with drawing_from(self.streams["layers"]):
-            if not self.captures or self.steps_per_epoch - self.step % self.steps_per_epoch < CAPTURED_STEPS:
-                return self.learn(self.index(1)[0]).unsqueeze(0)
-            if self.captured is None:
-                self.captured = fast.Captured(self.learn, self.generators())
-            return self.captured(self.index(CAPTURED_STEPS))
+            return self.captured(index) if self.captured and len(index) > 1 else self.learn(index)
 
     def index(self, steps: int) -> Tensor:
         """Return the observations of the next ``steps`` steps, by their numbers, ``[steps, B]``."""
@@ -456,18 +337,42 @@ class Training:
         return self.order[first : first + steps * size].view(steps, size)
 
     def learn(self, index: Tensor) -> Tensor:
-        """Take one step with the observations ``index`` ``[B]`` and return its mean bound, ``[]``."""
-        x = self.split.batch(index, self.streams["binarisation"])
+        """Take steps with the observations ``index`` ``[steps, B]`` and return their mean bounds, ``[steps]``."""
         self.estimator = self.estimator_at(self.progress)
-        return self.step_by(self, x)
+        if self.update:
+            return torch.stack([self.update(self, self.split.batch(i, self.streams["binarisation"])) for i in index])
+        return self.take(self.batches(index))
 
-    def noise(self, x: Tensor) -> Latent:
-        """Draw the noise for a batch; what it is made of is learnt from the encoder once for a batch's shape."""
+    def batches(self, index: Tensor) -> fast.Batches:
+        """Draw the observations and the noise of some steps; on a GPU in one go, where asking takes the longest."""
+        if self.device.type != "cuda" or len(index) == 1:
+            batches = [self.split.batch(row, self.streams["binarisation"]) for row in index]
+            return [(x, self.noise(x)) for x in batches]
+        x = self.split.batch(index.flatten(), self.streams["binarisation"]).unflatten(0, index.shape)
+        eps = self.noise(x[0], len(index))
+        return [(x[i], map_latent(lambda layer: layer[i], eps)) for i in range(len(index))]
+
+    def take(self, batches: fast.Batches) -> Tensor:
+        """Take a step with each of the batches, as one traced function if told to compile; return the mean bounds."""
+        return self.whole(batches) if self.whole else torch.stack([self.plain_step(x, eps) for x, eps in batches])
+
+    def plain_step(self, x: Tensor, eps: Latent) -> Tensor:
+        """Take one step, as it stands in the books, and return its mean bound, ``[]``."""
+        return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip)
+
+    def noise(self, x: Tensor, steps: int | None = None) -> Latent:
+        """Draw the noise for a batch ``x``, or for several of its shape with their number on a first axis.
+
+        What it is made of is learnt from the encoder once for a batch's shape.
+        """
         key = (x.shape, x.dtype)
         if key not in self.noises:
             with torch.no_grad(), self.undisturbed():
                 self.noises[key] = posteriors.as_posterior(self.model.encoder(x)).noise_like(self.recipe.k)
-        return posteriors.draw(self.noises[key], self.streams["noise"])
+        many = self.noises[key]
+        if steps is not None:
+            many = map_latent(lambda layer: replace(layer, shape=(steps, *layer.shape)), many)
+        return posteriors.draw(many, self.streams["noise"])
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -487,8 +392,7 @@ class Training:
     def begin_epoch(self) -> None:
         """Put the data into the epoch's order and set the learning rate."""
         self.order = self.order_by(self)[: len(self.order)].to(self.device)
-        if set_lr(self.optimizer, self.lr):
-            self.captured = None  # which holds the old rate
+        self.set_lr()
 
     @property
     def lr(self) -> float:
@@ -497,8 +401,34 @@ class Training:
 
     def restart_optimizer(self) -> None:
         """Begin with a new optimiser, without memories, at the learning rate as it is now."""
-        self.optimizer, self.captured = build_optimizer(self.model.parameters(), self.recipe), None
-        set_lr(self.optimizer, self.lr)
+        self.optimizer = build_optimizer(self.model.parameters(), self.recipe)
+        self.hasten()
+        self.set_lr()
+
+    def hasten(self) -> None:
+        """Make what takes the steps where they are compiled."""
+        self.whole = self.captured = None
+        if self.compile:
+            self.whole = fast.WholeSteps(self)
+            if self.most == STEPS_ON_GPU:
+                self.captured = fast.Captured(self.learn, self.model, self.generators())
+
+    def set_lr(self) -> None:
+        """Give the optimiser the learning rate of now."""
+        changed = any(group["lr"] != self.lr for group in self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        if changed and self.captured:
+            self.captured.forget()
+
+    def limit(self, parameters: Sequence[Tensor]) -> None:
+        """Limit the gradient as the recipe says."""
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+
+    def mean(self, bound: Tensor) -> Tensor:
+        """Return what is reported of a batch's bound ``[B]``: its mean, ``[]``."""
+        return bound.mean()
 
     def note(self, bounds: Tensor) -> None:
         """Count the steps that gave ``bounds`` ``[steps]``; look at them now and then, and at the end of an epoch."""
@@ -602,7 +532,8 @@ class Training:
         for name in EVOLVES:
             there, here = state[name], getattr(self, name)
             setattr(self, name, here.copy_(there) if isinstance(here, Tensor) else there)
-        self.lines, self.captured = [], None  # with the tensors of before
+        self.lines = []
+        self.hasten()
         for name, generator in self.streams.items():
             same = name == "order" or state["device"] == self.device.type
             anew = stream(name, self.recipe.seed, generator.device, self.step)
