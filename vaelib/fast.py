@@ -154,7 +154,9 @@ class Trace:
         values, factors = self.values(), self.factors(sum(map(len, pieces))).split(len(pieces[0]))
         bounds = [self.function(*values, f, list(piece)) for f, piece in zip(factors, pieces, strict=True)]
         if self.rule.memories:
-            torch._foreach_add_([self.optimizer.state[p]["step"] for p in self.learning.values()], sum(map(len, pieces)))
+            torch._foreach_add_(
+                [self.optimizer.state[p]["step"] for p in self.learning.values()], sum(map(len, pieces))
+            )
         return torch.cat(bounds)
 
     def values(self) -> tuple[Named, dict[str, tuple[Tensor, ...]], Named]:

@@ -58,7 +58,9 @@ def released_factors(t: Any, lr: Any, group: dict) -> tuple:
     return (lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t),)
 
 
-def released_update(p: Tensor, gradient: Tensor, memories: Values, factors: tuple, group: dict) -> tuple[Tensor, Values]:
+def released_update(
+    p: Tensor, gradient: Tensor, memories: Values, factors: tuple, group: dict
+) -> tuple[Tensor, Values]:
     """The step of :class:`ReleasedAdam`: the moments that move p are those of before."""
     (mean, square), (beta1, beta2), (rate,) = memories, group["betas"], factors
     gradient = gradient * group["scale"]

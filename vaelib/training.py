@@ -8,9 +8,10 @@ folder, for the command line; :mod:`vaelib.collapse` brings hooks, :mod:`vaelib.
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
