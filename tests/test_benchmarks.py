@@ -22,6 +22,7 @@ import peers  # noqa: E402
 import rounds  # noqa: E402
 import stacked  # noqa: E402
 import steps  # noqa: E402
+import verdicts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +243,16 @@ def test_lagging_stored_table():
     assert {(row["model"], row["data"]) for row in rows} == {
         (case[0], case[1]) for case in lagging.cases(lagging.parse([]))
     }
+
+
+def test_a_wrong_verdict_is_the_opposite_of_the_truth():
+    said = [("yes", "no"), ("no", "yes"), ("yes", "yes"), ("cannot tell", "no")]
+    assert verdicts.wrong([{"late": late, "late_truth": truth} for late, truth in said], "late") == 2
+
+
+def test_what_is_planted_is_as_described():
+    lag, neither = (verdicts.planted(case, 0, epochs=4).state_dict() for case in ("lag", "neither"))
+    same = {name.partition(".")[0] for name in lag if torch.equal(lag[name], neither[name])}
+    assert same == {"joint"} and set(verdicts.TRUTH) == {"collapse", "lag", "neither"}
+    record = verdicts.judge("collapse", 0, epochs=1)
+    assert (record["lost_truth"], record["late_truth"]) == ("yes", "no")

@@ -428,11 +428,11 @@ def cost_of_rows(
     bias: Callable[[Estimator, Estimator, int], Bias],
 ) -> tuple[list[RowCost], list[Doubled]]:
     """Measure every row on one model, and the quietest one of the ELBO with twice the draws and twice the batch."""
+    if not weights_of(model.encoder) and not weights_of(model.joint):
+        raise InputError("there is nothing to train in this model: it has no parameters, or every one is frozen")
     every = {name: Pairs(model, row, draws_of(name, k)) for name, row in rows.items()}
     take_pairs(list(every.values()), x, batch_size, 100, generator, 0.5 * seconds)
-    part = next(iter(next(iter(every.values())).weights), None)
-    if part is None:
-        raise InputError("there is nothing to train in this model: every parameter is frozen")
+    part = next(iter(next(iter(every.values())).weights))
 
     def quietest(goal: str) -> str:
         unbiased = [name for name, row in rows.items() if row.target == goal]

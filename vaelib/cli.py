@@ -155,7 +155,7 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     typer.echo(
         f"{trained['epoch']} epochs, {trained['step']} steps, {trained['seconds']:.0f} s on {trained['device']}; "
         f"mean bound in the last epoch: {trained['bound']:.2f} nats\n"
-        f"next: vaelib evaluate {in_shell(run_dir)}"
+        "next: " + ", ".join(f"vaelib {command} {in_shell(run_dir)}" for command in ("show", "advise", "evaluate"))
     )
 
 
@@ -193,6 +193,48 @@ def evaluate(
             typer.echo(f"mind: {found['mind']}")
 
     runs.evaluate(run_dir, samples, chunk, limit, seed, device, show_progress(quiet), show)
+
+
+@app.command()
+def show(run_dir: RunDir, device: Annotated[str, typer.Option(help=HELP["device"])] = "auto") -> None:
+    """Make a page of a run to look at: RUN_DIR/report.html.
+
+    It opens with whether z is used, and shows curves, reconstructions, samples, a map of z and its units. It is one
+    file, which needs no network.
+
+    \b
+    Example:
+      vaelib show runs/mnist
+    """
+    start()
+    from vaelib import report
+
+    typer.echo(f"look at {in_shell(report.show(run_dir, device))}")
+
+
+@app.command()
+def advise(
+    run_dir: RunDir,
+    k: Annotated[int, typer.Option(help="Evaluations of the decoder for each observation.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of all noise, and of the choice of observations.")] = 0,
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure which estimator suits the model in RUN_DIR, whether it uses z, and whether its encoder lags.
+
+    Bias, variance and time of every estimator that applies, on the model as it is now; the model stays as it is. All of
+    it is also in RUN_DIR/advice.json and advice.png.
+
+    \b
+    Examples:
+      vaelib advise runs/mnist
+      vaelib advise runs/mnist --k 16
+    """
+    start()
+    from vaelib import report
+
+    given, paths = report.advise(run_dir, k, device, seed, show_progress(quiet))
+    typer.echo(f"{given}\n\nalso in {' and '.join(map(in_shell, paths))}")
 
 
 @app.command()

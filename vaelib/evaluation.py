@@ -13,9 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from vaelib.bounds import divergence
 from vaelib.errors import InputError, whole_number
 from vaelib.estimators.base import draws, log_joint, log_posterior, log_weight
-from vaelib.posteriors import Latent, as_posterior, map_latent, modules_in, ready
+from vaelib.posteriors import (
+    DiagonalGaussian,
+    Discrete,
+    FactorisedBernoulli,
+    Latent,
+    Posterior,
+    as_posterior,
+    map_latent,
+    modules_in,
+    ready,
+)
 
 
 class StreamingLogMeanExp:
@@ -188,6 +199,15 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
     taken at the mean of the first; for a flow's stands the place where the mean of its Gaussian ends. The variance is
     over ``x`` ``[N, ...]``, gathered in batches. Introduced in book/01-elbo-forms.ipynb.
     """
+    return [int((variance > threshold).sum()) for variance in activity(encoder, x, batch_size=batch_size)]
+
+
+@torch.no_grad()
+def activity(encoder: nn.Module, x: Tensor, *, batch_size: int = 1000) -> list[Tensor]:
+    r"""Return :math:`\operatorname{Var}_x(E_q[z_d])` of each latent unit, ``[D]`` for each stochastic layer.
+
+    As :func:`active_units` counts them.
+    """
     with evaluating(encoder):
         layers = map(
             torch.cat, zip(*[as_posterior(encoder(batch)).means() for batch in x.split(batch_size)], strict=True)
@@ -198,7 +218,25 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
             f"units are counted by the variance of their means over x, but over these {len(x)} observations it is not "
             "finite: look at x and at what the encoder makes of it"
         )
-    return [int((variance > threshold).sum()) for variance in variances]
+    return variances
+
+
+def kl_by_unit(joint: Callable[..., Tensor], q: Posterior) -> Tensor | None:
+    r"""Return :math:`\mathrm{KL}(q(z_d \mid x) \,\|\, p(z_d))` of each unit, ``[B, D]``; of choices, of each group.
+
+    None where q or the prior does not factorise into units, or the divergence has no closed form.
+    """
+    try:
+        divergence(joint, q)
+    except InputError:
+        return None
+    if isinstance(q, DiagonalGaussian):
+        return DiagonalGaussian(q.mean.unsqueeze(-1), q.log_std.expand_as(q.mean).unsqueeze(-1)).kl()
+    if isinstance(q, Discrete):
+        axis = -1 if isinstance(q, FactorisedBernoulli) else -2
+        alone, prior = (type(q)(part.logits.unsqueeze(axis)) for part in (q, joint.prior))
+        return alone.kl(prior)
+    return None
 
 
 @torch.no_grad()

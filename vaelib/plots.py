@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vaelib.advice import Advice
 from vaelib.gradients import BiasTest, Moments
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
@@ -80,34 +81,36 @@ LOOKS = {
 """The look of every estimator and of the three forms of the ELBO, by name."""
 
 
+STYLE = {
+    "figure.figsize": (6.0, 3.4),
+    "figure.dpi": 130,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "grid.color": "#E6E6E6",
+    "font.size": 10.5,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "image.cmap": "gray_r",
+    "mathtext.fontset": "cm",
+}
+"""White-backed figures that read on a phone and in print."""
+
+
 def use_style() -> None:
-    """Set matplotlib to the book's style: white-backed PNG figures that read on a phone and in print."""
-    mpl.rcParams.update(
-        {
-            "figure.figsize": (6.0, 3.4),
-            "figure.dpi": 130,
-            "figure.facecolor": "white",
-            "figure.constrained_layout.use": True,
-            "savefig.facecolor": "white",
-            "axes.facecolor": "white",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "#444444",
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-            "axes.labelsize": 11,
-            "grid.color": "#E6E6E6",
-            "font.size": 10.5,
-            "legend.frameon": False,
-            "legend.fontsize": 10,
-            "lines.linewidth": 1.8,
-            "lines.markersize": 5,
-            "image.cmap": "gray_r",
-            "mathtext.fontset": "cm",
-        }
-    )
+    """Set matplotlib to the book's style, :data:`STYLE`."""
+    mpl.rcParams.update(STYLE)
 
 
 def band(axes: Axes, x: Tensor, curves: Tensor, look: Look) -> None:
@@ -119,13 +122,15 @@ def band(axes: Axes, x: Tensor, curves: Tensor, look: Look) -> None:
 
 
 def images(axes: Axes, pictures: Tensor, columns: int) -> None:
-    """Show ``pictures`` ``[N, H, W]`` as one sheet of lines of ``columns``, dark ink on white."""
-    count, height, width = pictures.shape
+    """Show ``pictures`` ``[N, H, W]`` or ``[N, 3, H, W]`` as one sheet of lines of ``columns``; grey is ink."""
+    pictures = pictures.detach().cpu()
+    channels = pictures if pictures.ndim == 4 else pictures.unsqueeze(1)
+    count, depth, height, width = channels.shape
     lines = -(-count // columns)
-    sheet = torch.zeros(lines * columns, height + 1, width + 1, dtype=pictures.dtype)
-    sheet[:count, :height, :width] = pictures
-    sheet = sheet.reshape(lines, columns, height + 1, width + 1).swapaxes(1, 2)
-    axes.imshow(sheet.reshape(lines * (height + 1), columns * (width + 1)).detach()[:-1, :-1], vmin=0)
+    sheet = torch.zeros(lines * columns, depth, height + 1, width + 1, dtype=pictures.dtype)
+    sheet[:count, :, :height, :width] = channels if depth == 1 else channels.clamp(0, 1)
+    sheet = sheet.unflatten(0, (lines, columns)).permute(0, 3, 1, 4, 2)
+    axes.imshow(sheet.reshape(lines * (height + 1), columns * (width + 1), depth).squeeze(-1)[:-1, :-1], vmin=0)
     axes.set_axis_off()
 
 
@@ -164,6 +169,21 @@ def bias(axes: Axes, tests: Mapping[str, BiasTest]) -> None:
         axes.plot([test.threshold] * 2, [-place - 0.4, -place + 0.4], color=BLACK, linestyle="--", linewidth=1)
     axes.set_yticks([-place for place in range(len(tests))], [LOOKS[name].label for name in tests])
     axes.set(xlabel="standard errors from the reference")
+
+
+def advice(figure: Figure, given: Advice) -> None:
+    """Draw what :func:`vaelib.gradients.advise` measured: the noise of each row's gradient in encoder and decoder."""
+    rows = sorted(given.rows, key=lambda row: (row.aim, -row.cost))
+    for axes, side in zip(figure.subplots(1, 2, sharey=True), ("encoder", "joint"), strict=True):
+        for place, row in enumerate(rows):
+            if (part := getattr(row, side)) is not None:
+                color = LOOKS[row.name].color if row.name in LOOKS else BLACK
+                axes.plot([max(part.minibatch.value, 0.0), part.variance], [place, place], color=GREY, linewidth=1)
+                axes.plot(part.minibatch.value, place, marker="|", color=GREY)
+                axes.plot(part.variance, place, marker="o", color=color)
+        axes.set(xscale="log", title={"joint": "decoder"}.get(side, side), xlabel="variance of a training gradient")
+    names = [f"{row.aim}: {row.name}{'' if row.target else '*'}" for row in rows]
+    figure.axes[0].set_yticks(range(len(rows)), names)
 
 
 def rotatable(figure: Figure, traces: Sequence[Mapping[str, Any]], axes: tuple[str, str, str]) -> None:

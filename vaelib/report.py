@@ -1,0 +1,310 @@
+"""What is written into a run's folder to look at: ``vaelib show`` makes one page of it, ``vaelib advise`` a figure.
+
+The page, ``report.html``, holds all it needs: pictures stand in it as data, once for a light and once for a dark
+screen, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vaelib import advice, evaluation, files, gradients, plots, runs
+from vaelib.advice import Advice, Estimate, Usage
+from vaelib.data import Text
+from vaelib.posteriors import as_posterior
+from vaelib.runs import Run
+from vaelib.training import stream
+
+SHOWN, MAPPED = 24, 2000
+"""Observations that are shown, and that are put on the map."""
+
+DARK = {
+    **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), "#15181c"),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), "#d7dade"),
+    "grid.color": "#30353b",
+    "image.cmap": "gray",
+}
+"""What a dark screen changes in the figures' style."""
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --faint: #666; --line: #ddd; --mark: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #d7dade; --paper: #15181c; --faint: #9aa0a6; --line: #30353b; --mark: #56b4e9; }
+}
+body { margin: 0 auto; max-width: 52rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper); }
+h1 { font-size: 1.4rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
+p { margin: .4rem 0; } .faint, figcaption { color: var(--faint); font-size: .9rem; }
+.verdict { border-left: 4px solid var(--mark); padding: .2rem 0 .2rem .8rem; margin: 1rem 0; }
+.verdict p:first-child { font-size: 1.15rem; }
+figure { margin: .5rem 0; } img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+td, th { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: anywhere; }
+"""
+
+
+def show(run_dir: str | Path, device: str = "auto") -> Path:
+    """Write the page of a run, ``report.html``, whole or not at all, and return its path.
+
+    Raises
+    ------
+    InputError
+        if there is no run in the folder, it is in use or damaged.
+    """
+    run, path = runs.load(run_dir, device), Path(run_dir) / "report.html"
+    text = page(run, str(run_dir))
+    with runs.in_use(runs.Folder(Path(run_dir))):
+        files.write(path, text.encode())
+    return path
+
+
+def advise(
+    run_dir: str | Path, k: int = 4, device: str = "auto", seed: int = 0, progress: bool = False
+) -> tuple[Advice, list[Path]]:
+    """Measure what :func:`vaelib.gradients.advise` does on a run; write ``advice.json`` and ``advice.png`` beside it.
+
+    Raises
+    ------
+    InputError
+        as :func:`show` and :func:`vaelib.gradients.advise`.
+    """
+    run, folder = runs.load(run_dir, device), Path(run_dir)
+    x = observations(run, "train", 2000, seed)
+    noise = torch.Generator(x.device).manual_seed(seed)
+    given = gradients.advise(
+        run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
+        progress=progress,
+    )  # fmt: skip
+    with runs.in_use(runs.Folder(folder)):
+        files.write_json(folder / "advice.json", given.as_dict())
+        files.write(folder / "advice.png", png(lambda figure: plots.advice(figure, given), (7.2, 4.4), {}))
+    return given, [folder / "advice.json", folder / "advice.png"]
+
+
+def observations(run: Run, part: str, most: int, seed: int = 0) -> Tensor:
+    """Return at most ``most`` random observations of a split, as the model sees them."""
+    split = getattr(run.data, part)
+    chosen = split.sample(most, seed)
+    return chosen.batch(slice(None), stream("test", seed, next(run.model.parameters()).device))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(run: Run, name: str) -> str:
+    """Return the page of a run as HTML: the verdict first, then what it rests on."""
+    x = observations(run, "test", MAPPED)
+    generator = torch.Generator(x.device).manual_seed(0)
+    used = advice.usage(run.model, x[:1000], generator)
+    elbo = Estimate.of(advice.elbo(run.model, x[:1000], generator))
+    config = run.config
+    parts = [
+        f"<h1>{_words(name)}</h1>",
+        f'<p class="faint">{_words(config.model)} on {_words(config.data)}, {_words(config.estimator)} with k = '
+        f"{config.k}, {len(run.history)} epochs</p>",
+        f'<div class="verdict">{"".join(f"<p>{_words(line)}</p>" for line in verdict(used, elbo))}</div>',
+        *section("Training", curves(run.history)),
+        *made(run, x),
+        *section("Where observations lie in z", latent_map(run, x)),
+        *section("The units of z", units(run, x)),
+        "<h2>How it was trained</h2>",
+        table([(key, json.dumps(value)) for key, value in asdict(config).items()]),
+    ]
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{_words(name)}</title><style>{STYLE}</style></head><body>'
+    )
+    return head + "\n".join(parts) + "</body></html>\n"
+
+
+def verdict(used: Usage, elbo: Estimate) -> list[str]:
+    """Say whether z is used, and by how much."""
+    first = {
+        "yes": "z is collapsed: the model does without it.",
+        "no": "z is used.",
+        "cannot tell": "Whether z is used, these observations do not tell.",
+    }
+    counts = ", ".join(f"{active} of {units}" for active, units in zip(used.active, used.units, strict=True))
+    numbers = [f"{counts} units are active", f"the decoder loses {used.told} nats with the z of another observation"]
+    if used.kl:
+        numbers.append(f"KL to the prior {used.kl} nats")
+    if used.information is not None:
+        numbers.append(f"mutual information {used.information:.2f} nats")
+    return [first[used.collapsed], "; ".join(numbers) + ".", f"ELBO of test observations: {elbo} nats."]
+
+
+def made(run: Run, x: Tensor) -> list[str]:
+    """Return what the model makes: of observations, and of z from the prior."""
+    shown = x[:SHOWN]
+    try:
+        again, samples = run.reconstruct(shown), run.sample(SHOWN)
+    except runs.InputError as error:
+        return [f'<p class="faint">No reconstructions and samples: {_words(str(error))}.</p>']
+    if isinstance(run.data, Text):
+        words = run.data.vocabulary.decode
+        pairs = table(list(zip(words(shown[:12]), words(again[:12]), strict=True)), ("sentence", "through z"))
+        written = "".join(f"<li>{_words(line)}</li>" for line in words(samples[:12]))
+        return [
+            "<h2>Sentences, and what comes back</h2>",
+            pairs,
+            "<h2>Written from the prior</h2>",
+            f"<ul>{written}</ul>",
+        ]
+    pair = torch.stack([shown, again], 1).flatten(0, 1)
+    return [
+        *section("Originals and reconstructions", sheet(pair, run, "In each pair the original is on the left and its "
+                 "reconstruction, through one draw of z, on the right.", 8)),
+        *section("Samples from the prior", sheet(samples, run, "The mean image of p(x given z), for z drawn from the "
+                 "prior.", 8)),
+    ]  # fmt: skip
+
+
+def section(title: str, picture: str) -> list[str]:
+    """Return a picture under its title, or nothing where there is none."""
+    return [f"<h2>{title}</h2>", picture] if picture else []
+
+
+def curves(history: Sequence[dict[str, Any]]) -> str:
+    """Draw every bound of the history over its epochs."""
+    names = [name for name in (history[-1] if history else {}) if "bound" in name]
+    if not names:
+        return ""
+    epochs = [record["epoch"] for record in history]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for name, color in zip(names, (plots.SKY, plots.ORANGE, plots.GREEN, plots.PURPLE), strict=False):
+            label = "training" if name == "bound" else name.replace("_", " ")
+            axes.plot(epochs, [record.get(name) for record in history], color=color, label=label, marker="o", ms=3)
+        axes.set(xlabel="epoch", ylabel="bound (nats)")
+        axes.legend()
+
+    ends = ", ".join(f"{name.replace('_', ' ')} ends at {history[-1][name]:.2f} nats" for name in names)
+    return picture(draw, f"Curves over {len(history)} epochs: {ends}.", (7, 3.2))
+
+
+def sheet(x: Tensor, run: Run, caption: str, columns: int) -> str:
+    """Draw images on one sheet; what has a single line of numbers, one above the other."""
+    shape = run.data.shape
+    columns = 1 if shape[-2] == 1 else columns
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        plots.images(axes, x.unflatten(-1, shape), columns)
+        axes.set_aspect("auto" if columns == 1 else "equal")
+
+    lines = -(-len(x) // columns)
+    height = 7 * lines * shape[-2] / (columns * shape[-1]) if columns > 1 else 0.15 * lines
+    return picture(draw, f"{len(x)} images in {lines} lines. {caption}", (7, max(1.0, height)), caption)
+
+
+def latent_map(run: Run, x: Tensor) -> str:
+    """Draw where the encoder puts observations: the two directions of z in which the means spread most."""
+    means = run.embed(x).double().cpu()
+    if means.shape[1] == 0:
+        return ""
+    centred = means - means.mean(0)
+    _, spread, axes_of_z = torch.linalg.svd(centred, full_matrices=False)
+    places = centred @ axes_of_z[:2].mT
+    share = spread[:2].square().sum() / spread.square().sum().clamp_min(1e-300)
+    colours, what = colours_of(run, x)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        across = places[:, 1] if places.shape[1] > 1 else torch.zeros(len(places))
+        points = axes.scatter(
+            places[:, 0], across, c=colours, s=9, cmap="tab10" if what == "label" else "viridis", alpha=0.8
+        )
+        axes.set(xlabel="first principal direction", ylabel="second")
+        if what:
+            figure.colorbar(points, label=what)
+
+    told = f", coloured by {what}" if what else ""
+    return picture(
+        draw,
+        f"The means of q for {len(x)} test observations in two dimensions{told}.",
+        (7, 4.6),
+        f"Means of q for {len(x)} test observations{told}; the two directions hold {share:.0%} of their variance.",
+    )
+
+
+def colours_of(run: Run, x: Tensor) -> tuple[Tensor | None, str]:
+    """Return a number for each observation that :func:`observations` gave, and what it is."""
+    if isinstance(run.data, Text):
+        return (x != 0).sum(1).cpu() - 2, "number of words"
+    labels = run.data.test.sample(MAPPED, 0).labels
+    return (None, "") if labels is None else (labels.cpu(), "label")
+
+
+@torch.no_grad()
+def units(run: Run, x: Tensor) -> str:
+    """Draw KL and activity of each unit."""
+    kl = evaluation.kl_by_unit(run.model.joint, as_posterior(run.model.encoder(x)))
+    active = torch.cat(evaluation.activity(run.model.encoder, x)).cpu()
+    rows = [("activity, Var of the mean of q", active, 0.01)]
+    if kl is not None and kl.shape[1]:
+        rows.insert(0, ("KL (nats)", kl.mean(0).cpu(), None))
+    if not len(active):
+        return ""
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, values, limit) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+            values = values.sort(descending=True).values
+            axes.bar(range(1, len(values) + 1), values, color=plots.SKY)
+            axes.set(ylabel=name.partition(",")[0], xlabel="units, the largest first")
+            if limit:
+                axes.set_yscale("log")
+                axes.axhline(limit, color=plots.RED, linestyle="--", linewidth=1)
+
+    said = f"{int((active > 0.01).sum())} of {len(active)} units have an activity above 0.01, the dashed line"
+    shown = " and ".join(name for name, _, _ in rows)
+    return picture(draw, f"Bars for each unit: {shown}. {said}.", (7, 2.2 * len(rows)), f"{said}.")
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def picture(draw: Callable[[Figure], None], alt: str, size: tuple[float, float], caption: str = "") -> str:
+    """Return a figure with its caption, drawn for light and for dark screens."""
+    light, dark = (base64.b64encode(png(draw, size, theme)).decode() for theme in ({}, DARK))
+    below = f"<figcaption>{_words(caption)}</figcaption>" if caption else ""
+    return (
+        '<figure><picture><source media="(prefers-color-scheme: dark)" '
+        f'srcset="data:image/png;base64,{dark}"><img src="data:image/png;base64,{light}" alt="{_words(alt)}"></picture>'
+        f"{below}</figure>"
+    )
+
+
+def png(draw: Callable[[Figure], None], size: tuple[float, float], theme: dict[str, str]) -> bytes:
+    """Return what ``draw`` draws on a figure of this size, in the book's style."""
+    buffer = io.BytesIO()
+    with mpl.rc_context({**plots.STYLE, **theme}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def table(lines: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+    """Return a table that a narrow screen can scroll."""
+    top = "".join(f"<th>{_words(word)}</th>" for word in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_words(word)}</td>' for word in line)}</tr>" for line in lines)
+    return f'<div class="wide"><table>{f"<tr>{top}</tr>" if header else ""}{body}</table></div>'
+
+
+def _words(text: str) -> str:
+    return html.escape(text, quote=True)
