@@ -38,7 +38,7 @@ def test_train_and_evaluate(vaelib, tmp_path):
     code, out, err = vaelib("train", run_dir, *TINY)
     assert (code, err) == (0, "")
     assert re.match(r"1 epochs, 14 steps, \d+ s on cpu; mean bound in the last epoch: -\d+\.\d\d nats\n", out)
-    assert out.endswith(f"next: vaelib show {run_dir}, vaelib advise {run_dir} or vaelib evaluate {run_dir}\n")
+    assert out.endswith(f"next: vaelib show {run_dir}, vaelib advise {run_dir}, vaelib evaluate {run_dir}\n")
     code, out, err = vaelib("train", run_dir, "--epochs", 2, "--quiet")
     assert (code, err) == (0, "") and out.startswith("2 epochs, 28 steps")
     code, out, err = vaelib("evaluate", run_dir, "--samples", 20, "--limit", 10, "--chunk", 7, "--seed", 1)
