@@ -90,10 +90,10 @@ def test_the_integrals_are_those_of_the_rows(page):
 
 def test_detached_outputs_are_not_quiet_where_stopped_parameters_are(page):
     p = page("Affine", "corners")
-    checks.no_variance(p.in_first_mean("elbo-path", 1.0))
+    checks.no_variance(p.in_first_mean("elbo-path", 1.0), scale=1.0)
     for name, kind in (("elbo-path", p.AsReleased), ("elbo-total", p.HierarchicalGaussian)):
         with refused:
-            checks.no_variance(p.in_first_mean(name, 1.0, kind))
+            checks.no_variance(p.in_first_mean(name, 1.0, kind), scale=1.0)
     with refused:  # another tau has another variance
         checks.same((p.in_first_mean("elbo-path", 0.9, p.AsReleased) ** 2).mean(), torch.tensor(0.5))
 

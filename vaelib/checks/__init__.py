@@ -6,7 +6,10 @@ one that holds prints a line.
 from vaelib.checks.contracts import contract
 from vaelib.checks.exercises import attempt, refused
 from vaelib.checks.statements import (
+    ERROR_RATE,
+    KINDS,
     SIGMAS,
+    Outcome,
     below,
     biased,
     equivalent,
@@ -14,6 +17,7 @@ from vaelib.checks.statements import (
     less_variance,
     mean_and_error,
     no_variance,
+    recorded,
     same,
     total_variance,
     unbiased,
@@ -21,7 +25,10 @@ from vaelib.checks.statements import (
 )
 
 __all__ = [
+    "ERROR_RATE",
+    "KINDS",
     "SIGMAS",
+    "Outcome",
     "attempt",
     "below",
     "biased",
@@ -31,6 +38,7 @@ __all__ = [
     "less_variance",
     "mean_and_error",
     "no_variance",
+    "recorded",
     "refused",
     "same",
     "total_variance",

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
+from vaelib.checks.statements import ERROR_RATE, Verdict, check, unrecorded
+
 
 def attempt(check: Callable[..., None], *answer: Any) -> None:
     """Hand a reader's answer to ``check`` and print what it says, also where it fails: a notebook runs on.
@@ -28,18 +30,15 @@ def attempt(check: Callable[..., None], *answer: Any) -> None:
         print(f"not right yet: {str(error).strip() or type(error).__name__}")
 
 
-def refused(check: Callable[..., None], *answer: Any, what: str) -> None:
-    """Check that ``check`` refuses a wrong ``answer``, of which ``what`` says what is wrong.
+@check(ERROR_RATE)
+def refused(answered: Callable[..., None], *answer: Any, what: str) -> Verdict:
+    """Check that ``answered``, an exercise's check, refuses a wrong ``answer``, of which ``what`` says what is wrong.
 
-    Raises
-    ------
-    AssertionError
-        if the wrong answer passes; any other error of ``check`` is not a refusal, and is let through.
+    Any other error than AssertionError is not a refusal, and is let through.
     """
     try:
-        with redirect_stdout(io.StringIO()):
-            check(*answer)
+        with redirect_stdout(io.StringIO()), unrecorded():
+            answered(*answer)
     except AssertionError:
-        print(f"ok: refused, {what}")
-    else:
-        raise AssertionError(f"a wrong answer passes: {what}")
+        return Verdict(True, None, f"refused, {what}")
+    return Verdict(False, None, f"a wrong answer passes: {what}")
