@@ -363,6 +363,9 @@ def run_experiment(
         ),
     ] = None,
     gpu_share: Annotated[float, typer.Option(help="What a run asks of a GPU on a cluster.")] = 1.0,
+    together: Annotated[
+        bool, typer.Option("--together", help="Make many runs as one, the way to fill a GPU, where the experiment can.")
+    ] = False,
     results: ResultsFolder = Path("results"),
     runs: Annotated[Path, typer.Option(help="The folder of checkpoints, which a cluster must share.")] = Path("runs"),
     quiet: Quiet = False,
@@ -377,12 +380,15 @@ def run_experiment(
       vaelib experiment run stl-figure-1
       vaelib experiment run stl-table-2 --preset short --jobs 2
       vaelib experiment run stl-table-2 --preset paper --ray auto --device cuda --gpu-share 0.25
+      vaelib experiment run stl-schedule --preset paper --device cuda --together
     """
     start()
     from vaelib.experiments import grid
 
     try:
-        path = grid.run(name, preset, seeds, device, jobs, ray, gpu_share, results, runs, show_progress(quiet))
+        path = grid.run(
+            name, preset, seeds, device, jobs, ray, gpu_share, together, results, runs, show_progress(quiet)
+        )
     except KeyboardInterrupt:
         typer.echo("vaelib: stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None

@@ -298,31 +298,45 @@ def evaluate(
     with in_use(folder), enough_memory("chunk", "limit"):
         known = read_result(folder.result)
         training, images = trained(folder, device)
-        model, device = training.model, training.device
-        x = images.test.batch(slice(0, limit), stream("test", seed, device))
-        noise = stream("noise", seed, device)
-        values, errors = evaluation.log_likelihood(
-            model, x, samples, chunk, noise, return_standard_error=True, progress=progress
-        )
-        if not values.isfinite().all():
-            raise InputError(f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images")
-        nll, nll_error = evaluation.mean_and_standard_error(-values)
-        found = {
-            "nll": nll,
-            "nll_error": nll_error,
-            "sampling_error": errors.square().sum().sqrt().item() / len(x),
-            "bound": mean_bound(training, x, noise),
-            "active_units": evaluation.active_units(model.encoder, x),
-            "images": len(x),
-            "samples": samples,
-            "seed": seed,
-            "step": training.step,
-            "mind": images.note,
-            **provenance(training),
-        }
+        found = measure(training, images, samples, chunk, limit, seed, progress)
         show(found)
         write_json(folder.result, {**known, "evaluation": found})
     return found
+
+
+def measure(
+    training: Training,
+    images: Images,
+    samples: int = 5000,
+    chunk: int = 20,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    batch_size: int = 100,
+) -> dict[str, Any]:
+    """Return what :func:`evaluate` does, of a training in memory and its data, ``batch_size`` images at a time."""
+    model, device = training.model, training.device
+    x = images.test.batch(slice(0, limit), stream("test", seed, device))
+    noise = stream("noise", seed, device)
+    values, errors = evaluation.log_likelihood(
+        model, x, samples, chunk, noise, batch_size=batch_size, return_standard_error=True, progress=progress
+    )
+    if not values.isfinite().all():
+        raise InputError(f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images")
+    nll, nll_error = evaluation.mean_and_standard_error(-values)
+    return {
+        "nll": nll,
+        "nll_error": nll_error,
+        "sampling_error": errors.square().sum().sqrt().item() / len(x),
+        "bound": mean_bound(training, x, noise),
+        "active_units": evaluation.active_units(model.encoder, x),
+        "images": len(x),
+        "samples": samples,
+        "seed": seed,
+        "step": training.step,
+        "mind": images.note,
+        **provenance(training),
+    }
 
 
 @torch.no_grad()

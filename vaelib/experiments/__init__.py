@@ -25,6 +25,7 @@ __all__ = [
 
 EXPERIMENTS = {
     "stl-table-2": "stl",
+    "stl-schedule": "schedule",
     "stl-figure-1": "stl",
     "stl-figure-3": "stl",
     "silent-linear": "silent",

@@ -110,6 +110,9 @@ class Experiment:
     gather
         ``gather(preset, folders, results_folder)``, if the runs leave more than numbers in their folders: puts that
         beside the table.
+    together
+        ``together(tasks, folder, device, add)``, if many runs can be made as one on a GPU: makes them, and calls
+        ``add(task, measured, seconds)`` for each.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Experiment:
     table: Callable[[DataFrame], Lines]
     figure: Callable[[DataFrame, Any], None]
     gather: Callable[[str, Sequence[Path], Path], None] = lambda preset, folders, results_folder: None
+    together: Callable[[Sequence[Task], Path, str, Callable[[Task, list[Measured], float], None]], None] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:

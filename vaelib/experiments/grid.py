@@ -29,7 +29,7 @@ from vaelib.config import DEVICES
 from vaelib.data.files import environment
 from vaelib.errors import InputError, choose, positive, whole_number
 from vaelib.experiments import EXPERIMENTS, find, results
-from vaelib.experiments.experiment import Task
+from vaelib.experiments.experiment import Experiment, Measured, Task
 from vaelib.runs import find_device
 
 RUNS = Path("runs")
@@ -53,6 +53,7 @@ def run(
     jobs: int | None = None,
     ray: str | None = None,
     gpu_share: float = 1.0,
+    together: bool = False,
     results_folder: str | Path = "results",
     runs_folder: str | Path = RUNS,
     progress: bool = False,
@@ -71,6 +72,8 @@ def run(
         the address of a Ray cluster, "auto" for the one this machine belongs to; None for this machine alone.
     gpu_share
         how much of a GPU a run asks a cluster for.
+    together
+        make many runs as one, in this process, if the experiment can: the way to fill a GPU.
     results_folder, runs_folder
         where the tables and the runs are.
     progress
@@ -93,7 +96,9 @@ def run(
     places = [folder / name / preset / task.name for task in tasks]
     waiting = [Job(task, place, device) for task, place in zip(tasks, places) if task.key not in known]
     failed = {}
-    if waiting:
+    if together:
+        make_together(experiment, [job.task for job in waiting], folder / name, device, table)
+    elif waiting:
         with interruptible() as listen:
             pool = OnRay(ray, device, gpu_share) if ray else OnThisMachine(jobs or default_jobs(device))
             listen()  # anew, since Ray has handlers of its own
@@ -107,6 +112,20 @@ def run(
             f"'{results.path_of(experiment, table)}', and the same command tries the failed ones again"
         )
     return results.path_of(experiment, table)
+
+
+def make_together(experiment: Experiment, tasks: list[Task], folder: Path, device: str, table: Path) -> None:
+    """Make runs as one, and add each to the table when it is done."""
+    if experiment.together is None:
+        raise InputError(f"the runs of '{experiment.name}' cannot be made as one: leave out --together")
+    place = find_device(device).type
+
+    def add(task: Task, measured: list[Measured], seconds: float) -> None:
+        results.add(experiment, task, results.with_provenance(measured, seconds, place), table)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with interruptible(), files.locked(folder / ".together"):
+        experiment.together(tasks, folder, place, add)
 
 
 BAR = "{desc}{percentage:3.0f}% |{bar}| {n:.1f} of {total:.0f} runs, {elapsed} < {remaining}"
