@@ -31,8 +31,8 @@ Batches = Sequence[tuple[Tensor, Latent]]
 
 Named = dict[str, Tensor]
 
-OPTIONS = {"cpp_wrapper": True, "fallback_random": True}
-"""Of torch's inductor: no Python between the kernels, and layers that draw do so as they would without it."""
+OPTIONS = {"cpu": {"cpp_wrapper": True, "fallback_random": True}, "cuda": {"fallback_random": True}}
+"""Of torch's inductor: layers that draw do so as they would without it; no Python between the kernels of a processor."""
 
 
 class Untraceable(Exception):
@@ -142,7 +142,7 @@ class Trace:
         copies = tree_map_only(Tensor, lambda value: value.detach().clone(), arguments)
         function = make_fx(steps)(*copies)
         if backend != "eager":
-            options = OPTIONS if backend == "inductor" else None
+            options = OPTIONS[batches[0][0].device.type] if backend == "inductor" else None
             function = torch.compile(function, dynamic=False, backend=backend, options=options)
         with torch.no_grad():
             function(*copies)
