@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -142,7 +146,7 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     if "sizes" in given:
         given["sizes"] = dict(map(parse_size, given["sizes"]))
-    start()
+    start("vaelib.runs")
     from vaelib import runs
 
     stored = runs.read_config(run_dir / "config.json")
@@ -180,7 +184,7 @@ def evaluate(
       vaelib evaluate runs/mnist
       vaelib evaluate runs/mnist --samples 500 --limit 1000
     """
-    start()
+    start("vaelib.runs")
     from vaelib import runs
 
     def show(found: dict[str, Any]) -> None:
@@ -382,7 +386,7 @@ def run_experiment(
       vaelib experiment run stl-table-2 --preset paper --ray auto --device cuda --gpu-share 0.25
       vaelib experiment run stl-schedule --preset paper --device cuda --together
     """
-    start()
+    start("vaelib.experiments.grid")
     from vaelib.experiments import grid
 
     try:
@@ -470,11 +474,26 @@ def show_progress(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
-def start() -> None:
-    """Treat denormal floats as zero: vanishing importance weights are, and slow the matrix products several times.
+def start(module: str) -> None:
+    """Import what a command needs, and treat denormal floats as zero: vanishing importance weights are, and are slow.
 
-    It is a setting of each thread, which threads inherit: hence here, before torch starts any.
+    That is a setting of each thread, which threads inherit: hence here, before torch starts any. An interrupt ends the
+    process at once as long as nothing has begun: raised within an import, it can get lost there.
     """
-    import torch
 
-    torch.set_flush_denormal(True)
+    def end(number: int, frame: Any) -> None:
+        os.write(2, b"vaelib: stopped before the first step\n")
+        os._exit(130)
+
+    listens = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    )
+    before = signal.signal(signal.SIGINT, end) if listens else None
+    try:
+        import torch
+
+        torch.set_flush_denormal(True)
+        importlib.import_module(module)
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, before)

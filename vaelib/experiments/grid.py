@@ -8,6 +8,7 @@ two grids at once share the work. The folder must be seen by all machines of a c
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +42,9 @@ PAUSE = 0.2
 PATIENCE = 30
 """Seconds that a run has to save and end."""
 ANSWER = 5
-"""Seconds that a cluster has to answer."""
+"""Seconds that a cluster has to answer, and between two times that it is asked whether it is there."""
+SILENCE = 20
+"""Seconds after which a cluster that does not answer is taken for dead."""
 SLOW_IMPORTS = ("sklearn.datasets", "torch._dynamo")
 """What nearly every run imports when it needs it; the processes are forked from one that has."""
 
@@ -339,6 +343,7 @@ class OnThisMachine:
         receiver, sender = self.context.Pipe(duplex=False)
         arguments = (sender, job.task, job.folder, job.device)
         process = self.context.Process(target=in_own_process, args=arguments, daemon=True)
+        resource_tracker.ensure_running()  # which lets interrupts through again
         with deaf_to_interrupts():  # and so is the fork server, which this starts
             process.start()
         sender.close()
@@ -440,6 +445,8 @@ class OnRay:
                     f"there is no Ray cluster at '{address}' ({str(error).partition(chr(10))[0]})"
                 ) from None
         gpus = 0 if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")) else gpu_share
+        self.address = address if address.startswith("ray://") else ray.get_runtime_context().gcs_address
+        self.heard = time.monotonic()
         self.execute = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(execute_on_ray)
         self.jobs: dict[Any, Job] = {}
 
@@ -451,6 +458,7 @@ class OnRay:
         self.jobs[reference] = job
 
     def ended(self) -> list[tuple[Job, str | None]]:
+        self.listen()
         ready, _ = self.ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=0) if self.jobs else ([], [])
         return [(self.jobs.pop(reference), self.last_word(reference)) for reference in ready]
 
@@ -463,7 +471,24 @@ class OnRay:
         except self.ray.exceptions.RayError:
             return None
 
+    def listen(self) -> None:
+        """Raise InputError if the cluster has been silent for a while; Ray itself would kill this process, later."""
+        try:
+            if time.monotonic() - self.heard > ANSWER:
+                check_answers(self.address)
+                self.heard = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - self.heard > SILENCE:
+                self.jobs = {}
+                atexit.unregister(self.ray.shutdown)
+                raise InputError(
+                    f"the Ray cluster at '{self.address}' does not answer any more ({error}): "
+                    "when it is up again, the same command goes on from the checkpoints"
+                ) from None
+
     def stop(self) -> None:
+        if not self.jobs:
+            return
         for reference in self.jobs:
             self.ray.cancel(reference)
         self.ray.wait(list(self.jobs), num_returns=len(self.jobs), timeout=PATIENCE)
