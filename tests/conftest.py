@@ -14,13 +14,13 @@ settings.load_profile("fuzz" if "FUZZ" in os.environ else "book")
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of its own of 64 kB, such as fills up soon."""
+    """A disk of its own of 160 kB, such as fills up soon."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("left out: only root on Linux can mount the small disk that fills up")
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"left out: no small disk can be mounted here ({mounted.stderr.strip()})")

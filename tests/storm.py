@@ -232,7 +232,7 @@ def main(minutes: float, seed: int | None = None, say: Callable[..., None] = pri
     kinds = list(KINDS)
     while time.monotonic() < end:
         kind = kinds[storm.rounds % len(kinds)]
-        storm.rage(kind)
+        storm.rage(kind, 20 if KINDS[kind][0] == "train" else 6)
         say(
             f"{storm.kills} kills, {storm.starts} starts, {storm.rounds} rounds: {kind} ended as undisturbed",
             flush=True,

@@ -189,9 +189,10 @@ def test_a_full_disk_is_told_as_it_is_and_leaves_no_file(mirrors, cache, toy, mo
 
 def test_a_full_cache_is_named(mirrors, small_disk, toy, monkeypatch):
     monkeypatch.setattr(files, "cache", lambda: small_disk)
+    (small_disk / "filler").write_bytes(b"x" * 100_000)
     with pytest.raises(InputError, match="toy/file.bin' could not be written .No space left on device.*make room"):
         files.fetch("toy", [replace(toy, addresses=(mirrors.add("/good", (200, BODY)),))])
-    assert left_over(small_disk) == []
+    assert left_over(small_disk) == ["filler"]
 
 
 class Endless(BaseHTTPRequestHandler):

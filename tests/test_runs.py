@@ -570,3 +570,214 @@ def test_files_are_readable_by_others_as_the_umask_says(finished):
     umask = os.umask(0)
     os.umask(umask)
     assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask for path in finished.glob("*.*") if path.is_file())
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(small_disk):
+    """A real disk, with room for one checkpoint and for no second one beside it."""
+    run_dir = small_disk / "run"
+    runs.train(run_dir, replace(TINY, epochs=1))
+    before = contents(run_dir)
+    disk = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(b"x" * (disk.f_bavail * disk.f_bsize - 12_000))
+    with pytest.raises(InputError, match="checkpoint.pt' could not be written .No space left on device.*make room"):
+        runs.train(run_dir, TINY)
+    (small_disk / "filler").unlink()
+    assert not differences(before["checkpoint"], contents(run_dir)["checkpoint"])
+    assert contents(run_dir)["result"] == before["result"], "the old result stands until the new one does"
+    runs.train(run_dir, TINY)
+    assert contents(run_dir)["result"]["training"]["epoch"] == 2
+
+
+def test_an_evaluation_is_shown_before_it_is_written(finished, tmp_path, monkeypatch):
+    run_dir, shown = copy_of(finished, tmp_path), []
+
+    def full(path, content):
+        raise InputError("no room")
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(InputError, match="no room"):
+        runs.evaluate(run_dir, samples=2, limit=2, show=shown.append)
+    assert shown[0]["nll"] > 0 and (run_dir / "result.json").read_bytes() == (finished / "result.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"training": 3}', '{"training": {}}', '{"other": {"step": 1}}', "[" * 99999]
+)
+def test_a_result_of_another_kind_is_told_before_anything_is_computed(finished, tmp_path, monkeypatch, text):
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / "result.json").write_text(text)
+    monkeypatch.setattr(evaluation, "log_likelihood", None)
+    monkeypatch.setattr(training.Training, "run", None)
+    for use in (lambda: runs.evaluate(run_dir), lambda: runs.train(run_dir, replace(TINY, epochs=3))):
+        with pytest.raises(InputError, match="result.json' is n"):
+            use()
+    assert (run_dir / "result.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "result.json"])
+def test_a_folder_with_files_of_that_name_but_no_run_is_not_touched(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"has a {name} but no config.json: choose another folder"):
+        runs.train(tmp_path, TINY)
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "config.json").exists()
+
+
+def test_the_files_of_the_user_stay_also_when_the_run_is_refused(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / ".thesis.odt.part").write_text("mine")
+    (run_dir / ".x.part").mkdir()
+    with pytest.raises(InputError, match="belongs to another configuration"):
+        runs.train(run_dir, replace(TINY, lr=0.5))
+    runs.train(run_dir, replace(TINY, epochs=3))
+    assert (run_dir / ".thesis.odt.part").read_text() == "mine" and (run_dir / ".x.part").is_dir()
+
+
+def test_an_empty_name_is_not_the_folder_that_we_are_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (lambda: runs.train("", TINY), lambda: runs.evaluate(" "), lambda: runs.load("")):
+        with pytest.raises(InputError, match="the name of the folder is empty"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_linked_checkpoint_stays_one_and_a_dangling_link_is_no_beginning(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    (tmp_path / "kept.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes())
+    (run_dir / "checkpoint.pt").unlink()
+    (run_dir / "checkpoint.pt").symlink_to(tmp_path / "kept.pt")
+    runs.train(run_dir, replace(TINY, epochs=3))
+    assert (run_dir / "checkpoint.pt").is_symlink()
+    assert torch.load(tmp_path / "kept.pt", weights_only=True)["step"] == 3 * STEPS
+    (tmp_path / "kept.pt").unlink()
+    with pytest.raises(InputError, match="checkpoint.pt' is a link to '.*kept.pt', which is not there"):
+        runs.train(run_dir, replace(TINY, epochs=4))
+    assert not (tmp_path / "kept.pt").exists()
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_told_as_that(tmp_path):
+    def remove(fraction):
+        for path in (tmp_path / "run").iterdir():
+            path.unlink()
+        (tmp_path / "run").rmdir()
+
+    with pytest.raises(InputError, match="checkpoint.pt' could not be written .*its folder is gone") as caught:
+        runs.train(tmp_path / "run", replace(TINY, checkpoint_seconds=0.0), report=remove)
+    assert "room" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_as_that(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match="metrics.jsonl' could not be written .*a folder has that name"):
+        runs.train(run_dir, replace(TINY, epochs=3))
+
+
+def altered(**changes):
+    def alter(path):
+        torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "sentence"),
+    [
+        (altered(step="2"), "its step must be a whole number"),
+        (altered(step=14.5), "its step must be a whole number"),
+        (altered(step=-5), "its step must be a whole number"),
+        (altered(step=10), "its history must be of the 0 epochs"),
+        (altered(history=None), "is not a checkpoint of this run"),
+        (altered(history="3\n4\n"), "its history must be of the 2 epochs"),
+        (altered(history=[{}, {}]), "is not a checkpoint of this run"),
+        (altered(decay=float("nan")), "its decay must be a positive number"),
+        (altered(seconds="long"), "its seconds must be a number"),
+        (altered(stopped=None), "whether it stopped must be true or false"),
+        (altered(order=torch.arange(3)), r"its order must be a tensor \[1450\]"),
+        (altered(order=torch.full((1450,), 10**6)), "its order must be of 1497 observations"),
+        (altered(bounds=torch.zeros(1)), r"its bounds must be a tensor \[29\]"),
+        (altered(streams={}), "is not a checkpoint of this run"),
+        (altered(world=None), "is not a checkpoint of this run"),
+        (altered(hooks=[1, 2]), "is not a checkpoint of this run"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_one_sentence(finished, tmp_path, alter, sentence):
+    run_dir = copy_of(finished, tmp_path)
+    alter(run_dir / "checkpoint.pt")
+    for use in (lambda: runs.train(run_dir, replace(TINY, epochs=3)), lambda: runs.load(run_dir)):
+        with pytest.raises(InputError, match=sentence) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_refused_as_code_comes_with_no_advice_to_load_it_all_the_same(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    torch.save({"format": runs.FORMAT, "model": Evil()}, run_dir / "checkpoint.pt")
+    with pytest.raises(InputError, match="it holds more than numbers and words") as caught:
+        runs.load(run_dir)
+    assert "weights_only" not in str(caught.value) and "option" not in str(caught.value)
+
+
+def test_another_world_is_told(finished, tmp_path):
+    """Resuming is bit for bit with the same threads, dtype and versions alone, which the checkpoint has."""
+    run_dir, threads = copy_of(finished, tmp_path), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(UserWarning, match=f"not bit for bit .*: threads {threads} then and {threads + 1} now$"):
+            runs.train(run_dir, replace(TINY, epochs=3))
+    finally:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InputError, match="the images are torch.float32, but the model is torch.float64"):
+            runs.load(run_dir)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_checkpoint_whose_next_bound_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """Parameters may be finite, and all that comes of them not: the checkpoint of before stays."""
+    run_dir = tmp_path / "run"
+    step = training.plain_step
+
+    def blown_up(self, x):
+        bound = step(self, x)
+        if self.step == 2 * STEPS - 1:  # the last one: no step comes after it
+            for p in self.model.parameters():
+                p.data.fill_(1e30)
+        return bound
+
+    monkeypatch.setattr(training, "plain_step", blown_up)
+    with pytest.raises(
+        training.Diverged, match=f"the bound is not finite after step {2 * STEPS} .*, after step {STEPS}$"
+    ):
+        runs.train(run_dir, TINY)
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] == STEPS
+    assert not (run_dir / "result.json").exists()
+    with pytest.raises(training.Diverged, match="the last good checkpoint is none"):
+        runs.train(tmp_path / "one", replace(TINY, lr=1e20, epochs=1, batch_size=1400))  # one step in all
+
+
+def test_looking_whether_a_checkpoint_is_good_changes_nothing(tmp_path, finished):
+    """Saved after every step, so that the look is taken everywhere, the training ends as it does without."""
+    runs.train(tmp_path / "run", replace(TINY, checkpoint_seconds=0.0))
+    found = differences(contents(finished), contents(tmp_path / "run"))
+    assert found == ["/config/checkpoint_seconds"]
+
+
+def test_each_epoch_is_put_into_words_once(tmp_path, monkeypatch):
+    """So that the end of an epoch does not cost more the longer the history is."""
+    written, dumps = [], json.dumps
+    monkeypatch.setattr(training.json, "dumps", lambda value, **how: written.append(value) or dumps(value, **how))
+    runs.train(tmp_path / "run", replace(TINY, epochs=4, checkpoint_seconds=0.0))
+    assert sum("bound" in each for each in written) == 4  # and result.json is put into words by files
+
+
+def test_data_that_is_not_finite_is_not_blamed_on_the_learning_rate(monkeypatch):
+    split = data.Split.of(torch.full((60, 4), 1e30))
+    model = models.build("linear", 4, latent=2)
+    with pytest.raises(InputError, match="nothing is learnt yet, so look at the data") as caught:
+        training.fit(model, split, "elbo-path", batch_size=20, epochs=1)
+    assert "lower lr" not in str(caught.value)
+    with pytest.raises(InputError, match="fill in what is not a number"):
+        data.Split.of(torch.full((3, 4), float("nan")))

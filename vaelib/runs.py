@@ -102,11 +102,12 @@ def train(
     folder = Folder(named(run_dir))
     training = build(config, load_images(config))
     with in_use(folder):
-        stored, known = read_config(folder.config), read_result(folder.result)
+        stored = read_config(folder.config)
         if stored is not None:
             check_same(stored, config, folder)
         elif strange := [path.name for path in (folder.checkpoint, folder.metrics, folder.result) if lexists(path)]:
             raise InputError(f"'{run_dir}' has a {strange[0]} but no config.json: choose another folder")
+        known = read_result(folder.result)
         restore(training, folder.checkpoint)
         write_json(folder.config, asdict(config))
         write_metrics(folder.metrics, training)
