@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from toys import DTYPE, Leaves, quadrature
 
 import vaelib
-from vaelib import bounds, data, estimators, evaluation, gdreg, models, objectives, posteriors, training
+from vaelib import bounds, data, estimators, evaluation, gdreg, gradients, models, objectives, posteriors, training
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FullGaussian, HierarchicalGaussian, OneHotCategorical, Posterior
@@ -240,6 +240,121 @@ def test_a_gradient_of_a_map_is_right_or_refused():
             assert name.endswith("dreg")
         else:
             torch.testing.assert_close(mapped, each)
+
+
+# --- what a newcomer gives --------------------------------------------------------------------------------------------
+
+
+def normal_q() -> DiagonalGaussian:
+    return DiagonalGaussian(numbers(3, 2, seed=1), numbers(3, 2, seed=2))
+
+
+@pytest.mark.parametrize("name", ["elbo-total", "elbo-path", "iwae-dreg", "rws-dreg", "elbo-score"])
+def test_a_joint_that_changes_its_arguments_in_place_is_refused(name):
+    """Its z is q's too: what arrives there was scaled after the change, not before."""
+    log_joint = closure(numbers(2, 4))
+    for joint in (lambda x, z: log_joint(x, z.mul_(2.0)), lambda x, z: log_joint(x.sub_(1.0), z)):
+        with pytest.raises(InputError, match="changes x or z in place"):
+            vaelib.loss(name, joint, normal_q(), X.clone(), k=3)
+
+
+@pytest.mark.parametrize(
+    "joint, x, sentence",
+    [
+        (None, X, "joint must be a function"),
+        (lambda x, z: (x, z), X, "but returned a tuple"),
+        (lambda x, z: None, X, "but returned a NoneType"),
+        (closure(numbers(2, 4)), X.numpy(), "x must be a tensor of observations .* a ndarray"),
+        (closure(numbers(2, 4)), X[0, 0], "x must be a tensor of observations"),
+        (closure(numbers(2, 4)), X[:2], "x has 2 observations, but q .* is of 3"),
+    ],
+)
+def test_what_does_not_go_together_is_told_in_a_sentence(joint, x, sentence):
+    with pytest.raises(InputError, match=sentence):
+        vaelib.loss("iwae-dreg", joint, normal_q(), x, k=2)
+
+
+def test_evaluation_says_what_it_needs():
+    model = models.build("linear", 4)
+    for x in (X.numpy(), X[0, 0]):
+        with pytest.raises(InputError, match="x must be a tensor of observations"):
+            evaluation.log_likelihood(model, x)
+    with pytest.raises(InputError, match="this Linear has no joint"):
+        evaluation.log_likelihood(nn.Linear(4, 2), X)
+    with pytest.raises(InputError, match="batch_size must be a whole number"):
+        evaluation.mutual_information(model.encoder, X, batch_size="3")
+
+
+def test_a_q_that_is_given_is_not_called_what_an_encoder_returned():
+    with pytest.raises(InputError, match="q must be a posterior, .* but is a tuple"):
+        vaelib.loss("elbo-path", closure(numbers(2, 4)), (numbers(3, 2), numbers(3, 2)), X)
+
+
+def test_observations_stay_on_the_first_axis():
+    normal = distributions.Normal(numbers(3, 2), numbers(3, 2, seed=1).exp())
+    full = distributions.MultivariateNormal(numbers(3, 2), torch.eye(2))
+    for q in (distributions.Independent(normal, 2), distributions.Independent(full, 1)):
+        with pytest.raises(InputError, match=r"one distribution of the shape \[3, 2\]"):
+            posteriors.as_posterior(q)
+    with pytest.raises(InputError, match="LowRankMultivariateNormal, MixtureSameFamily, Bernoulli"):
+        posteriors.as_posterior(distributions.Laplace(numbers(3, 2), 1.0))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2,), (1, 3), (2, 1)])
+def test_logits_of_a_mixture_have_the_components_first(shape):
+    with pytest.raises(InputError, match=r"of the shape \[C, B\] = \[2, 3\]"):
+        posteriors.Mixture((normal_q(), normal_q()), torch.zeros(shape))
+
+
+def test_messages_name_the_class_that_was_given():
+    joint, duck = models.build("linear", 4).joint, Duck(numbers(3, 2), numbers(3, 2, seed=1))
+    with pytest.raises(InputError, match="a Duck does not know the mean and variance"):
+        vaelib.loss("silent", joint, duck, X)
+
+
+def test_an_estimator_of_ones_own_says_what_it_is_of():
+    def made(bound, target, function=lambda joint, q, x, eps: q.mean.sum(-1)):
+        return estimators.LossEstimator("mine", bound, target, 1, "", function)
+
+    with pytest.raises(InputError, match="no bound is called 'elob'"):
+        made("elob", None)
+    with pytest.raises(InputError, match="no target is called 'eblo'"):
+        made("elbo", "eblo")
+    scalar = made("elbo", None, lambda joint, q, x, eps: q.mean.sum())
+    with pytest.raises(InputError, match=r"must be of the shape \[B\] = \[3\]"):
+        vaelib.loss(scalar, closure(numbers(2, 4)), normal_q(), X)
+
+
+def test_weights_are_held_constant():
+    log_w = numbers(3, 2)
+    assert not any(w.requires_grad for row in TABLEAU.values() for w in row.weights(log_w))
+
+
+class Parts:
+    """A model that is no module, of functions that close over modules."""
+
+    def __init__(self, net):
+        self.encoder = lambda x: DiagonalGaussian(x[:, :2], x[:, 2:])
+
+        def decode(z):
+            return torch.stack([net(one) for one in z])
+
+        self.joint = lambda x, z: -0.5 * z.square().sum(-1) - 0.5 * (x - decode(z)).square().sum(-1)
+
+
+def test_modules_that_a_function_closes_over_are_evaluated_in_evaluation_mode():
+    net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5))
+    model = Parts(net)
+
+    def ask():
+        generator = torch.Generator().manual_seed(0)
+        gradient = gradients.draws("elbo-path", model.joint, normal_q(), X, draws=4, generator=generator)
+        return evaluation.log_likelihood(model, X, 20, 10, generator), gradient
+
+    found = ask()
+    assert net.training and net[1].training
+    net.eval()
+    torch.testing.assert_close(found, ask())
 
 
 # --- the gradient of vaelib.loss against quadrature and enumeration ---------------------------------------------------

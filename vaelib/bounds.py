@@ -17,7 +17,7 @@ from vaelib.posteriors import (
     DiagonalGaussian,
     FullGaussian,
     Latent,
-    layers_of,
+    draws,
     standard_normal_log_prob,
     times,
     tracing,
@@ -41,7 +41,8 @@ def iwae(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
     expectation grows with K towards :math:`\log p(x)`; for K = 1 it is the ELBO. Introduced in
     book/05-mixtures-and-iwae.ipynb.
     """
-    return log_sum_exp(log_w + log_share) - math.log(log_w.shape[0])
+    shared = log_w + log_share if isinstance(log_share, Tensor) else log_w
+    return log_sum_exp(shared) - math.log(log_w.shape[0])
 
 
 def log_sum_exp(log_w: Tensor) -> Tensor:
@@ -58,8 +59,8 @@ def normalised(log_w: Tensor) -> Tensor:
     return log_w.softmax(0).masked_fill(log_w == -math.inf, 0.0)
 
 
-BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"elbo": elbo, "iwae": iwae}
-"""The bounds by name."""
+BOUNDS: dict[str, Callable[..., Tensor]] = {"elbo": elbo, "iwae": iwae}
+"""The bounds by name, each ``(log_w, log_share=0.0) -> [B]``."""
 
 
 class FactoredJoint(Protocol):
@@ -108,14 +109,28 @@ def divergence(joint: nn.Module, q) -> Tensor:
             f"class {known}, or a row of the tableau, which estimates the divergence from draws"
         )
     if prior is None and hasattr(joint, "log_prior") and not tracing():
-        with torch.no_grad():
-            z = torch.ones_like(q.mean).unsqueeze(0)
-            if not torch.allclose(joint.log_prior(z), standard_normal_log_prob(z)):
-                raise InputError(
-                    f"the prior of this {type(joint).__name__} is not the standard normal, for which the "
-                    "divergence has a closed form: use a row of the tableau, which estimates it from draws"
-                )
+        check_standard(joint, torch.ones_like(q.mean).unsqueeze(0))
     return q.kl() if prior is None else q.kl(prior)
+
+
+class StandardPrior:
+    """A joint density whose prior is the standard normal, and known to be."""
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Return log p(z), ``[K, B]``."""
+        return standard_normal_log_prob(z)
+
+
+def check_standard(joint: FactoredJoint, z: Tensor) -> None:
+    """Raise InputError unless log p(z) is that of the standard normal; a prior that may be another is tried."""
+    if getattr(joint.log_prior, "__func__", None) is StandardPrior.log_prior:
+        return
+    with torch.no_grad():
+        if not torch.allclose(joint.log_prior(z), standard_normal_log_prob(z)):
+            raise InputError(
+                f"the prior of this {type(joint).__name__} is not the standard normal, for which the divergence has a "
+                "closed form: use a row of the tableau, which estimates it from draws"
+            )
 
 
 def elbo_kl(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:
@@ -157,7 +172,7 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
         )
     if form != "monte-carlo" and not hasattr(posterior, form):
         raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
-    k = layers_of(z)[0].shape[0]
+    k = draws(z)
     values = integrand(joint, x, posterior, z)
     if values.shape != (k, len(x)):
         raise InputError(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vaelib.bounds import divergence
 from vaelib.errors import InputError, whole_number
-from vaelib.estimators.base import draws, log_joint, log_posterior, log_weight
+from vaelib.estimators.base import check_observations, log_joint, log_posterior, log_weight
 from vaelib.posteriors import (
     DiagonalGaussian,
     Discrete,
@@ -23,6 +23,7 @@ from vaelib.posteriors import (
     Latent,
     Posterior,
     as_posterior,
+    draws,
     map_latent,
     modules_in,
     ready,
@@ -111,6 +112,13 @@ def log_likelihood(
     InputError
         if there is nothing to evaluate, or the densities do not have the shape ``[K, B]``.
     """
+    for part in ("joint", "encoder"):
+        if not callable(getattr(model, part, None)):
+            raise InputError(
+                f"a model must have a joint and an encoder, but this {type(model).__name__} has no {part}: give "
+                "models.VAE(joint, encoder), or any object with the two"
+            )
+    check_observations(x)
     if not len(x):
         raise InputError("there are no observations to evaluate: x has the shape " + str(list(x.shape)))
     for name, value in {"samples": samples, "chunk": chunk, "batch_size": batch_size}.items():
@@ -197,7 +205,8 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
 
     (Burda et al. 2016; 0.01 is their threshold.) One number for each stochastic layer. The mean of a second layer is
     taken at the mean of the first; for a flow's stands the place where the mean of its Gaussian ends. The variance is
-    over ``x`` ``[N, ...]``, gathered in batches. Introduced in book/01-elbo-forms.ipynb.
+    over ``x`` ``[N, ...]``, gathered in batches; of a single observation it is 0.
+    Introduced in book/01-elbo-forms.ipynb.
     """
     return [int((variance > threshold).sum()) for variance in activity(encoder, x, batch_size=batch_size)]
 
@@ -208,6 +217,8 @@ def activity(encoder: nn.Module, x: Tensor, *, batch_size: int = 1000) -> list[T
 
     As :func:`active_units` counts them.
     """
+    check_observations(x)
+    whole_number("batch_size", batch_size, least=1)
     with evaluating(encoder):
         layers = map(
             torch.cat, zip(*[as_posterior(encoder(batch)).means() for batch in x.split(batch_size)], strict=True)
@@ -278,7 +289,10 @@ def mutual_information(
     InputError
         if there are less than two observations in a batch, or the posterior has no entropy in closed form.
     """
-    if min(len(x), len(x) if batch_size is None else batch_size) < 2:
+    check_observations(x)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size, least=1)
+    if min(len(x), batch_size or len(x)) < 2:
         raise InputError(
             f"mutual information needs 2 observations at least to compare, but there are {len(x)}"
             + ("" if batch_size is None else f" in batches of {batch_size}")

@@ -18,8 +18,8 @@ Which parameters the gradient is taken in is a key of :data:`WRT`:
 =============  ============================================================================  ==========================
 
 All estimators see one and the same q: the networks are copied and measured in evaluation mode, without dropout and with
-the running statistics of batch norms, and what was given is left as it was; but what a plain function closes over is
-out of reach, and used as it is. In the place of the encoder a posterior serves too.
+the running statistics of batch norms, and what was given is left as it was. What a plain function closes over is not
+copied, but in evaluation mode meanwhile. In the place of the encoder a posterior serves too.
 
 The question "which estimator?" is best asked with ``wrt="posterior"``: what lies below, the encoder, is the same for
 all of them, and the draws then run side by side as one large batch, many times faster. The modules of a posterior, such
@@ -46,9 +46,10 @@ from vaelib import estimators as known
 from vaelib.advice import Advice, Bias
 from vaelib.errors import InputError, choose, whole_number
 from vaelib.estimators import Estimator
-from vaelib.estimators.base import draws as count
+from vaelib.evaluation import evaluating
 from vaelib.objectives import Objective
 from vaelib.posteriors import Discrete, Latent, Posterior, as_posterior, map_latent, modules_in
+from vaelib.posteriors import draws as count
 
 ROWS = 8192
 """Samples (draws x K x B) that go through the model at once; bounds the memory, whatever the number of draws."""
@@ -246,9 +247,10 @@ def draws(
     Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
     """
     whole_number("draws", draws, least=1)
-    lab = Laboratory(joint, encoder, x, k, wrt)
-    (one,) = lab.per_draw([known.get(estimator)])
-    return torch.cat([one.gradients(eps) for eps in lab.noise(draws, generator, chunk, one.size)])
+    with evaluating(joint, encoder):
+        lab = Laboratory(joint, encoder, x, k, wrt)
+        (one,) = lab.per_draw([known.get(estimator)])
+        return torch.cat([one.gradients(eps) for eps in lab.noise(draws, generator, chunk, one.size)])
 
 
 def measure(
@@ -272,7 +274,7 @@ def measure(
     Parameters
     ----------
     estimators
-        rows of the tableau or their names; all of them see the same noise.
+        estimators or their names; all of them see the same noise.
     joint, x
         as for :func:`vaelib.objectives.backward`.
     encoder
@@ -288,7 +290,7 @@ def measure(
     chunk
         differentiate at most so many draws at once, to save memory; the result is the same.
     repeats
-        also time this many training gradients of each row (:func:`vaelib.objectives.backward`, in turns; the median
+        also time this many training gradients of each (:func:`vaelib.objectives.backward`, in turns; the median
         goes to :attr:`Moments.seconds`).
     progress
         show a progress bar.
@@ -296,27 +298,28 @@ def measure(
     Raises
     ------
     InputError
-        for a name that does not exist, no estimators, fewer than 2 draws, a k for which a row is not defined, or a
+        for a name that does not exist, no estimators, fewer than 2 draws, a k for which one is not defined, or a
         gradient that is not finite.
     """
     whole_number("draws", draws, least=2)
     whole_number("repeats", repeats, least=0)
-    lab, found = Laboratory(joint, encoder, x, k, wrt), named(estimators)
-    each, moments = lab.per_draw(found), [Moments() for _ in found]
-    with tqdm(total=draws, desc="gradients", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in lab.noise(draws, generator, chunk, each[0].size):
-            for one, sums in zip(each, moments, strict=True):
-                sums.add(one.gradients(eps))
-            bar.update(count(eps))
+    with evaluating(joint, encoder):
+        lab, found = Laboratory(joint, encoder, x, k, wrt), named(estimators)
+        each, moments = lab.per_draw(found), [Moments() for _ in found]
+        with tqdm(total=draws, desc="gradients", unit="draw", disable=not progress, leave=False) as bar:
+            for eps in lab.noise(draws, generator, chunk, each[0].size):
+                for one, sums in zip(each, moments, strict=True):
+                    sums.add(one.gradients(eps))
+                bar.update(count(eps))
+        if repeats:
+            for sums, seconds in zip(moments, lab.seconds(found, repeats), strict=True):
+                sums.seconds = seconds
     for estimator, sums in zip(found, moments, strict=True):
         if bad := int((~sums.mean.isfinite()).sum()):
             raise InputError(
                 f"the gradient of '{estimator.name}' is not finite in {bad} of {len(sums.mean)} coordinates: look at "
                 "the model's bound first"
             )
-    if repeats:
-        for sums, seconds in zip(moments, lab.seconds(found, repeats), strict=True):
-            sums.seconds = seconds
     return {estimator.name: sums for estimator, sums in zip(found, moments, strict=True)}
 
 
@@ -347,22 +350,23 @@ def bias_test(
     Parameters
     ----------
     estimator, reference
-        rows of the tableau or their names; the second one is known to be unbiased.
+        estimators or their names; the second one is known to be unbiased.
     error_rate
         the probability of finding a bias where there is none.
     """
     if not 0 < error_rate < 1:
         raise InputError(f"error_rate must be between 0 and 1, but is {error_rate}")
     whole_number("draws", draws, least=2)
-    lab = Laboratory(joint, encoder, x, k, wrt)
-    ours, theirs = lab.per_draw([known.get(estimator), known.get(reference)])
-    difference, size = Moments(), Moments()
-    with tqdm(total=draws, desc="bias", unit="draw", disable=not progress, leave=False) as bar:
-        for eps in lab.noise(draws, generator, chunk, ours.size):
-            g = theirs.gradients(eps)
-            difference.add(ours.gradients(eps) - g)
-            size.add(g.abs())
-            bar.update(count(eps))
+    with evaluating(joint, encoder):
+        lab = Laboratory(joint, encoder, x, k, wrt)
+        ours, theirs = lab.per_draw([known.get(estimator), known.get(reference)])
+        difference, size = Moments(), Moments()
+        with tqdm(total=draws, desc="bias", unit="draw", disable=not progress, leave=False) as bar:
+            for eps in lab.noise(draws, generator, chunk, ours.size):
+                g = theirs.gradients(eps)
+                difference.add(ours.gradients(eps) - g)
+                size.add(g.abs())
+                bar.update(count(eps))
     rounding = 100 * torch.finfo(g.dtype).eps * size.mean.clamp_min(1)  # of two ways to compute the same number
     return BiasTest(difference.mean, torch.maximum(difference.standard_error, rounding), draws, error_rate)
 
@@ -481,7 +485,7 @@ class PerDraw(NamedTuple):
 
 
 class Laboratory:
-    """The networks of a measurement, copied and in evaluation mode, and the one q that all estimators see."""
+    """The networks of a measurement, copied, and the one q that all estimators see."""
 
     def __init__(self, joint: Callable[..., Tensor], encoder: Any, x: Tensor, k: int, wrt: str) -> None:
         whole_number("k", k, least=1)
@@ -551,15 +555,11 @@ def named(estimators: Iterable[Estimator | str]) -> list[Estimator]:
 
 
 def own(part: Any, copies: dict[int, Any]) -> Any:
-    """Return a copy, in evaluation mode, of a network or of what holds networks; a plain function as it is."""
-    modules = list(modules_in(part))
-    for value in [value for module in modules for value in vars(module).values()]:
+    """Return a copy of a network or of what holds networks; a plain function as it is."""
+    for value in [value for module in modules_in(part) for value in vars(module).values()]:
         if isinstance(value, Tensor) and not value.is_leaf:  # what a hook has made of the parameters
             copies[id(value)] = value.detach()
-    part = copy.deepcopy(part, copies)
-    for module in modules:
-        copies[id(module)].training = False
-    return part
+    return copy.deepcopy(part, copies)
 
 
 def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:

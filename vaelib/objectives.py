@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import estimators
-from vaelib.errors import InputError
 from vaelib.estimators import Estimator
+from vaelib.estimators.base import check_observations
 from vaelib.posteriors import Latent, as_posterior
 
 
@@ -36,7 +36,8 @@ def backward(estimator: str | Estimator, joint: Callable[..., Tensor], q: Any, x
     x
         observations, ``[B, ...]``.
     eps
-        noise, ``[K, B, D]`` or one such tensor a stochastic layer: ``q.noise(k, generator)``.
+        noise, ``[K, B, D]`` or one such tensor a stochastic layer: ``q.noise(k, generator)``; None for an estimator
+        without draws.
 
     Raises
     ------
@@ -45,7 +46,7 @@ def backward(estimator: str | Estimator, joint: Callable[..., Tensor], q: Any, x
     """
     loss = estimators.get(estimator).loss(joint, q, x, eps)
     if loss.requires_grad:
-        loss.mean().backward()
+        loss.backward(torch.full_like(loss, 1 / len(loss)))  # as loss.mean().backward(), with one step less
     return -loss.detach()
 
 
@@ -108,8 +109,7 @@ def loss(
         as :meth:`vaelib.estimators.Estimator.loss`.
     """
     estimator, q = estimators.get(name), as_posterior(q)
-    if not isinstance(x, Tensor):
-        raise InputError(f"x must be a tensor of observations [B, ...], but is a {type(x).__name__}")
+    check_observations(x)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         log_joint = torch.autocast(kind, torch.get_autocast_dtype(kind))(log_joint)

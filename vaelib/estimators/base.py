@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from vaelib.bounds import BOUNDS
-from vaelib.errors import InputError, typed
-from vaelib.posteriors import Adapted, Latent, Posterior, layers_of, ready
+from vaelib.errors import InputError, choose, typed
+from vaelib.posteriors import Adapted, Latent, Posterior, draws, layers_of, ready, tracing
+
+TARGETS = {"elbo": "the ELBO", "iwae": "the importance-weighted bound", "wake": "the wake-phase update of the encoder"}
+"""What an estimator's gradient can be that of, on average."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Estimator:
     bound
         the bound whose value it reports, a key of :data:`vaelib.bounds.BOUNDS`.
     target
-        what it is unbiased for: "elbo", "iwae", "wake" (the wake-phase update of the encoder), or None.
+        what it is unbiased for, a key of :data:`TARGETS`, or None.
     least_k
         the smallest number of draws it is defined for.
     reference
@@ -42,6 +45,11 @@ class Estimator:
     target: str | None
     least_k: int
     reference: str
+
+    def __post_init__(self) -> None:
+        choose("bound", self.bound, BOUNDS)
+        if self.target is not None:
+            choose("target", self.target, TARGETS)
 
     @property
     def summary(self) -> str:
@@ -60,33 +68,37 @@ class Estimator:
         x
             observations, ``[B, ...]``.
         eps
-            the noise of K draws, ``[K, B, D]`` or one such tensor a stochastic layer; ``q.noise(k, generator)``.
+            the noise of K draws, ``[K, B, D]`` or one such tensor a stochastic layer; ``q.noise(k, generator)``. None
+            for an estimator without draws, such as ``elbo-silent`` and ``elbo-exact``.
 
         Raises
         ------
         InputError
             if the estimator is not defined for this K or this posterior, if q is no posterior or not the same function
-            each time, or if the joint density does not have the shape ``[K, B]``.
+            each time, if x, q and eps are not of the same observations, or if the joint density does not have the
+            shape ``[K, B]`` or changes its arguments.
         """
-        return self.differentiate(joint, self.checked(q, eps), x, eps)
+        loss = self.differentiate(joint, self.checked(joint, q, x, eps), x, eps)
+        if loss.shape != x.shape[:1]:
+            raise InputError(
+                f"the loss of estimator '{self.name}' must be of the shape [B] = {list(x.shape[:1])}, one value for "
+                f"each observation, but is {list(loss.shape)}"
+            )
+        return loss
 
     def reference_loss(self, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None) -> Tensor:
         """Return the same loss in the form that shows what it is, and that :meth:`loss` is held to; slower."""
-        return self.differentiate_by_channels(joint, self.checked(q, eps), x, eps)
+        return self.differentiate_by_channels(joint, self.checked(joint, q, x, eps), x, eps)
 
-    def checked(self, q: Any, eps: Latent | None) -> Posterior:
-        """Return q as a posterior that the estimator can rely on."""
+    def checked(self, joint: Callable[..., Tensor], q: Any, x: Tensor, eps: Latent | None) -> Posterior:
+        """Return q as a posterior that the estimator can rely on, or say what does not go together."""
+        if not callable(joint):
+            raise InputError(f"joint must be a function joint(x, z) that returns log p(x, z), but is {joint!r}")
+        check_observations(x)
         q = ready(q, eps)
         if eps is not None:
             self.check(draws(eps))
-        if isinstance(eps, Tensor) and not isinstance(q, Adapted):
-            expected = q.noise_like(draws(eps))
-            if eps.shape[-1] != expected.shape[-1] or eps.dtype != expected.dtype:
-                raise InputError(
-                    f"the noise of a {type(q).__name__} is {expected.kind}, [K, B, {expected.shape[-1]}] of "
-                    f"{expected.dtype}, but eps has the shape {list(eps.shape)} and is {eps.dtype}: "
-                    "use q.noise(k, generator)"
-                )
+            check_noise(q, x, eps)
         return q
 
     def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent | None) -> Tensor:
@@ -117,31 +129,53 @@ class LossEstimator(Estimator):
     ----------
     function
         ``(joint, q, x, eps) -> [B]``, the loss.
-    words
+    summary
         what it does, in a line.
     """
 
     function: Callable[..., Tensor]
-    words: str = ""
-
-    @property
-    def summary(self) -> str:
-        """What it does, in a line."""
-        return self.words
+    summary: str = ""
 
     def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent | None) -> Tensor:
         """Return the loss."""
         return self.function(joint, q, x, eps)
 
 
-def draws(eps: Latent) -> int:
-    """Return the number of draws K that the noise is for."""
-    return layers_of(eps)[0].shape[0]
+def check_observations(x: Tensor) -> None:
+    """Raise InputError unless ``x`` is a tensor of observations."""
+    if not isinstance(x, Tensor) or not x.ndim:
+        found = "of the shape []" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InputError(f"x must be a tensor of observations [B, ...], but is {found}")
+
+
+def check_noise(q: Posterior, x: Tensor, eps: Latent) -> None:
+    """Raise InputError unless ``eps`` is noise of q for the observations ``x``."""
+    first = layers_of(eps)[0]
+    if first.ndim > 1 and first.shape[1] != len(x):
+        raise InputError(
+            f"x has {len(x)} observations, but q (or its noise eps) is of {first.shape[1]}: give both of one batch"
+        )
+    if isinstance(eps, Tensor) and not isinstance(q, Adapted):
+        expected = q.noise_like(len(eps))
+        if eps.ndim != 3 or eps.shape[-1] != expected.shape[-1] or eps.dtype != expected.dtype:
+            raise InputError(
+                f"the noise of a {type(q).__name__} is {expected.kind}, [K, B, {expected.shape[-1]}] of "
+                f"{expected.dtype}, but eps has the shape {list(eps.shape)} and is {eps.dtype}: "
+                "use q.noise(k, generator)"
+            )
 
 
 def log_joint(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> Tensor:
-    """Return ``joint(x, z)``, or raise InputError if it is not of the shape ``[K, B]``."""
-    return _shaped("joint(x, z)", "log p(x, z)", joint(x, z), x, z)
+    """Return ``joint(x, z)``, or raise InputError if it is not of the shape ``[K, B]``, or x or z is another then."""
+    given = [] if tracing() else [part for part in (x, *layers_of(z)) if not part.is_inference()]
+    before = [part._version for part in given]
+    log_p = joint(x, z)
+    if [part._version for part in given] != before:
+        raise InputError(
+            "joint(x, z) changes x or z in place, which q and the other estimators see too: leave them as they are, "
+            "such as z * 2 for z.mul_(2), or ReLU() for ReLU(inplace=True)"
+        )
+    return _shaped("joint(x, z)", "log p(x, z)", log_p, x, z)
 
 
 def log_weight(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_q: Tensor) -> Tensor:

@@ -158,8 +158,8 @@ def gumbel_softmax(temperature: float) -> LossEstimator:
         if the temperature is not above 0.
     """
     name = f"elbo-gumbel-softmax({temperature:g})"
-    words = "For discrete latents: the gradient of a continuous sample, which is biased."
-    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False), words)
+    summary = "For discrete latents: the gradient of a continuous sample, which is biased."
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=False), summary)
 
 
 def straight_through(temperature: float) -> LossEstimator:
@@ -174,8 +174,8 @@ def straight_through(temperature: float) -> LossEstimator:
         if the temperature is not above 0.
     """
     name = f"elbo-straight-through({temperature:g})"
-    words = "For discrete latents: the value of the sample, the gradient of a continuous one; biased."
-    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True), words)
+    summary = "For discrete latents: the value of the sample, the gradient of a continuous one; biased."
+    return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True), summary)
 
 
 def annealed_temperature(step: int, rate: float = 1e-4, floor: float = 0.5) -> float:
@@ -187,8 +187,8 @@ TEMPERATURE = 0.5
 """The temperature of the relaxed estimators that have a plain name; the floor of Jang et al.'s schedule."""
 
 ARM, DISARM = (
-    LossEstimator(name, "elbo", "elbo", 1, source, loss, words)
-    for name, source, loss, words in (
+    LossEstimator(name, "elbo", "elbo", 1, source, loss, summary)
+    for name, source, loss, summary in (
         ("elbo-arm", "yin2019", arm, "For bits: the difference between a sample and its antithetic twin."),
         ("elbo-disarm", "dong2020", disarm, "For bits: ARM, averaged over all noise of the same pair."),
     )

@@ -64,7 +64,7 @@ def gdreg(row: Row) -> LossEstimator:
         shift = prior.sample(e)
         moved = z1 + (shift - shift.detach()), z2  # the same point to the bit, now a function of the prior's parameters
         log_w = log_weight(still, x, moved, held.log_prob_of_sample(moved, eps))
-        a, b, _ = row.weights(log_w.detach())
+        a, b, _ = row.weights(log_w)
         score = prior.log_prob(z1)  # what the row has for the prior, taken back
         total = (a * (still.log_likelihood(x, moved) - score) - b * log_w).sum(0)
         return row.loss(joint, q, x, eps) - (total - total.detach())

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from vaelib.bounds import iwae, normalised
 from vaelib.errors import InputError
-from vaelib.estimators.base import Estimator, draws, log_joint, log_weight
-from vaelib.posteriors import Latent, Posterior, inside_vmap, layers_of, map_latent, stop_gradient
+from vaelib.estimators.base import Estimator, log_joint, log_weight
+from vaelib.posteriors import Latent, Posterior, draws, inside_vmap, layers_of, map_latent, stop_gradient
 
 
 class Weights(NamedTuple):
@@ -55,8 +55,9 @@ class Row(Estimator):
     rule: Callable[[Tensor], Weights]
 
     def weights(self, log_w: Tensor, log_share: Tensor | float = 0.0) -> Weights:
-        """Return the weights a, b, c for ``log_w`` ``[K, B]``; a channel that is not used weighs 0."""
+        """Return the weights a, b, c for ``log_w`` ``[K, B]``, held constant; a channel that is not used weighs 0."""
         self.check(log_w.shape[0])
+        log_w, log_share = log_w.detach(), log_share.detach() if isinstance(log_share, Tensor) else log_share
         weights = self.rule(log_w + log_share)
         if isinstance(log_share, Tensor) and self.bound == "elbo":
             weights = (w if w is None else w * log_share.exp() for w in weights)
@@ -81,6 +82,11 @@ class Row(Estimator):
     def reparameterised(self) -> bool:
         """Whether the row uses the path channel, and so needs a sample that is differentiable in phi."""
         return self.example.path is not None
+
+    @cached_property
+    def scales(self) -> bool:
+        """Whether the path weighs otherwise than theta, so that what arrives at the sample has to be scaled."""
+        return self.reparameterised and self.example.path is not self.example.theta
 
     @cached_property
     def whole(self) -> bool:
@@ -116,7 +122,8 @@ class Row(Estimator):
             score = None if self.example.score is None else q.log_prob_of_sample(still, eps)
             if self.reparameterised:
                 self.check_path(q, z, eps)
-                z = map_latent(lambda layer: layer.view_as(layer), z)  # what arrives here is log w's alone
+                if self.scales:
+                    z = map_latent(lambda layer: layer.view_as(layer), z)  # what arrives here is log w's alone
                 log_q = q.stop_gradient().log_prob_of_sample(z, eps)
             else:
                 z, log_q = still, score.detach()
@@ -126,8 +133,9 @@ class Row(Estimator):
 
         seen = log_w.detach()
         a, b, c = self.rule(seen)
-        total = (a * log_w.masked_fill(seen == -math.inf, 0.0)).sum(0)
-        if b is not None and b is not a:
+        possible = log_w.clamp_min(torch.finfo(log_w.dtype).min)  # what is impossible teaches nothing
+        total = torch.linalg.vecdot(a, possible, dim=0)
+        if self.scales:
             if inside_vmap():
                 raise InputError(
                     f"estimator '{self.name}' scales what arrives at its samples, which grad(vmap(loss)) hides: "
@@ -138,8 +146,8 @@ class Row(Estimator):
                 if layer.requires_grad:  # some layers may be frozen
                     layer.register_hook(lambda gradient: ratio * gradient)
         if score is not None:
-            total = total + (c * score).sum(0)
-        return -(self.value(seen) + total - total.detach())
+            total = total + torch.linalg.vecdot(c, score, dim=0)
+        return total.detach() - total - self.value(seen)
 
     def differentiate_by_channels(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         """Return the same loss with a line for each channel: theta, phi through the sample, phi through the density."""
@@ -161,7 +169,7 @@ class Row(Estimator):
         log_w = (theta - score).detach()
         never = log_w == -math.inf  # what is impossible teaches nothing
         theta, path = theta.masked_fill(never, 0.0), path.masked_fill(never, 0.0)
-        a, b, c = self.weights(log_w, log_share.detach() if isinstance(log_share, Tensor) else log_share)
+        a, b, c = self.weights(log_w, log_share)
         total = (a * theta + b * path + c * score).sum(0)
         return -(self.value(log_w, log_share) + total - total.detach())
 
@@ -214,7 +222,7 @@ def mean_of_others(log_w: Tensor) -> Tensor:
     never = log_w == -math.inf
     possible = log_w.masked_fill(never, 0.0)
     mean = (possible.sum(0) - possible) / (log_w.shape[0] - 1)
-    return mean.masked_fill(never.sum(0) - never.int() > 0, -math.inf)
+    return mean.masked_fill(never.sum(0) > never, -math.inf)
 
 
 def signal(value: Tensor, baseline: Tensor | float = 0.0) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vaelib.bounds import StandardPrior
 from vaelib.models.encoders import family
 from vaelib.posteriors import Discrete, Latent, standard_normal_log_prob
 
 
-class Joint(nn.Module):
+class Joint(StandardPrior, nn.Module):
     r"""The joint density :math:`\log p(z) + \log p(x \mid z)` with a standard normal prior.
 
     Introduced in book/01-elbo-forms.ipynb.
@@ -26,10 +27,6 @@ class Joint(nn.Module):
     def __init__(self, decode: nn.Module) -> None:
         super().__init__()
         self.decode = decode
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        """Return log p(z), ``[K, B]``."""
-        return standard_normal_log_prob(z)
 
     def sample_prior(self, eps: Latent) -> Latent:
         """Return the z of the prior that the posterior's noise ``[K, B, D]`` makes: here the noise itself."""

@@ -1,14 +1,20 @@
 r"""What a posterior is: the contract that every q of this package keeps, and that a q of your own can be tried on.
 
-============================  ==========================  =====================================================
-``noise(k, generator)``       eps, ``[K, B, D]``          the noise that samples are made of
-``sample(eps)``               z = t(eps, phi)             differentiable in phi (the *path*), or not at all
-``log_prob(z)``               log q(z | x), ``[K, B]``    differentiable in phi (the *score*) and in z
-``sample_and_log_prob(eps)``  both of one draw            without inverting q, so also where q is narrow
-``stop_gradient()``           the same q                  phi held constant; still differentiable in z
-``map_parameters(f)``         the same kind of q          with f applied to each parameter ``[B, ...]``
-``log_share(k)``              0, or ``[K, B]``            the log of what a draw counts, if not all count alike
-============================  ==========================  =====================================================
+==============================  ========================  ==========================================================
+``noise_like(k)``               what that noise is        kind, shape, dtype and device, before it is drawn
+``noise(k, generator)``         eps, ``[K, B, D]``        the noise that samples are made of
+``sample(eps)``                 z = t(eps, phi)           differentiable in phi (the *path*), or not at all
+``log_prob(z)``                 log q(z | x), ``[K, B]``  differentiable in phi (the *score*) and in z
+``log_prob_of_sample(z, eps)``  log q(z), ``[K, B]``      where z is the sample of eps, live or held constant
+``sample_and_log_prob(eps)``    both of one draw          without inverting q, so also where q is narrow
+``stop_gradient()``             the same q                phi held constant; still differentiable in z
+``map_parameters(f)``           the same kind of q        with f applied to each parameter ``[B, ...]``
+``log_share(k)``                0, or ``[K, B]``          the log of what a draw counts, if not all count alike
+``strata``                      1, or more                draws come in multiples of this number
+``means()``                     a tuple of ``[B, D]``     where each stochastic layer is centred
+``density_moves(z, eps)``       true or false             whether log q has parameters that need a path
+``detaches``                    false                     true for a stop that is meant to hold too much (chapter 2)
+==============================  ========================  ==========================================================
 
 A latent of several stochastic layers is a tuple ``(z1, z2, ...)``, and so is its noise. A posterior that can say the
 mean and the variance of linear functions of z has a method ``linear_moments(weight)`` besides; this is all that an
@@ -19,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +48,11 @@ def map_latent(function: Callable[[Tensor], Tensor], z: Latent) -> Latent:
 def layers_of(z: Latent) -> tuple[Tensor, ...]:
     """Return the stochastic layers of ``z``, one or more."""
     return z if isinstance(z, tuple) else (z,)
+
+
+def draws(z: Latent) -> int:
+    """Return the number of draws K of a sample or its noise."""
+    return layers_of(z)[0].shape[0]
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
@@ -165,7 +176,7 @@ class Posterior:
         InputError
             if the posterior has no parameters to be told.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        values = vars(self) if is_dataclass(self) else {}
         if not values or not all(isinstance(value, Tensor) for value in values.values()):
             raise InputError(
                 f"a {type(self).__name__} does not say which numbers it is made of, so that none can be held constant "

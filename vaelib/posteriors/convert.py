@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class OwnNoise:
 
 
 class Adapted(Posterior):
-    """A posterior of another class, with what it does not say filled in from :class:`Posterior`."""
+    """A posterior of another class, with what it does not say from :class:`Posterior`; it goes by its name."""
 
     def __init__(self, q: Any) -> None:
         self.q = q
@@ -53,6 +53,12 @@ class Adapted(Posterior):
     def stop_gradient(self) -> Posterior:
         """Return the same posterior with its parameters held constant, as its own class does it."""
         return as_posterior(self.q.stop_gradient())
+
+
+@cache
+def adapted(kind: type) -> type[Adapted]:
+    """Return the class of adapted posteriors that has the name of theirs, for messages."""
+    return type(kind.__name__, (Adapted,), {"__module__": kind.__module__})
 
 
 def as_posterior(q: Any) -> Posterior:
@@ -81,10 +87,10 @@ def as_posterior(q: Any) -> Posterior:
     ]
     if missing:
         raise InputError(
-            f"an encoder must return a posterior, but this one returned a {type(q).__name__}, which has no "
-            f"{' and no '.join(missing)}: return one of vaelib.posteriors, such as DiagonalGaussian(mean, log_std)"
+            f"q must be a posterior, as an encoder returns it, but is a {type(q).__name__}, which has no "
+            f"{' and no '.join(missing)}: give one of vaelib.posteriors, such as DiagonalGaussian(mean, log_std)"
         )
-    return Adapted(q)
+    return adapted(type(q))(q)
 
 
 def convert(q: distributions.Distribution) -> Posterior:
@@ -98,10 +104,15 @@ def convert(q: distributions.Distribution) -> Posterior:
     if _is(q, "zuko", "NormalizingFlow"):
         return flow(q)
     if type(q) not in CONVERSIONS:
+        names = ", ".join(family.__name__ for family in CONVERSIONS)
         raise InputError(
-            f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: return Normal, "
-            "MultivariateNormal, MixtureSameFamily of these, Bernoulli or OneHotCategorical, a flow of zuko, or a "
-            "posterior of vaelib.posteriors"
+            f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: take one of {names}, a flow of "
+            "zuko, or a posterior of vaelib.posteriors"
+        )
+    if not q.batch_shape:
+        raise InputError(
+            f"this {type(q).__name__} is one distribution of the shape {list(q.event_shape)}, but q must have the "
+            "observations on axis 0: see what Independent(..., n) takes for a part of z"
         )
     return CONVERSIONS[type(q)](q)
 
@@ -188,7 +199,8 @@ def mixture(q: distributions.MixtureSameFamily) -> Mixture:
         )
     parts = parts.base_dist if type(parts) is distributions.Independent else parts
     if type(parts) not in COMPONENTS:
-        raise InputError(f"a mixture must have Normal or MultivariateNormal components, not {type(parts).__name__}")
+        names = ", ".join(family.__name__ for family in COMPONENTS)
+        raise InputError(f"the components of a mixture must be one of {names}, not {type(parts).__name__}")
     family, parameters = COMPONENTS[type(parts)]
     (logits,) = _shaped(q, q.mixture_distribution.logits)
     pairs = zip(*(parameter.unbind(1) for parameter in parameters(parts)), strict=True)

@@ -31,6 +31,10 @@ class Gaussian(Posterior):
         r"""Return :math:`L^{-1} r`."""
         raise NotImplementedError
 
+    def slope(self, eps: Tensor) -> Tensor:
+        r"""Return :math:`L^{-\top} \varepsilon`, minus the slope of log q at the sample of ``eps``, held constant."""
+        raise NotImplementedError
+
     def log_det(self) -> Tensor:
         r"""Return :math:`\log\det L`, ``[B]``."""
         raise NotImplementedError
@@ -42,10 +46,11 @@ class Gaussian(Posterior):
     def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
         r"""Return :math:`\log q(z)` of the sample of ``eps``, ``[K, B]``, where :math:`L^{-1}(z - \mu)` is eps itself.
 
-        It is written :math:`\varepsilon + L^{-1} [z - (\mu + L \varepsilon)]`: the bracket is 0, and only its
-        derivatives count.
+        It is written :math:`\log q(t(\varepsilon)) + s^\top [z - t(\varepsilon)]` with the slope
+        :math:`s = -L^{-\top} \varepsilon`: the bracket is 0, and only its first derivatives count.
         """
-        return standard_normal_log_prob(eps + self.whiten(z - self.sample(eps))) - self.log_det()
+        sample, log_q = self.sample_and_log_prob(eps)
+        return log_q - (self.slope(eps) * (z - sample)).sum(-1)
 
     def log_prob_near(self, centre: Tensor, offset: Tensor) -> Tensor:
         r"""Return :math:`\log q(c + o)` from the residual :math:`(c - \mu) + o`, which keeps its digits."""
@@ -83,6 +88,10 @@ class DiagonalGaussian(Gaussian):
     def whiten(self, residual: Tensor) -> Tensor:
         r"""Return :math:`r / \sigma`."""
         return residual * (-self.log_std).exp()
+
+    def slope(self, eps: Tensor) -> Tensor:
+        r"""Return :math:`\varepsilon / \sigma`, held constant."""
+        return eps / self.log_std.detach().exp()
 
     def log_det(self) -> Tensor:
         r"""Return :math:`\sum_d \log\sigma_d`, ``[B]``; one scale for all dimensions counts for each of them."""
@@ -129,6 +138,10 @@ class FullGaussian(Gaussian):
     def whiten(self, residual: Tensor) -> Tensor:
         r"""Return :math:`L^{-1} r`."""
         return torch.linalg.solve_triangular(self.scale_tril, residual.unsqueeze(-1), upper=False).squeeze(-1)
+
+    def slope(self, eps: Tensor) -> Tensor:
+        r"""Return :math:`L^{-\top} \varepsilon`, held constant."""
+        return torch.linalg.solve_triangular(self.scale_tril.detach().mT, eps.unsqueeze(-1), upper=True).squeeze(-1)
 
     def log_det(self) -> Tensor:
         r"""Return :math:`\sum_d \log L_{dd}`, ``[B]`` (``[]`` for a shared L)."""
@@ -255,6 +268,14 @@ class Mixture(Posterior):
 
     components: tuple[DiagonalGaussian | FullGaussian, ...]
     logits: Tensor
+
+    def __post_init__(self) -> None:
+        expected = (len(self.components), *(self.components[0].mean.shape[:-1] if self.components else ()))
+        if self.logits.shape != expected:
+            raise InputError(
+                f"the logits of a mixture must be of the shape [C, B] = {list(expected)}, the components first, but "
+                f"are {list(self.logits.shape)}"
+            )
 
     @classmethod
     def from_weights(cls, components: tuple[DiagonalGaussian | FullGaussian, ...], weights: Tensor) -> Mixture:

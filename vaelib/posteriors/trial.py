@@ -78,12 +78,32 @@ def functions_in(value: Any) -> Iterator[Any]:
 
 
 def modules_in(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules of a network, of a posterior, and of a method or callable object that holds some."""
-    for found in functions_in(value):
-        inside = () if isinstance(found, nn.Module) else getattr(found, "__dict__", {}).values()
-        for part in (found, getattr(found, "__self__", None), *inside):
-            if isinstance(part, nn.Module):
-                yield from part.modules()
+    """Yield the modules of a network, of a posterior, and of what a method, object or function holds or closes over."""
+    rest, seen = list(functions_in(value)), set()
+    while rest:
+        part = rest.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, nn.Module):
+            yield from part.modules()
+        else:
+            held = [getattr(part, "__self__", None), getattr(part, "__func__", None), *_closed_over(part)]
+            rest += functions_in([*held, *getattr(part, "__dict__", {}).values()])
+
+
+def _closed_over(function: Any) -> Iterator[Any]:
+    """Yield the values of the names that a function, not one of a library, takes from outside of it."""
+    if isinstance(function, functools.partial):
+        yield from (function.func, *function.args, *function.keywords.values())
+    if not isinstance(function, types.FunctionType) or function.__module__.startswith(("torch.", "vaelib.")):
+        return
+    yield from (cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
 
 
 def _mode(parts: list[Any]) -> tuple[Any, ...]:
@@ -131,7 +151,7 @@ def _undisturbed(q: Posterior) -> Iterator[None]:
 
 def try_out(q: Posterior, eps: Latent) -> None:
     """Raise InputError unless ``q`` is one function of z, and stopping it holds its parameters and nothing else."""
-    name = type(q.q if isinstance(q, Adapted) else q).__name__
+    name = type(q).__name__
     rows = max(1, q.strata * layers_of(eps)[0].shape[1])
     few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
     with _undisturbed(q), torch.enable_grad():
