@@ -158,7 +158,7 @@ FAULTY = {
     "not unbiased for 'elbo'": lost(lambda joint, q, x, eps: path(joint, q.stop_gradient(), x, eps)),
     "the value is not -elbo": lost(lambda joint, q, x, eps: path(joint, q, x, eps) + 0.5),
     "the value is not -iwae": replace(lost(path), bound="iwae", target=None),
-    r"loss must be \[B\] = \[2\], but is \[\]": lost(lambda joint, q, x, eps: path(joint, q, x, eps).mean()),
+    r"of the shape \[B\] = \[2\], .*, but is \[\]": lost(lambda joint, q, x, eps: path(joint, q, x, eps).mean()),
     "differs from call to call": lost(lambda joint, q, x, eps: path(joint, q, x, torch.randn_like(eps))),
     "theta gets another gradient if q is frozen": lost(
         lambda joint, q, x, eps: path(joint, q, x, eps) * (1.0 if q.mean.requires_grad else 2.0)

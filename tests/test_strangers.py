@@ -357,6 +357,44 @@ def test_modules_that_a_function_closes_over_are_evaluated_in_evaluation_mode():
     torch.testing.assert_close(found, ask())
 
 
+class Above(nn.Module):
+    """q(z2 | z1), from any network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z):
+        return DiagonalGaussian(self.net(z), torch.zeros_like(z))
+
+
+def test_a_layer_of_q_that_works_in_place_is_refused():
+    q = HierarchicalGaussian(normal_q(), (Above(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))),))
+    with pytest.raises(InputError, match="changes z in place"):
+        vaelib.loss("elbo-path", lambda x, z: -z[1].square().sum(-1), q, X)
+
+
+def test_forms_that_evaluate_the_joint_twice_refuse_a_random_one():
+    """With two masks, what is taken back of a gradient is not what was in it."""
+    model = models.build("mlp-2", 4, generator=torch.Generator().manual_seed(0), hidden=5, hidden2=5)
+    model.joint.priors[0] = nn.Sequential(nn.Dropout(0.5), model.joint.priors[0])
+    x, row = X.round(), TABLEAU["iwae-dreg"]
+    q = model.encoder(x)
+    eps = q.noise(3, torch.Generator().manual_seed(1))
+    for broken in (gdreg.gdreg(row).loss, row.reference_loss):
+        with pytest.raises(InputError, match="a random layer such as dropout"):
+            broken(model.joint, q, x, eps)
+        model.joint.eval()
+        assert broken(model.joint, q, x, eps).isfinite().all()
+        model.joint.train()
+
+
+def test_no_observations_are_no_batch():
+    q = DiagonalGaussian(torch.zeros(0, 2), torch.zeros(0, 2))
+    with pytest.raises(InputError, match=r"there are no observations: x has the shape \[0, 4\]"):
+        objectives.backward("elbo-path", closure(numbers(2, 4)), q, X[:0], torch.zeros(1, 0, 2))
+
+
 # --- the gradient of vaelib.loss against quadrature and enumeration ---------------------------------------------------
 
 K, NODES = 2, 14

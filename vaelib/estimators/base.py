@@ -95,6 +95,8 @@ class Estimator:
         if not callable(joint):
             raise InputError(f"joint must be a function joint(x, z) that returns log p(x, z), but is {joint!r}")
         check_observations(x)
+        if not len(x):
+            raise InputError(f"there are no observations: x has the shape {list(x.shape)}")
         q = ready(q, eps)
         if eps is not None:
             self.check(draws(eps))

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from vaelib.errors import InputError
 from vaelib.estimators.base import LossEstimator, log_weight
 from vaelib.estimators.tableau import Row
-from vaelib.posteriors import Latent, Posterior, map_latent, stop_gradient
+from vaelib.posteriors import Latent, Posterior, map_latent, stop_gradient, tracing
 
 ROWS = ("elbo-path", "iwae-dreg")
 
@@ -64,10 +65,16 @@ def gdreg(row: Row) -> LossEstimator:
         shift = prior.sample(e)
         moved = z1 + (shift - shift.detach()), z2  # the same point to the bit, now a function of the prior's parameters
         log_w = log_weight(still, x, moved, held.log_prob_of_sample(moved, eps))
-        a, b, _ = row.weights(log_w)
+        plain = row.loss(joint, q, x, eps)
         score = prior.log_prob(z1)  # what the row has for the prior, taken back
+        if not tracing() and not torch.allclose(plain, -row.value(log_w), rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise InputError(
+                "GDReG evaluates the joint more than once, and this one is another each time, since a random layer "
+                "such as dropout is active in it: call .eval() on that network, or leave the layer out"
+            )
+        a, b, _ = row.weights(log_w)
         total = (a * (still.log_likelihood(x, moved) - score) - b * log_w).sum(0)
-        return row.loss(joint, q, x, eps) - (total - total.detach())
+        return plain - (total - total.detach())
 
     name = f"{row.name}-gdreg"
     return LossEstimator(name, row.bound, row.target, row.least_k, "bauer2021", loss, "With a path for the prior too.")

@@ -31,7 +31,7 @@ from torch import Tensor
 from vaelib.bounds import iwae, normalised
 from vaelib.errors import InputError
 from vaelib.estimators.base import Estimator, log_joint, log_weight
-from vaelib.posteriors import Latent, Posterior, draws, inside_vmap, layers_of, map_latent, stop_gradient
+from vaelib.posteriors import Latent, Posterior, draws, inside_vmap, layers_of, map_latent, stop_gradient, tracing
 
 
 class Weights(NamedTuple):
@@ -158,7 +158,13 @@ class Row(Estimator):
 
         theta = log_joint(joint, x, still)
         held = stop_gradient(joint)
-        if held(x, still).requires_grad:
+        again = log_joint(held, x, still)
+        if not tracing() and not torch.allclose(theta.detach(), again.detach(), rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise InputError(
+                "the three-channel form evaluates the joint more than once, and this one is another each time, since a "
+                "random layer such as dropout is active in it: call .eval() on that network, or use the loss"
+            )
+        if again.requires_grad:
             raise InputError(
                 "the three-channel form needs a joint whose parameters can be held constant, a module, but "
                 f"this is a {type(joint).__name__} that closes over live ones: use the estimator's loss, without a stop"

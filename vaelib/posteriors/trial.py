@@ -155,6 +155,14 @@ def try_out(q: Posterior, eps: Latent) -> None:
     rows = max(1, q.strata * layers_of(eps)[0].shape[1])
     few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
     with _undisturbed(q), torch.enable_grad():
+        held = map_latent(Tensor.detach, q.sample(few))
+        before = [layer._version for layer in layers_of(held)]
+        q.log_prob(held)
+        if [layer._version for layer in layers_of(held)] != before:
+            raise InputError(
+                f"the density of this {name} changes z in place: let its networks leave what they are given, such as "
+                "ReLU() for ReLU(inplace=True)"
+            )
         other, z = q.sample(few), map_latent(lambda layer: layer.detach().requires_grad_(), q.sample(few))
         still = q.stop_gradient()
         first, second = (still.log_prob_of_sample(z, few) for _ in range(2))
