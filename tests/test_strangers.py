@@ -395,6 +395,29 @@ def test_no_observations_are_no_batch():
         objectives.backward("elbo-path", closure(numbers(2, 4)), q, X[:0], torch.zeros(1, 0, 2))
 
 
+class Torch(nn.Module):
+    """An encoder that returns a distribution of torch, which refuses parameters that are not numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.calls = nn.Linear(64, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 9:  # as an update by a gradient that is not finite leaves them
+            self.head.weight.data.fill_(float("nan"))
+        mean, log_std = self.head(x).chunk(2, -1)
+        return distributions.Independent(distributions.Normal(mean, log_std.exp(), validate_args=True), 1)
+
+
+def test_a_training_says_what_is_wrong_with_it():
+    digits, joint = data.load("digits"), models.build("linear", 64, latent=2).joint
+    with pytest.raises(training.Diverged, match="a parameter is not finite before step [1-9]"):
+        training.fit(models.VAE(joint, Torch(), binary=False), digits.train, epochs=1)
+    with pytest.raises(InputError, match="'epoch', did you mean 'epochs'"):
+        training.fit(models.build("linear", 64), digits.train, epoch=1)
+
+
 # --- the gradient of vaelib.loss against quadrature and enumeration ---------------------------------------------------
 
 K, NODES = 2, 14

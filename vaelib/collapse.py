@@ -573,7 +573,8 @@ def posterior_mean(joint: nn.Module, x: Tensor, grid: Tensor | None = None, chun
         observations at a time; each meets all of the grid.
     """
     if grid is None:
-        grid = torch.arange(-200, 200, device=x.device).unsqueeze(1) / 10
+        parameter = next(joint.parameters(), x)
+        grid = torch.arange(-200, 200, dtype=parameter.dtype, device=x.device).unsqueeze(1) / 10
     means = []
     for part in x.split(chunk):
         log_p = joint(part, grid.unsqueeze(1).expand(-1, len(part), -1))

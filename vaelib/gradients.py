@@ -430,7 +430,8 @@ def advise(
         raise InputError(f"advice needs 100 observations at least, but x has {len(x)}: give it more")
     generator = generator or torch.Generator(x.device).manual_seed(0)
     copies: dict[int, Any] = {}
-    model = Networks(own(model.joint, copies), own(model.encoder, copies))
+    with evaluating(model.joint, model.encoder):
+        model = Networks(own(model.joint, copies), own(model.encoder, copies))
     few = x[:8]
     rows, left_out = advice.applicable(model, few, k)
 

@@ -310,7 +310,12 @@ class Training:
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
         with bar, enough_memory("k", "batch_size", "sizes"):
             while not self.over:
-                bounds = self.advance()
+                try:
+                    bounds = self.advance()
+                except Exception as error:  # such as torch's distributions raise for a parameter that is not a number
+                    if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+                        raise
+                    raise self.diverged(f"a parameter is not finite before step {self.step + 1}") from error
                 self.seconds = time.monotonic() - start
                 self.note(bounds)
                 if self.epoch_ends:
@@ -645,4 +650,6 @@ def fit(
     :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Training`. Introduced in
     book/01-elbo-forms.ipynb.
     """
+    for name in recipe:
+        choose("field of the recipe", name, Recipe.__dataclass_fields__)
     return Training(model, split, estimator, Recipe(**recipe), compile=compile).run(progress=progress)
