@@ -145,6 +145,8 @@ def row(name, variance, error=0.01, seconds=1.0):
         ([row("elbo-path", 5.0), row("elbo-total", 1.0)], "elbo-total", "no"),
         ([row("elbo-path", 1.0), row("elbo-total", 1.1)], "elbo-path", "cannot tell"),
         ([row("elbo-path", 1.0, 2.0), row("elbo-total", 0.5, 2.0)], "elbo-path", "cannot tell"),
+        ([row("elbo-exact", 1.0), row("elbo-disarm", 1.5), row("elbo-score", 9.0)], "elbo-exact", "yes"),
+        ([row("elbo-exact", 1.0, seconds=9.0), row("elbo-disarm", 1.5), row("elbo-score", 9.0)], "elbo-disarm", "yes"),
         ([row("elbo-score", 3.0)], "elbo-score", "yes"),
         ([row("elbo-disarm", 1.0), row("elbo-gumbel-softmax", 0.1), row("elbo-score-loo", 3.0)], "elbo-disarm", "yes"),
     ],
@@ -201,7 +203,7 @@ def test_advice_is_whole_and_leaves_the_model_alone():
     ("name", "sizes", "has", "leaf"),
     [("linear", {"latent": 2}, "elbo-silent", "x Gaussian, decoder linear in z"),
      ("mlp-1-mixture", {"components": 2}, "elbo-path", "z has a path, the ELBO"),
-     ("mlp-1-bernoulli", {"latent": 3}, "elbo-exact", "z is discrete, 12 bits at most"),
+     ("mlp-1-bernoulli", {"latent": 3}, "elbo-exact", "z is discrete, 12 bits at most and a cheap decoder"),
      ("mlp-1-categorical", {"latent": 5, "classes": 6}, "elbo-score-loo", "z is discrete, choices")],
 )  # fmt: skip
 def test_every_family_has_its_leaf(name, sizes, has, leaf):

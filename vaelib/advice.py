@@ -501,10 +501,12 @@ def _wait(x: Tensor) -> None:
 
 # --- the chart --------------------------------------------------------------------------------------------------------
 
+ENUMERATION = "elbo-exact"
+
 CHART = (
     ("elbo", "x Gaussian, decoder linear in z", "elbo-silent"),
     ("elbo", "z has a path, the ELBO", "elbo-path"),
-    ("elbo", "z is discrete, 12 bits at most", "elbo-exact"),
+    ("elbo", "z is discrete, 12 bits at most and a cheap decoder", ENUMERATION),
     ("elbo", "z is discrete, bits", "elbo-disarm"),
     ("elbo", "z is discrete, choices", "elbo-score-loo"),
     ("wake", "z has a path, K draws, wake phase", "rws-dreg"),
@@ -557,15 +559,16 @@ def choose_row(goal: str, rows: Sequence[RowCost]) -> Choice | None:
     some = {row.name: row for row in rows if row.target == goal}
     if not some:
         return None
-    leaf, charted = next(
-        ((leaf, name) for target, leaf, name in CHART if target == goal and name in some), (None, None)
-    )
     best = min(some.values(), key=lambda row: row.cost)
 
     def dearer(row: RowCost, other: RowCost) -> bool:
         error = math.hypot(row.cost_error, ALIKE * other.cost_error)
         return row.cost - ALIKE * other.cost > SURE * error
 
+    leaves = [(leaf, name) for target, leaf, name in CHART if target == goal and name in some]
+    if leaves and leaves[0][1] == ENUMERATION and dearer(some[ENUMERATION], best):
+        leaves.pop(0)
+    leaf, charted = leaves[0] if leaves else (None, None)
     taken = some[charted] if charted and not dearer(some[charted], best) else best
     others = [row for row in some.values() if row is not taken]
     rival = min(others, key=lambda row: row.cost, default=None)
