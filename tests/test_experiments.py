@@ -19,15 +19,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame
 from tqdm import tqdm
 
 import vaelib
-from vaelib import cli, experiments, files, gradients
+from vaelib import cli, experiments, files, gradients, runs
 from vaelib.errors import InputError
-from vaelib.experiments import grid, results, stl
+from vaelib.experiments import grid, results, schedule, stl
 from vaelib.experiments.experiment import Experiment, Measured, Preset, Task, as_text
 from vaelib.posteriors import DiagonalGaussian, Mixture
 
@@ -793,3 +794,62 @@ def test_the_list_says_what_is_done_and_how_long_it_takes(tmp_path, capsys, monk
 )
 def test_durations(minutes, words):
     assert cli.duration(minutes) == words
+
+
+# The schedule
+
+
+def stages(gain, seeds=10, scatter=0.01):
+    """Return results of two stages: path gains ``gain`` on total at the first, and nothing at the second."""
+    rows = []
+    for epochs, ahead in ((1, gain), (4, 0.0)):
+        for seed in range(seeds):
+            own = scatter * (-1) ** seed
+            for estimator, value in (("elbo-total", 100.0 + seed), ("elbo-path", 100.0 + seed - ahead + own)):
+                cell = {"data": "mnist", "model": "mlp-1", "estimator": estimator, "k": 1, "epochs": epochs}
+                rows.append({**cell, "samples": 1000, "seed": seed, "metric": "nll", "value": value, "at": None})
+    return DataFrame(rows).assign(standard_error=None)
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "scatter", "words"),
+    [
+        (0.5, 10, 0.01, ["ahead", "alike"]),
+        (-0.5, 10, 0.01, ["behind", "alike"]),
+        (0.5, 9, 0.01, ["undecided", "undecided"]),
+        (0.05, 10, 0.01, ["ahead", "alike"]),
+        (0.5, 10, 1.0, ["undecided", "undecided"]),
+        (math.nan, 10, 0.01, ["undecided", "alike"]),
+    ],
+)
+def test_a_stage_is_decided_by_its_interval_and_by_ten_seeds(gain, seeds, scatter, words):
+    lines = schedule.table_of_stages(stages(gain, seeds, scatter))
+    assert [line[-1] for line in lines[1:] if line[2] == "elbo-path"] == words
+
+
+def test_the_interval_is_students():
+    values = torch.tensor([0.1, 0.4, -0.2, 0.3])
+    low, high = schedule.interval(values.mean().item(), (values.std() / 2).item(), 4)
+    assert (low, high) == pytest.approx(scipy.stats.t.interval(0.95, 3, values.mean(), values.std() / 2))
+
+
+def test_a_stage_goes_on_from_the_one_before_and_together_is_alone(tmp_path, monkeypatch):
+    """Eight runs as two stacks end where each ends alone, at each of two stages."""
+    monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
+    experiment, found = experiments.find("stl-schedule"), {}
+    tasks = [task for task in experiment.tasks("smoke", 1) if task.config["model"] == "mlp-2"]
+    schedule.train_together(tasks, tmp_path, "cpu", lambda task, numbers, _: found.update({task.key: numbers}))
+    for task in tasks:
+        alone = experiment.run(task.config, task.seed, tmp_path / "smoke" / task.name, "cpu", lambda done: None)
+        for mine, theirs in zip(alone, found[task.key], strict=True):
+            assert mine.metric == theirs.metric
+            if mine.metric == "training bound":
+                assert mine.value == pytest.approx(theirs.value, abs=1e-3)
+    path = tmp_path / "trained" / "digits-mlp-2-elbo-path-k1-0"
+    assert runs.load(path, "cpu").history[-1]["epoch"] == 4
+    with pytest.raises(InputError, match="has done 4 epochs, but only 1"):
+        experiment.run(tasks[0].config, 0, tmp_path / "smoke" / tasks[0].name, "cpu", lambda done: None)
+
+
+def without_compiler(real, *arguments):
+    return replace(real(*arguments), compile=False)

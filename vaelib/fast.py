@@ -32,7 +32,7 @@ Batches = Sequence[tuple[Tensor, Latent]]
 Named = dict[str, Tensor]
 
 OPTIONS = {"cpu": {"cpp_wrapper": True, "fallback_random": True}, "cuda": {"fallback_random": True}}
-"""Of torch's inductor: layers that draw do so as they would without it; no Python between the kernels of a processor."""
+"""Of torch's inductor: layers that draw do so as they would without it; on a processor, no Python between kernels."""
 
 
 class Untraceable(Exception):

@@ -118,7 +118,7 @@ def train_together(
         stages = sorted(group, key=lambda task: task.config["epochs"])
         images = data.load(name, "dynamic").to(device)
         who = list(dict.fromkeys((task.config["estimator"], task.seed) for task in stages))
-        stack = StackedTraining([alone(stages, images, *one) for one in who], compile=True)
+        stack = StackedTraining([alone(stages, images, *one) for one in who], compile=device == "cuda")
         place = folder / "trained" / f"{name}-{model}-k{k}-{len(who)}-together.pt"
         if place.exists():
             stack.load_state(torch.load(io.BytesIO(place.read_bytes()), map_location="cpu", weights_only=True))
