@@ -74,6 +74,24 @@ def test_the_kl_form_knows_the_model_s_prior():
         bounds.estimate("kl", "elbo", models.Joint(decode), x, q, z)
 
 
+def test_a_closed_form_that_there_is_none_of_is_refused():
+    """A prior that says it is another than the standard normal, and a posterior without an entropy."""
+
+    class Wide(models.Joint):
+        def log_prior(self, z):
+            return super().log_prior(z / 2) - z.shape[-1] * math.log(2)
+
+    x, q = torch.zeros(1, 4), DiagonalGaussian(torch.zeros(1, 2), torch.zeros(1, 2))
+    decode = models.BernoulliMLP((2, 3), 4)
+    z = torch.zeros(1, 1, 2)
+    assert bounds.divergence(models.Joint(decode), q) == 0
+    with pytest.raises(InputError, match="the prior of this Wide is not the standard normal"):
+        bounds.estimate("kl", "elbo", Wide(decode), x, q, z)
+    mixture = Mixture((q, q), torch.zeros(2, 1))
+    with pytest.raises(InputError, match="Mixture has no entropy in closed form: use form 'monte-carlo'"):
+        bounds.estimate("entropy", "elbo", models.Joint(decode), x, mixture, z)
+
+
 def test_a_mixture_is_averaged_by_its_shares():
     """The bounds of stratified draws, written out with the weights C pi; and without them they are others."""
     joint = models.build("linear", 5, latent=2, generator=torch.Generator().manual_seed(0)).double().joint

@@ -176,6 +176,28 @@ def test_the_rules_that_end_the_phase():
 # -------------------------------------------------------------------------------- the objective
 
 
+def test_the_recipes_are_the_published_ones():
+    """He et al. (2019), and for SA-VAE their own settings of it: ten steps of size 1, momentum 0.5, clipped at 5."""
+    names = ("batch_size", "epochs", "lr", "optimizer", "clip", "patience", "first_decay", "decays", "block", "most")
+    text, images = (tuple(getattr(recipe, name) for name in names) for recipe in (TEXT, collapse.IMAGES))
+    assert text == (32, 100, 1.0, "sgd", 5.0, 2, 15, 5, 15, 99)
+    assert images == (50, 1000, 1e-3, "adam", 5.0, 20, 0, 5, 10, 99)
+    assert (TEXT.rule, collapse.IMAGES.rule, TEXT.start, TEXT.warm_up) == ("first-drop", "five-misses", 0.1, 10)
+    assert METHODS["sa-vae"] == {"svi_steps": 10} and METHODS["free-bits"] == {"free_bits": 0.5}
+    assert (TEXT.cycles, TEXT.ratio) == (4, 0.5)  # Fu et al. (2019)
+    refined = collapse.SemiAmortised(nn.Identity(), nn.Identity())
+    assert (refined.steps, refined.lr, refined.momentum, refined.clip) == (10, 1.0, 0.5, 5.0)
+
+
+def test_a_random_batch_is_any_batch_of_the_epoch(text):
+    run = prepare(small(text), text.train, text.valid, replace(TEXT, batch_size=32))
+    run.begin_epoch()
+    theirs = [text.train.batch(index) for index in run.order.view(-1, 32)]
+    drawn = [collapse.random_batch(run) for _ in range(60)]
+    counts = [sum(torch.equal(batch, one) for one in drawn) for batch in theirs]
+    assert sum(counts) == 60 and min(counts) > 0 and len(counts) == 5  # one of five is missed once in 130,000 times
+
+
 def test_the_weights():
     recipe = LagRecipe(epochs=40, beta=0.3, start=0.1, warm_up=10, cycles=4, ratio=0.5)
     epochs = (0, 2.5, 5, 9.99, 10, 12.5, 39)

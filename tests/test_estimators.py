@@ -14,6 +14,7 @@ from vaelib import checks, estimators, gdreg, models, silent
 from vaelib.errors import InputError, choose
 from vaelib.estimators import ALIASES, ESTIMATORS, TABLEAU, LossEstimator, Row, Weights
 from vaelib.posteriors import DiagonalGaussian
+from vaelib.posteriors.base import tracing
 
 LOG_W = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 0.1]], dtype=torch.float64)
 ROWS = pytest.mark.parametrize("estimator", TABLEAU.values(), ids=lambda e: e.name)
@@ -156,6 +157,12 @@ FAULTY = {
     "not unbiased for 'iwae'": Row("mine", "iwae", "iwae", 1, "", slip),
     "not unbiased for 'wake'": replace(TABLEAU["rws-dreg"], rule=TABLEAU["iwae-dreg"].rule),
     "not unbiased for 'elbo'": lost(lambda joint, q, x, eps: path(joint, q.stop_gradient(), x, eps)),
+    "its gradient is off by .* from elbo-total": lost(
+        lambda joint, q, x, eps: path(joint, q.map_parameters(lambda p: p.detach() + 1.05 * (p - p.detach())), x, eps)
+    ),
+    r"vmap.grad.loss.. is not the gradient of each draw": lost(
+        lambda joint, q, x, eps: path(joint, q, x, eps) * (2.0 if tracing() else 1.0)
+    ),
     "the value is not -elbo": lost(lambda joint, q, x, eps: path(joint, q, x, eps) + 0.5),
     "the value is not -iwae": replace(lost(path), bound="iwae", target=None),
     r"of the shape \[B\] = \[2\], .*, but is \[\]": lost(lambda joint, q, x, eps: path(joint, q, x, eps).mean()),

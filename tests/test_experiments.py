@@ -325,6 +325,7 @@ def test_a_table_is_set_in_columns_and_in_markdown():
 
 def test_numbers_survive_the_table():
     assert [as_text(value) for value in (None, 1, 0.1, 1e-5, "a")] == ["", "1", "0.1", "1e-05", "a"]
+    assert [as_text(value) for value in (126.501976, 1 / 3)] == ["126.501976", "0.3333333333"]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

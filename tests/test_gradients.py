@@ -530,6 +530,10 @@ def test_intervals_are_as_wide_as_their_errors():
         least, most = moments.variance_interval(level)
         assert (least + most) / 2 == pytest.approx(moments.total_variance)
         assert most - least == pytest.approx(2 * sigmas * moments.total_variance_error, rel=1e-6)
+    torch.testing.assert_close(
+        torch.stack(moments.confidence_interval()), torch.stack(moments.confidence_interval(0.95))
+    )
+    assert moments.variance_interval() == moments.variance_interval(0.95)  # if nothing is said
     few = Moments().add(torch.tensor([[0.0]] * 99 + [[1.0]]))
     assert few.variance_interval(0.9999)[0] == 0  # a variance is not negative
 
@@ -780,6 +784,11 @@ def test_shapes_that_would_broadcast_are_refused():
                 measure("elbo-path", joint, OneLayerEncoder(), x, draws=2)
     with pytest.raises(InputError, match="x has 2 observations, but q .* is of 1"):  # one q for two observations
         gradients.draws("elbo-path", OneLayerJoint(), OneLayerEncoder()(x[:1]), x, draws=2)
+
+
+def test_a_false_alarm_in_a_hundred_is_what_is_risked_if_nothing_is_said():
+    found = gradients.bias_test("elbo-path", "elbo-total", OneLayerJoint(), OneLayerEncoder(), X, draws=10)
+    assert found.error_rate == 0.01
 
 
 def test_bonferroni_shares_the_error_rate_among_the_coordinates():

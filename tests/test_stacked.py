@@ -181,6 +181,14 @@ def test_fit_leaves_ordinary_models(split):
         assert all(p.untyped_storage().nbytes() == p.nbytes for p in b.model.parameters())
 
 
+def test_the_seeds_are_0_to_s_if_nothing_is_said(split):
+    recipe = {"k": 1, "epochs": 1, "batch_size": 100}
+    said, unsaid = (
+        stacked.fit([t.model for t in trainings(split)], split, seeds=s, **recipe) for s in ([0, 1, 2], None)
+    )
+    assert [h[-1]["bound"] for h in said] == [h[-1]["bound"] for h in unsaid]
+
+
 def test_frozen_layers_stay_as_they_are(split):
     alone, together = trainings(split, clip=0.5), trainings(split, clip=0.5)
     for run in (*alone, *together):

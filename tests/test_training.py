@@ -122,6 +122,12 @@ def steps_of(optimizer, parameter, gradients):
     return np.array(path)
 
 
+def test_the_recipe_is_that_of_burda_et_al_if_nothing_is_said():
+    """Their batch of 20, rate of 1e-3 and Adam's constant of 1e-4, at one draw."""
+    recipe = Recipe()
+    assert (recipe.k, recipe.batch_size, recipe.lr, recipe.adam_eps, recipe.clip) == (1, 20, 1e-3, 1e-4, None)
+
+
 def test_the_released_adam():
     random = np.random.default_rng(0)
     start, gradients = random.normal(size=7), random.normal(size=(30, 7))
@@ -283,6 +289,21 @@ def test_a_bound_that_is_not_finite_is_named_by_its_step(split):
         Diverged, match=rf"^the bound is nan at step {STEPS + 13} with estimator 'rws', k = 2 and learning"
     ):
         small_training(split, "rws", hooks=[Poison()]).run()
+
+
+@pytest.mark.parametrize(("first", "seen"), [(42, 100), (250, 300)])
+def test_a_bound_that_is_not_finite_is_seen_within_a_hundred_steps(first, seen, split):
+    """And it is the first one that is named, in an epoch of 300 steps."""
+
+    class Late(Hook):
+        def update(self, training, x):
+            bound = plain_step(training, x)
+            return bound * math.nan if training.step + 1 in (first, first + 3) else bound
+
+    run = small_training(split, batch_size=len(split) // 300, hooks=[Late()])
+    with pytest.raises(Diverged, match=f"the bound is nan at step {first} "):
+        run.run()
+    assert run.step == seen and run.steps_per_epoch >= seen
 
 
 def test_a_state_that_is_not_finite_is_not_given_away(split):
