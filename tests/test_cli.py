@@ -52,13 +52,13 @@ def test_train_and_evaluate(vaelib, tmp_path):
 
 def test_every_option_arrives(vaelib, tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr("vaelib.runs.train", lambda run_dir, config, progress: asked.update(config=config) or {
+    monkeypatch.setattr("vaelib.runs.train", lambda run_dir, config, progress, say: asked.update(config=config) or {
         "training": {"epoch": 1, "step": 1, "seconds": 1.0, "device": "cpu", "bound": 0.0}
     })  # fmt: skip
     given = Config(data="mnist", binarisation="fixed", model="mlp-2", sizes={"latent": 4, "latent2": 2},
                    estimator="iwae-dreg", k=5, batch_size=7, epochs=3, lr=0.01, schedule="burda", clip=2.0,
                    optimizer="adam-released", shuffle=False, adam_eps=1e-8, seed=9, device="cpu",
-                   checkpoint_seconds=5.0, compile=True)  # fmt: skip
+                   checkpoint_seconds=5.0, compile=True, validate=True, patience=3, log="tensorboard")  # fmt: skip
     options = []
     for name, value in vars(given).items():
         flag = f"--{name.replace('_', '-')}"
@@ -102,13 +102,18 @@ BAD = {
     "a negative seed": (("--seed", "-1"), "seed must be a whole number of at least 0"),
     "no norm": (("--clip", "0"), "clip must be a positive number"),
     "grey images for Bernoulli": (
-        ("--model", "mlp-1"),
+        ("--model", "mlp-1", "--binarisation", "grey"),
         "wants images of 0 and 1, but these have grey levels: use --binarisation=dynamic",
     ),
     "a batch larger than the data": (
         ("--batch-size", "2000"),
         "--batch-size is 2000, but there are only 1497 training images",
     ),
+    "patience without a bound to wait for": (("--patience", "2"), "--patience waits for a better held-out bound: add"),
+    "an unknown log": (("--log", "tensorbord"), "no log is called 'tensorbord', did you mean 'tensorboard'"),
+    "a file that is not there": (("--data", "none.npy"), "there is no file '"),
+    "a model that is not there": (("--model", "none.py:build"), "none.py' with a model: see where you are"),
+    "a module that is not there": (("--model", "nowhere.models:build"), "there is no module 'nowhere.models'"),
     "a learning rate far too high": (("--lr", "1e30"), "the last good checkpoint is none"),
 }
 
@@ -269,3 +274,31 @@ def test_an_unforeseen_error_is_not_hidden(monkeypatch):
     monkeypatch.setattr(cli, "app", lambda *_, **__: broken())
     with pytest.raises(RuntimeError):
         cli.main([])
+
+
+def test_the_first_try_works_and_says_what_it_chose(vaelib, tmp_path):
+    options = [part for part in TINY if part not in ("--binarisation", "dynamic")]
+    code, out, err = vaelib("train", tmp_path, *options, "--estimator", "stl", "--validate")
+    assert (code, err) == (0, "")
+    assert out.startswith(
+        "--binarisation dynamic, since the likelihood of mlp-1 is Bernoulli and these images are grey"
+    )
+    assert re.search(r"mean bound in the last epoch: -\d+\.\d\d nats, held out: -\d+\.\d\d\n", out)
+    assert vaelib("evaluate", tmp_path, "--samples", 20, "--limit", 10)[0] == 0
+
+
+def test_a_shell_completes_names(vaelib):
+    for option, some in (
+        ("estimator", "iwae-dreg"),
+        ("model", "conv-logistic"),
+        ("data", "mnist"),
+        ("log", "tensorboard"),
+    ):
+        assert some in cli.COMPLETIONS[option](some[:3]) and cli.COMPLETIONS[option]("xyz") == []
+    assert {"--install-completion", "--show-completion"} <= set(vaelib("--help")[1].split())
+
+
+def test_data_are_listed_with_what_takes_them(vaelib):
+    entries = re.split(r"\n(?=\S)", vaelib("data", "list")[1])
+    uses = {entry.split()[0]: entry for entry in entries}
+    assert "`vaelib train` with any other model" in uses["mnist"] and "--model lstm" in uses["ptb"]

@@ -1,12 +1,13 @@
 """Likelihoods against torch.distributions; in float64."""
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal
 
 from vaelib.errors import InputError
-from vaelib.likelihoods import Bernoulli, Gaussian
+from vaelib.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian
 
 
 def test_bernoulli_agrees_with_torch_and_survives_extreme_logits():
@@ -63,3 +64,41 @@ def test_the_density_of_grey_values_is_at_the_values_themselves():
     torch.testing.assert_close(
         Gaussian(torch.zeros(1, 1, 2), torch.tensor(0.1).log()).log_prob(x), expected.unsqueeze(0)
     )
+
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 255
+
+
+@pytest.mark.parametrize("log_scale", [-12.0, -5.0, -2.0, 0.0, 3.0])
+@pytest.mark.parametrize("mean", [-3.0, 0.0, 0.4, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_levels_of_a_discretised_logistic_sum_to_one(mean, log_scale, dtype):
+    output = torch.full((1, 256, 1), mean, dtype=dtype, requires_grad=True)
+    scale = torch.tensor(log_scale, dtype=dtype, requires_grad=True)
+    log_p = DiscretisedLogistic(output, scale).log_prob(LEVELS.to(dtype).unsqueeze(-1))
+    assert log_p.isfinite().all()
+    torch.testing.assert_close(log_p.exp().sum(), torch.ones((), dtype=dtype))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(log_p.sum(), [output, scale]))
+
+
+def test_a_discretised_logistic_is_the_difference_of_its_distribution_function():
+    m, s = 0.3, 0.05
+    cdf = lambda x: 1 / (1 + np.exp(-(x - m) / s))  # noqa: E731
+    edges = np.concatenate([[-np.inf], (np.arange(255) + 0.5) / 255, [np.inf]])
+    output = torch.full((1, 256, 1), m, dtype=torch.float64)
+    log_p = DiscretisedLogistic(output, torch.tensor(s).double().log()).log_prob(LEVELS.unsqueeze(-1))
+    torch.testing.assert_close(log_p[0], torch.from_numpy(np.diff(cdf(edges))).log(), rtol=1e-6, atol=0)
+
+
+def test_draws_of_a_discretised_logistic_are_levels_with_its_probabilities():
+    likelihood = DiscretisedLogistic(torch.full((100_000, 1, 1), 0.02), torch.tensor(0.01).log())
+    draws = likelihood.sample(torch.Generator().manual_seed(0))
+    counts = torch.bincount((255 * draws).round().long().flatten(), minlength=256) / len(draws)
+    p = DiscretisedLogistic(torch.full((1, 256, 1), 0.02), torch.tensor(0.01).log()).log_prob(LEVELS.float()[:, None])
+    assert ((counts - p[0].exp()).abs() < 5 * (p[0].exp() / len(draws)).sqrt() + 1e-4).all()
+
+
+@pytest.mark.parametrize("x", [[0.0, 255.0], [0.5, 0.1], [-1 / 255, 0.0], [float("nan"), 0.0]], ids=str)
+def test_other_levels_have_no_discretised_density(x):
+    with pytest.raises(InputError, match="for the levels 0, 1/255, ..., 1, but these go from"):
+        DiscretisedLogistic(torch.zeros(1, 1, 2), torch.zeros(())).log_prob(torch.tensor([x]))

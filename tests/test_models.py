@@ -193,7 +193,7 @@ def test_the_kl_of_a_full_gaussian_is_torch_s(toy):
 
 
 WEIGHTS = json.loads((Path(__file__).parent / "initial_weights.json").read_text("utf-8"))
-"""For each parameter a projection of its initial value, as version 0.2 drew it from the same seed (mlp-4: as 0.3)."""
+"""For each parameter a projection of its initial value, as 0.2 drew it from the same seed (mlp-4, conv: 0.3)."""
 SMALL = {"latent": 2, "maps": 4, "layers": 4, "encoder_maps": 3, "hidden": 5}
 
 
@@ -415,3 +415,41 @@ def test_a_likelihood_that_forgot_its_sum_bounds_nothing():
     for form in bounds.FORMS:
         with pytest.raises(InputError, match=r"of the shape \[K, B\] = \[4, 4\], but returned \[4, 4, "):
             bounds.estimate(form, "elbo", joint, torch.zeros(4, 5), q, z)
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 7, 5), (3, 2, 9), (3, 32, 32)], ids=str)
+@pytest.mark.parametrize("name", ["conv", "conv-gaussian", "conv-logistic"])
+def test_a_convolutional_model_takes_images_of_any_shape(name, shape):
+    pixels, generator = math.prod(shape), torch.Generator().manual_seed(0)
+    x = (255 * torch.rand(4, pixels, generator=generator)).round() / 255
+    x = (x > 0.5).float() if name == "conv" else x
+    mean = torch.linspace(0.1, 0.9, pixels)
+    model = models.build(name, pixels, mean, generator, shape, maps=3, latent=2)
+    q = model.encoder(x)
+    z = q.sample(q.noise(5, generator))
+    assert model.joint(x, z).shape == (5, 4) and model.binary == (name == "conv")
+    z = torch.zeros(1, 1, 2)  # where the output starts at the mean image: the biases of all layers are 0
+    torch.testing.assert_close(model.joint.generate(z)[0, 0], mean)
+    loss = objectives.loss("iwae-dreg", model.joint, q, x, k=3, generator=generator).mean()
+    assert all(g.isfinite().all() and g.any() for g in torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_a_convolution_sees_where_a_pixel_is():
+    """A row of X numbers is put into lines as the data have them: moving a patch by a line moves what is seen."""
+    model = models.build("conv", 8 * 16, None, torch.Generator().manual_seed(0), (8, 16), maps=2, latent=2)
+    image = torch.zeros(8, 16)
+    image[4:, 8:] = 1.0
+    torch.testing.assert_close(
+        model.encoder.maps[0](image.view(1, 1, 8, 16)),
+        model.encoder.maps[0](image.flatten().unsqueeze(0).unflatten(-1, model.encoder.shape)),
+    )
+    assert model.encoder.shape == (1, 8, 16)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 60)])
+def test_rows_of_numbers_are_no_images(shape):
+    with pytest.raises(InputError, match="is for images .* but these observations are rows of 60 numbers"):
+        models.build("conv", 60, shape=shape)

@@ -1,8 +1,12 @@
-"""Data of one's own: what a file or folder holds is what is trained on, and what is wrong with it is said."""
+"""Data, models and estimators of one's own by name: they are used as they are, and what is wrong with them is said."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +14,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from vaelib import data
+from vaelib import data, estimators, models, runs
+from vaelib.config import Config
 from vaelib.data import Split
 from vaelib.errors import InputError
+from vaelib.estimators import TABLEAU
 
 RANDOM = np.random.default_rng(0)
 BYTES = RANDOM.integers(0, 256, (20, 4, 6), np.uint8)
@@ -218,3 +224,181 @@ def test_a_name_of_the_registry_is_that_whatever_lies_about(tmp_path, monkeypatc
         data.load("./digits")
     with pytest.raises(InputError, match="no data set is called 'digts', did you mean 'digits'"):
         data.load("digts")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+MODEL = """
+    import torch
+    from torch import nn
+    from torch.distributions import Normal
+
+    from vaelib.estimators.tableau import Weights, row, uniform
+    from vaelib.models import VAE
+
+
+    @row("own-half", bound="elbo", target="elbo", reference="me")
+    def half(log_w):
+        u = uniform(log_w)
+        return Weights(u, u, -0.5 * u)
+
+
+    class Encoder(nn.Module):
+        def __init__(self, pixels, latent):
+            super().__init__()
+            self.head = nn.Linear(pixels, 2 * latent)
+
+        def forward(self, x):
+            mean, log_std = self.head(x).chunk(2, -1)
+            return Normal(mean, log_std.exp())
+
+
+    class Joint(nn.Module):
+        def __init__(self, pixels, latent):
+            super().__init__()
+            self.mean = nn.Linear(latent, pixels)
+
+        def forward(self, x, z):
+            return Normal(0.0, 1.0).log_prob(z).sum(-1) + Normal(self.mean(z), 0.3).log_prob(x).sum(-1)
+
+
+    def build(start, *, latent=3):
+        torch.manual_seed(0)
+        return VAE(Joint(start.pixels, latent), Encoder(start.pixels, latent), binary=False)
+
+
+    def nothing(start):
+        return None
+
+
+    def half_a_model(start):
+        return nn.Linear(1, 1)
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "vae.py"
+    path.write_text(textwrap.dedent(MODEL))
+    yield path
+    TABLEAU.pop("own-half", None)
+
+
+@pytest.fixture
+def run(file, tmp_path):
+    config = Config(
+        model=f"{file}:build", estimator="own-half", epochs=1, batch_size=100, sizes={"latent": 2}, device="cpu"
+    )
+    return tmp_path / "run", config, runs.train(tmp_path / "run", config)
+
+
+def test_a_model_and_an_estimator_of_a_file_are_trained_and_found_again(run, file):
+    folder, config, result = run
+    assert estimators.get("own-half").rule(torch.zeros(2, 1)).score.tolist() == [[-0.25], [-0.25]]
+    loaded = runs.load(folder)
+    assert loaded.model.encoder.head.out_features == 4 and loaded.config.estimator == "own-half"
+    assert runs.evaluate(folder, 20, limit=10)["nll"] > 0
+    assert (folder / "model.py").read_bytes() == file.read_bytes()
+    assert set(json.loads((folder / "sources.json").read_text())) == {"model"}
+    more = runs.train(folder, replace(config, epochs=2))
+    assert more["training"]["epoch"] == 2 > result["training"]["epoch"]
+
+
+def test_a_model_is_found_from_elsewhere(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.train("run", Config(model="vae.py:build", epochs=1, batch_size=500, device="cpu"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert runs.load("../run").config.model == f"{file}:build"
+
+
+def test_a_file_that_changed_is_told_and_refused_where_it_no_longer_fits(run, file):
+    folder, config, _ = run
+    before = file.read_text()
+    file.write_text(before + "\n# a word more\n")
+    with pytest.warns(UserWarning, match="vae.py' has changed since this run began"):
+        runs.load(folder)
+    file.write_text(
+        before.replace(
+            "self.head = nn.Linear(pixels, 2 * latent)", "self.tail = nn.Linear(pixels, 2 * latent)"
+        ).replace("self.head(x)", "self.tail(x)")
+    )
+    kept = (folder / "checkpoint.pt").read_bytes()
+    for use in (lambda: runs.load(folder), lambda: runs.evaluate(folder), lambda: runs.train(folder, config)):
+        with pytest.raises(InputError, match="has changed since this run began .* no longer fits: put it back"):
+            use()
+    assert (folder / "checkpoint.pt").read_bytes() == kept
+    file.write_text(before)
+    assert runs.load(folder).history
+
+
+def test_data_that_changed_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", BYTES)
+    config = Config(
+        data=str(tmp_path / "a.npy"), epochs=1, batch_size=4, sizes={"latent": 2}, device="cpu", validate=True
+    )
+    result = runs.train(tmp_path / "run", config)
+    assert np.isfinite(result["training"]["held_out"])
+    np.save(tmp_path / "a.npy", BYTES[::-1])
+    for use in (lambda: runs.load(tmp_path / "run"), lambda: runs.train(tmp_path / "run", config)):
+        with pytest.raises(InputError, match="a.npy' has changed since this run began: put it back"):
+            use()
+
+
+def test_code_that_comes_with_a_run_is_not_run(run, file, tmp_path, monkeypatch):
+    folder, config, _ = run
+    monkeypatch.chdir(tmp_path)
+    (folder / "evil.py").write_text("raise SystemExit('it was run')")
+    stored = json.loads((folder / "config.json").read_text())
+    for place in (f"{folder}/evil.py:build", "run/evil.py:build", "run.evil:build"):
+        (folder / "config.json").write_text(json.dumps({**stored, "model": place}))
+        with pytest.raises(InputError, match="code that comes with a run is not run"):
+            runs.load(folder)
+
+
+def test_a_module_has_models_too(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mypackage").mkdir()
+    file.rename(tmp_path / "mypackage" / "vae.py")
+    model = models.build("mypackage.vae:build", 5, latent=4)
+    assert model.encoder.head.in_features == 5 and model.encoder.head.out_features == 8
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing.py:build", "there is no file 'nothing.py' with a model"),
+        ("vae.py:biuld", "no function of 'vae.py' is called 'biuld', did you mean 'build'"),
+        ("vae.py:nothing", "must return a module with an encoder and a joint, .* but returned a NoneType"),
+        ("vae.py:half_a_model", "must return a module with an encoder and a joint, .* but its encoder is a NoneType"),
+        ("nowhere.models:build", "there is no module 'nowhere.models' for the model"),
+        (
+            "flow.py:build",
+            r"imports 'nozuko', which is not installed here: install it, such as by `pip install nozuko`",
+        ),
+    ],
+)
+def test_what_is_no_model_is_one_sentence(file, tmp_path, monkeypatch, name, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flow.py").write_text("import nozuko\n")
+    with pytest.raises(InputError, match=sentence):
+        models.build(name, 5)
+
+
+def test_a_flow_where_zuko_is_missing_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "flow.py").write_text("import zuko\n")
+    monkeypatch.setitem(sys.modules, "zuko", None)
+    with pytest.raises(
+        InputError, match=r"imports 'zuko', which is not installed here: .*`pip install 'vaelib\[zuko\]'`"
+    ):
+        models.build(f"{tmp_path}/flow.py:build", 5)
+
+
+def test_an_error_in_ones_own_file_reaches_one_as_it_is(tmp_path):
+    (tmp_path / "vae.py").write_text("def build(start):\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        models.build(f"{tmp_path}/vae.py:build", 5)
+    (tmp_path / "vae.py").write_text("def build(start)\n")
+    with pytest.raises(SyntaxError):
+        models.build(f"{tmp_path}/vae.py:build", 5)

@@ -781,3 +781,43 @@ def test_data_that_is_not_finite_is_not_blamed_on_the_learning_rate(monkeypatch)
     assert "lower lr" not in str(caught.value)
     with pytest.raises(InputError, match="fill in what is not a number"):
         data.Split.of(torch.full((3, 4), float("nan")))
+
+
+# --- held out, and for TensorBoard ------------------------------------------------------------------------------------
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_the_curves_are_the_history_also_of_a_run_that_went_on(tmp_path):
+    config = replace(TINY, epochs=2, validate=True, log="tensorboard")
+    runs.train(tmp_path / "run", config)
+    runs.train(tmp_path / "run", replace(config, epochs=3))
+    history = runs.load(tmp_path / "run").history
+    assert len(history) == 3
+    for name in ("bound", "held_out", "lr"):
+        expected = [(record["epoch"], pytest.approx(record[name], rel=1e-5)) for record in history]
+        assert scalars(tmp_path / "run")[name] == expected
+
+
+def test_without_tensorboard_it_is_said_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        InputError, match=r"log tensorboard needs a package that is not here: pip install 'vaelib\[tens"
+    ):
+        runs.train(tmp_path / "run", replace(TINY, log="tensorboard"))
+
+
+def test_held_out_observations_are_not_trained_on(tmp_path):
+    """Digits have no validation part, so a tenth of the training part is taken; their own is used by those who do."""
+    plain, held = (runs.load_images(replace(TINY, validate=validate)) for validate in (False, True))
+    assert (len(plain.train), len(held.train), len(held.valid)) == (1497, 1348, 149)
+    assert torch.equal(torch.cat([held.train.grey, held.valid.grey]), plain.train.grey)
+    runs.train(tmp_path / "run", replace(TINY, validate=True))
+    assert "held_out" in runs.load(tmp_path / "run").history[-1]
+    with pytest.raises(InputError, match="validate is True there and False here"):
+        runs.train(tmp_path / "run", TINY)

@@ -671,3 +671,63 @@ def test_a_step_has_the_gradient_and_the_bound_of_its_batch_s_mean_alone(split):
     for _ in range(2):  # the second step's gradient has nothing of the first one's
         torch.testing.assert_close(training.train_step(model, row, optimizer, x, eps), -loss.detach())
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+# --- held-out observations --------------------------------------------------------------------------------------------
+
+
+def held_out_training(split, epochs=3, lr=1e-3, patience=None, hook=True):
+    model = models.build("linear", 64, None, torch.Generator().manual_seed(0), latent=2)
+    recipe = Recipe(epochs=epochs, batch_size=50, lr=lr, seed=1)
+    hooks = [training.HeldOut(data.load("digits").test.sample(40), patience)] if hook else []
+    return training.Training(model, split, "elbo-path", recipe, hooks)
+
+
+def test_the_held_out_bound_is_that_of_the_held_out_and_moves_nothing(split):
+    watched, alone = held_out_training(split), held_out_training(split, hook=False)
+    watched.run(), alone.run()
+    for a, b in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    x, joint = watched.hooks[0].split.grey, watched.model.joint
+    q = watched.model.encoder(x)
+    near = torch.distributions.MultivariateNormal(q.mean, torch.diag_embed((2 * q.log_std).exp().expand_as(q.mean)))
+    true = torch.distributions.MultivariateNormal(joint.posterior(x).mean, scale_tril=joint.posterior(x).scale_tril)
+    exact = joint.log_marginal(x) - torch.distributions.kl_divergence(near, true)
+    with torch.no_grad():
+        log_w = joint(x, z := q.sample(q.noise(400, torch.Generator().manual_seed(0)))) - q.log_prob(z)
+    error = log_w.std(0).square().sum().sqrt().item() / len(x)  # of one draw for each
+    assert abs(watched.history[-1]["held_out"] - exact.mean().item()) < 5 * error
+    assert all("held_out" in record for record in watched.history) and "held out" in watched.summary()
+
+
+def test_a_training_stops_when_the_held_out_bound_has_not_risen_for_long_enough(split):
+    still = held_out_training(split, epochs=9, lr=1e-30, patience=2)
+    assert len(still.run()) == 3 and still.stopped and still.over
+    rising = held_out_training(split, epochs=5, patience=2)
+    assert len(rising.run()) == 5 and not rising.stopped
+    bounds = [record["held_out"] for record in rising.history]
+    assert bounds == sorted(bounds)
+
+
+def test_early_stopping_resumes_where_it_was(split):
+    whole, parts = (held_out_training(split, epochs=9, lr=1e-30, patience=4) for _ in range(2))
+    whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        parts.run(lambda training: stop_at(training, 2 * training.steps_per_epoch + 1))
+    again = held_out_training(split, epochs=9, lr=1e-30, patience=4)
+    again.load_state(parts.state())
+    again.run()
+    without = lambda history: [{**record, "seconds": 0} for record in history]  # noqa: E731
+    assert without(again.history) == without(whole.history) and len(again.history) == 5
+
+
+def stop_at(training, step):
+    if training.step >= step:
+        raise KeyboardInterrupt
+
+
+def test_a_held_out_bound_that_is_not_finite_ends_the_training(split):
+    run = held_out_training(split)
+    run.hooks[0].split.grey[0, 0] = float("inf")
+    with pytest.raises(training.Diverged, match="the held-out bound is nan after epoch 1"):
+        run.run()

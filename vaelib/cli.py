@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -25,7 +26,6 @@ app = typer.Typer(
     name="vaelib",
     help="Train variational autoencoders with the estimators of the book Quiet Gradients.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -100,6 +100,28 @@ HELP = {name: field.metadata["help"] for name, field in SETTINGS.items()}
 """What the fields of the configuration mean."""
 
 
+def named(place: str, name: str) -> Callable[[str], list[str]]:
+    """Return what completes a word by the names in a registry, which is looked up when it is asked for."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [key for key in getattr(import_module(place), name) if key.startswith(incomplete)]
+
+    return complete
+
+
+COMPLETIONS = {
+    "data": named("vaelib.data", "DATASETS"),
+    "binarisation": named("vaelib.data", "BINARISATIONS"),
+    "model": named("vaelib.models", "MODELS"),
+    "estimator": named("vaelib.estimators", "ESTIMATORS"),
+    "schedule": named("vaelib.training", "SCHEDULES"),
+    "optimizer": named("vaelib.optimizers", "OPTIMIZERS"),
+    "device": named("vaelib.config", "DEVICES"),
+    "log": named("vaelib.config", "LOGS"),
+}
+"""What a shell completes the values of options by (`vaelib --install-completion`)."""
+
+
 def settings() -> list[inspect.Parameter]:
     """Return an option for each field of the configuration, which has its type, default and help; None if not given."""
     made, types = [], get_type_hints(Config)
@@ -112,7 +134,8 @@ def settings() -> list[inspect.Parameter]:
         elif kind is bool:
             flags, shown = f"--{flag}/--no-{flag}", flag if default else f"no-{flag}"
         metavar = "NAME=N" if name == "sizes" else None
-        option = typer.Option(flags, help=text, show_default=shown, metavar=metavar)
+        completed = COMPLETIONS.get(name)
+        option = typer.Option(flags, help=text, show_default=shown, metavar=metavar, autocompletion=completed)
         kind = kind if type(None) in get_args(kind) else kind | None
         made.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
@@ -142,6 +165,11 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
       vaelib train runs/mnist --data mnist --model mlp-1 --epochs 10
       vaelib train runs/dreg --data mnist --model mlp-2 --estimator iwae-dreg --k 5 --epochs 40 --schedule burda
       vaelib train runs/mnist --epochs 20        (go on to 20 epochs)
+      vaelib train runs/own --data pictures/ --model conv-logistic --validate --patience 5
+      vaelib train runs/mine --data x.npy --model vae.py:build --estimator dreg --k 5
+
+    FILE.py:FUNCTION is code, and it is run: FUNCTION(start, *, latent=8) returns a vaelib.models.VAE(joint, encoder,
+    binary=False), where start.pixels and start.shape say what an observation is, and --size latent=4 sets a size.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "sizes" in given:
@@ -152,13 +180,16 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     stored = runs.read_config(run_dir / "config.json")
     config = replace(stored, **given) if stored else Config(**given)
     try:
-        trained = runs.train(run_dir, config, progress=show_progress(quiet))["training"]
+        trained = runs.train(run_dir, config, progress=show_progress(quiet), say=typer.echo)["training"]
     except KeyboardInterrupt as stop:
         typer.echo(f"vaelib: {str(stop) or 'stopped before the first step'}", err=True)
         raise typer.Exit(130) from None
+    held_out = f", held out: {trained['held_out']:.2f}" if "held_out" in trained else ""
+    if trained["epoch"] < config.epochs:
+        typer.echo(f"stopped early: {config.patience} epochs without a better held-out bound")
     typer.echo(
         f"{trained['epoch']} epochs, {trained['step']} steps, {trained['seconds']:.0f} s on {trained['device']}; "
-        f"mean bound in the last epoch: {trained['bound']:.2f} nats\n"
+        f"mean bound in the last epoch: {trained['bound']:.2f} nats{held_out}\n"
         "next: " + ", ".join(f"vaelib {command} {in_shell(run_dir)}" for command in ("show", "advise", "evaluate"))
     )
 

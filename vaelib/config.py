@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vaelib.errors import InputError, positive, true_or_false, typed, whole_number
+from vaelib.errors import InputError, choose, positive, true_or_false, typed, whole_number
 
+LOGS = {"tensorboard": "TensorBoard"}
 DEVICES = {"auto": "a GPU if there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
 
 
@@ -73,21 +74,43 @@ class Recipe:
 class Config(Recipe):
     """Everything that decides what ``vaelib train`` computes; the defaults train the running example in seconds."""
 
-    data: str = setting("digits", "Data set; see `vaelib data list`.")
-    binarisation: str | None = setting(None, "dynamic, fixed or grey; without it, the data set's own.")
-    model: str = setting("linear", "Model; see `vaelib models`.")
+    data: str = setting(
+        "digits", "Data set, see `vaelib data list`; or your own: a .npy, .npz or .csv file, or a folder of pictures."
+    )
+    binarisation: str | None = setting(
+        None, "dynamic, fixed or grey; without it, the data set's own, or what the model's likelihood needs."
+    )
+    model: str = setting(
+        "linear",
+        "Model, see `vaelib models`; or your own: FILE.py:FUNCTION or package.module:FUNCTION, code that is run.",
+    )
     sizes: Mapping[str, int] = setting(dict, "Widths of the model other than its own, such as latent=10.")
     estimator: str = setting("elbo-path", "Gradient estimator; see `vaelib estimators`.")
+    validate: bool = setting(
+        False,
+        "Measure the bound of held-out observations after each epoch: of the data set's validation part, or else of a "
+        "tenth of the training set, which is not trained on then.",
+    )
+    patience: int | None = setting(
+        None, "Stop after so many epochs without a better held-out bound; without it, never. Needs validate."
+    )
+    log: str | None = setting(None, "tensorboard: also write the curves for it, into the folder of the run.")
     device: str = setting("auto", "cpu, cuda or auto.")
     checkpoint_seconds: float = setting(60.0, "Longest time between two checkpoints; each epoch ends with one.")
     compile: bool = setting(False, "Compile the step: the same numbers to rounding, sooner; needs a C++ compiler.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names(
-            self, "data", "model", "estimator", "device", *(["binarisation"] if self.binarisation is not None else [])
-        )
-        true_or_false("compile", self.compile)
+        given = [name for name in ("binarisation", "log") if getattr(self, name) is not None]
+        names(self, "data", "model", "estimator", "device", *given)
+        for name in ("validate", "compile"):
+            true_or_false(name, getattr(self, name))
+        if self.log is not None:
+            choose("log", self.log, LOGS)
+        if self.patience is not None:
+            whole_number("patience", self.patience, least=1)
+            if not self.validate:
+                raise InputError(f"{typed('patience')} waits for a better held-out bound: add {typed('validate')}")
         if not isinstance(self.sizes, Mapping):
             raise InputError(f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}")
         for name, value in self.sizes.items():

@@ -5,6 +5,9 @@
 ``checkpoint.pt``       the record of the :class:`vaelib.training.Training`, after each epoch and now and then
 ``metrics.jsonl``       the history in that state, one JSON object an epoch, for people and plots
 ``result.json``         what the finished training gave, and its evaluation
+``sources.json``        the SHA-256 of data and model of one's own, where they are that
+``model.py``            a copy of the file of such a model: a record, which is never run
+``tensorboard/``        the curves, if it is asked for
 ======================  ============================================================================================
 
 Every file is written whole or not at all, and everything follows from ``config.json`` and ``checkpoint.pt``: whatever
@@ -13,12 +16,14 @@ else a kill leaves behind is put right when the run is taken up again.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 import signal
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,10 +39,9 @@ from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config
 from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
-from vaelib.estimators.base import log_weight
 from vaelib.files import in_shell, locked, read, read_json, sweep, write, write_json
-from vaelib.posteriors import as_posterior, ready
-from vaelib.training import Diverged, Training, stream
+from vaelib.posteriors import as_posterior
+from vaelib.training import Diverged, HeldOut, Training, mean_bound, stream
 
 FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
@@ -50,7 +54,7 @@ READ_BY = {1: "0.1.0"}
 
 SETTINGS = {field.name: field for field in fields(Config)}
 
-FREE = {"epochs", "device", "checkpoint_seconds", "compile"}
+FREE = {"epochs", "patience", "log", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
 
 
@@ -76,18 +80,32 @@ class Folder:
     def result(self) -> Path:
         return self.path / "result.json"
 
+    @property
+    def sources(self) -> Path:
+        return self.path / "sources.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.py"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
 
 def train(
     run_dir: str | Path,
     config: Config,
     progress: bool = False,
     report: Callable[[float], None] = lambda fraction: None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
     """Train what ``config`` says in the folder ``run_dir``, from its checkpoint if it has one; return ``result.json``.
 
     A run that was stopped, even by SIGKILL, ends where an uninterrupted one ends, bit for bit, on the same machine
     with the same number of threads. More epochs than last time go on from there. SIGINT and SIGTERM save first.
-    ``report`` is told after each step how much of the training is done, from 0 to 1.
+    ``report`` is told after each step how much of the training is done, from 0 to 1; ``say`` what was decided for the
+    configuration.
 
     Raises
     ------
@@ -100,7 +118,13 @@ def train(
         after SIGINT or SIGTERM; the message says how to go on.
     """
     folder = Folder(named(run_dir))
-    training = build(config, load_images(config))
+    config = replace(config, data=data.absolute(config.data), model=models.own.absolute(config.model))
+    check_place(config, folder)
+    images = load_images(config)
+    training = build(config, images)
+    if seen(images, training) is not images:
+        chosen = f"{typed('binarisation')} {training.split.binarisation}"
+        say(f"{chosen}, since the likelihood of {config.model} is Bernoulli and these images are grey")
     with in_use(folder):
         stored = read_config(folder.config)
         if stored is not None:
@@ -108,13 +132,18 @@ def train(
         elif strange := [path.name for path in (folder.checkpoint, folder.metrics, folder.result) if lexists(path)]:
             raise InputError(f"'{run_dir}' has a {strange[0]} but no config.json: choose another folder")
         known = read_result(folder.result)
-        restore(training, folder.checkpoint)
+        restore_own(training, config, folder)
+        log = tensorboard(folder, training) if config.log else lambda training: None
         write_json(folder.config, asdict(config))
+        write_sources(config, folder)
         write_metrics(folder.metrics, training)
+
+        def after_step(training: Training) -> None:
+            report(training.progress.done)
+            log(training)
+
         try:
-            go_on(
-                training, folder, config.checkpoint_seconds, lambda training: report(training.progress.done), progress
-            )
+            go_on(training, folder, config.checkpoint_seconds, after_step, progress)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {in_shell(folder.path)}") from None
         known = {name: found for name, found in known.items() if found["step"] == training.step}
@@ -247,11 +276,12 @@ def trained(folder: Folder, device: str) -> tuple[Training, Images]:
         command = f"vaelib train {in_shell(folder.path)}"
         raise InputError(f"there is no trained model in '{folder.path}': make one with `{command}`")
     config = replace(config, device=device)
+    check_place(config, folder)
     images = load_images(config)
     training = build(config, images)
-    restore(training, folder.checkpoint)
+    restore_own(training, config, folder)
     training.model.eval()
-    return training, images
+    return training, seen(images, training)
 
 
 def evaluate(
@@ -340,21 +370,6 @@ def measure(
     }
 
 
-@torch.no_grad()
-def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:
-    """Return the bound of K samples that the estimator climbs, in nats, averaged over ``x`` ``[N, D]``.
-
-    From samples whatever its loss makes of it, so that the bounds of all estimators are estimated alike.
-    """
-    model, k, total = training.model, training.recipe.k, 0.0
-    for batch in x.split(500):
-        q = as_posterior(model.encoder(batch))
-        eps = q.noise(k, noise)
-        log_w = log_weight(model.joint, batch, *ready(q, eps).sample_and_log_prob(eps))
-        total += training.estimator.value(log_w, q.log_share(k)).double().sum().item()
-    return total / len(x)
-
-
 def find_device(name: str) -> torch.device:
     """Return the device that ``name`` ("cpu", "cuda" or "auto") means on this machine."""
     choose("device", name, DEVICES)
@@ -364,30 +379,143 @@ def find_device(name: str) -> torch.device:
 
 
 def load_images(config: Config) -> Images | Text:
-    """Return the data of a run, on its device."""
+    """Return the data of a run, on its device; with a validation part, if the run wants one."""
     device = find_device(config.device)
-    return data.load(config.data, config.binarisation).to(device)
+    images = data.load(config.data, config.binarisation)
+    if config.validate and images.valid is None:
+        images = images.hold_out(max(1, len(images.train) // 10))
+    return images.to(device)
 
 
 def build(config: Config, images: Images | Text) -> Training:
-    """Return the run that ``config`` means, before its first step."""
-    split, weights = images.train, stream("init", config.seed)
-    if isinstance(images, Text) != (config.model == LSTM):
+    """Return the run that ``config`` means, before its first step.
+
+    Grey images are binarised, drawn anew at every access, for a model that needs it, unless ``config`` says otherwise.
+    """
+    weights, own = stream("init", config.seed), ":" in config.model
+    if not own and isinstance(images, Text) != (config.model == LSTM):
         raise InputError(
             f"model '{config.model}' is for {'sentences' if config.model == LSTM else 'images'}, but '{config.data}' "
             f"has {'sentences' if isinstance(images, Text) else 'images'}: sentences go with --model {LSTM}, images "
             "with the models of `vaelib models`"
         )
     with enough_memory("sizes"):
-        if isinstance(images, Text):
+        if not isinstance(images, Text):
+            grey = images.train.grey
+            mean = grey.mean(0).cpu()
+            model = models.build(config.model, grey.shape[1], mean, weights, images.shape, **config.sizes)
+        elif own:  # which finds in its pixels how many words there are
+            model = models.build(config.model, len(images.vocabulary), None, weights, **config.sizes)
+        else:
             from vaelib.models.text import lstm_vae  # here alone, since few want it
 
             for size in config.sizes:
                 choose(f"size of model '{LSTM}'", size, lstm_vae.__kwdefaults__)
             model = lstm_vae(len(images.vocabulary), weights, **config.sizes)
-        else:
-            model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), weights, **config.sizes)
-    return Training(model.to(find_device(config.device)), split, config.estimator, config, compile=config.compile)
+    if not isinstance(images, Text) and config.binarisation is None and getattr(model, "binary", False):
+        if not images.train.black_and_white:
+            images = images.map(lambda split: replace(split, binarisation="dynamic"))
+    hooks = [HeldOut(images.valid, config.patience)] if config.validate else []
+    model = model.to(find_device(config.device))
+    return Training(model, images.train, config.estimator, config, hooks, config.compile)
+
+
+def seen(images: Images | Text, training: Training) -> Images | Text:
+    """Return the data as the training sees them, whatever it chose for their binarisation."""
+    if isinstance(images, Text) or images.train.binarisation == training.split.binarisation:
+        return images
+    return images.map(lambda split: replace(split, binarisation=training.split.binarisation))
+
+
+# --- data and models of one's own -------------------------------------------------------------------------------------
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Return the SHA-256 of what has no name here, and so may change: data, or the file of a model."""
+    found = {}
+    if data.own.is_own(config.data):
+        found["data"] = data.own.digest(Path(config.data))
+    if (path := models.own.file_of(config.model)) is not None:
+        found["model"] = hashlib.sha256(read(path) or b"").hexdigest()
+    return found
+
+
+def check_place(config: Config, folder: Folder) -> None:
+    """Raise InputError if the model is code inside the run's folder: whoever gets such a folder would run it."""
+    if ":" not in config.model:
+        return
+    place = config.model.rpartition(":")[0]
+    path = models.own.file_of(config.model) or Path(place.replace(".", "/"))
+    if folder.path.resolve() in path.resolve().parents:
+        raise InputError(
+            f"the model '{config.model}' lies inside '{folder.path}', and code that comes with a run is not run: look "
+            "at it, put it elsewhere, and write that place into config.json"
+        )
+
+
+def restore_own(training: Training, config: Config, folder: Folder) -> None:
+    """Put ``training`` where its checkpoint is, if data and model of one's own are still those that it is of.
+
+    A changed file of a model is warned of where the checkpoint still fits.
+
+    Raises
+    ------
+    InputError
+        as :func:`restore`, and if the data have changed.
+    """
+    then, now = read_json(folder.sources) or {}, sources(config)
+    if then.get("data") != now.get("data") and "data" in then:
+        raise InputError(
+            f"'{config.data}' has changed since this run began: put it back as it was, or train anew in another folder"
+        )
+    changed = "model" in then and then["model"] != now.get("model")
+    what = f"'{models.own.file_of(config.model)}' has changed since this run began (it was '{folder.model}')"
+    try:
+        restore(training, folder.checkpoint)
+    except InputError as error:
+        if not changed or "is not a checkpoint" not in str(error):
+            raise
+        raise InputError(
+            f"{what}, so that the checkpoint no longer fits: put it back as it was, or train anew in another folder"
+        ) from error
+    if changed:
+        warnings.warn(what, stacklevel=2)
+
+
+def write_sources(config: Config, folder: Folder) -> None:
+    """Record what is one's own, once."""
+    found = sources(config)
+    if found and not lexists(folder.sources):
+        write_json(folder.sources, found)
+        if "model" in found:
+            write(folder.model, read(models.own.file_of(config.model)))
+
+
+def tensorboard(folder: Folder, training: Training) -> Callable[[Training], None]:
+    """Return what writes an epoch's numbers for TensorBoard, from where ``training`` stands.
+
+    Raises
+    ------
+    InputError
+        if it is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            f"{typed('log')} tensorboard needs a package that is not here: pip install 'vaelib[tensorboard]'"
+        ) from error
+    writer = SummaryWriter(str(folder.tensorboard), purge_step=len(training.history) + 1)
+
+    def log(training: Training) -> None:
+        if training.epoch_ends:
+            record = training.history[-1]
+            for name in ("bound", "held_out", "lr"):
+                if name in record:
+                    writer.add_scalar(name, record[name], record["epoch"])
+            writer.flush()
+
+    return log
 
 
 def provenance(training: Training) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from vaelib.config import Recipe
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, enough_memory, positive, true_or_false, typed, whole_number
 from vaelib.estimators import Estimator
+from vaelib.estimators.base import log_weight
 from vaelib.optimizers import build_optimizer
 from vaelib.posteriors import Latent, map_latent
 
@@ -177,6 +178,49 @@ class Hook:
 
     def load_state(self, state: Any) -> None:
         """Go on from ``state``."""
+
+
+class HeldOut(Hook):
+    """The mean bound of a held-out split after each epoch, ``held_out`` in its record.
+
+    Every epoch draws the same noise, and the same pixels where binarisation is dynamic, so that epochs compare.
+
+    Parameters
+    ----------
+    split
+        the observations, on the device of the model.
+    patience
+        end the training after so many epochs without a higher bound than the best; None to never do.
+    """
+
+    def __init__(self, split: Split, patience: int | None = None) -> None:
+        self.split, self.patience = split, patience
+
+    def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Measure the bound, and stop if it has not risen for too long."""
+        noise = stream("test", training.recipe.seed, training.device)
+        with training.undisturbed():
+            record["held_out"] = mean_bound(training, self.split.batch(slice(None), noise), noise)
+        if not math.isfinite(record["held_out"]):
+            raise training.diverged(f"the held-out bound is {record['held_out']} after epoch {record['epoch']}")
+        bounds = [epoch["held_out"] for epoch in training.history]
+        if self.patience is not None and len(bounds) - 1 - int(np.argmax(bounds)) >= self.patience:
+            training.stopped = True
+
+
+@torch.no_grad()
+def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:
+    """Return the bound of K samples that the estimator climbs, in nats, averaged over ``x`` ``[N, D]``.
+
+    From samples whatever its loss makes of it, so that the bounds of all estimators are estimated alike.
+    """
+    model, k, total = training.model, training.recipe.k, 0.0
+    for batch in x.split(500):
+        q = posteriors.as_posterior(model.encoder(batch))
+        eps = q.noise(k, noise)
+        log_w = log_weight(model.joint, batch, *posteriors.ready(q, eps).sample_and_log_prob(eps))
+        total += training.estimator.value(log_w, q.log_share(k)).double().sum().item()
+    return total / len(x)
 
 
 def random_order(training: Training) -> Tensor:
@@ -467,7 +511,9 @@ class Training:
 
     def summary(self) -> str:
         """Say how the last epoch went."""
-        return f"epoch {self.history[-1]['epoch']}: {self.history[-1]['bound']:.2f} nats"
+        last = self.history[-1]
+        held_out = f", held out {last['held_out']:.2f}" if "held_out" in last else ""
+        return f"epoch {last['epoch']}: {last['bound']:.2f} nats{held_out}"
 
     def check_bounds(self) -> None:
         """Raise Diverged, with the step, if one of this epoch's bounds is not finite."""
@@ -629,7 +675,7 @@ def check_fit(training: Training) -> None:
 
 def check_levels(split: Split) -> None:
     """Raise InputError unless the images that a Bernoulli likelihood will see are black and white."""
-    if split.binarisation != "dynamic" and not ((split.grey == 0) | (split.grey == 1)).all():
+    if not split.black_and_white:
         raise InputError(
             "the model's likelihood is Bernoulli and wants images of 0 and 1, but these have grey levels: "
             f"use {typed('binarisation')}=dynamic (or fixed), or a model with a Gaussian likelihood such as 'linear'"

@@ -29,6 +29,7 @@ __all__ = [
     "Text",
     "TextSet",
     "Vocabulary",
+    "absolute",
     "describe",
     "fetch",
     "load",
@@ -102,6 +103,11 @@ def find(name: str) -> ImageSet | TextSet:
     )
 
 
+def absolute(name: str) -> str:
+    """Return the name of a data set, a path of one's own from the root."""
+    return str(Path(name).absolute()) if name not in DATASETS and name not in TEXTS and own.is_own(name) else name
+
+
 def fetch(name: str) -> Path | None:
     """Make sure that the files of a data set are on this machine and whole; return their folder (None if
     built in).
@@ -137,8 +143,8 @@ def describe() -> list[Listing]:
 
 
 USES = {
-    ImageSet: "for `vaelib train` and experiments",
-    TextSet: "for experiments alone (`vaelib experiment list`), not for `vaelib train`",
+    ImageSet: "images: for experiments, and for `vaelib train` with any other model",
+    TextSet: "sentences: for experiments, and for `vaelib train --model lstm`",
 }
 
 

@@ -115,6 +115,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.grey)
 
+    @property
+    def black_and_white(self) -> bool:
+        """Whether the images that :meth:`batch` returns are zeros and ones."""
+        return self.binarisation == "dynamic" or bool(((self.grey == 0) | (self.grey == 1)).all())
+
     def batch(self, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
         """Return the images ``index``, [len(index), D] in the dtype of the data; for ``"dynamic"`` a fresh draw at
         every call.

@@ -8,6 +8,8 @@ and what is made of them, :mod:`~vaelib.estimators.gdreg` a second path for the 
 from __future__ import annotations
 
 import difflib
+from collections import ChainMap
+from collections.abc import MutableMapping
 
 from vaelib.errors import InputError, choose
 from vaelib.estimators.base import Estimator, LossEstimator, log_joint, log_weight
@@ -29,11 +31,11 @@ __all__ = [
     "log_weight",
 ]
 
-ESTIMATORS: dict[str, Estimator] = {
-    **TABLEAU,
-    **{one.name: one for one in (ARM, DISARM, GUMBEL_SOFTMAX, STRAIGHT_THROUGH, SILENT, EXACT)},
-}
-"""All estimators that have a name: the rows of :data:`TABLEAU`, and those that are no rows."""
+ESTIMATORS: MutableMapping[str, Estimator] = ChainMap(
+    {one.name: one for one in (ARM, DISARM, GUMBEL_SOFTMAX, STRAIGHT_THROUGH, SILENT, EXACT)}, TABLEAU
+)
+"""All estimators that have a name: the rows of :data:`TABLEAU`, and those that are no rows. One of your own is entered
+by ``ESTIMATORS[one.name] = one``, and a row by its decorator."""
 
 ALIASES = {
     "vae": "elbo-total",

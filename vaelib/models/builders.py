@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vaelib.errors import choose, whole_number
 from vaelib.flows import AffineCoupling, FlowEncoder
 from vaelib.layers import linear, tanh_layers
+from vaelib.models.convolutional import conv, conv_gaussian, conv_logistic
 from vaelib.models.decoders import BernoulliMLP, CosineDecoder, GaussianDecoder, LinearDecoder
 from vaelib.models.encoders import (
     DetachedEncoder,
@@ -20,6 +21,8 @@ from vaelib.models.encoders import (
 )
 from vaelib.models.joints import DiscreteJoint, Guided, HierarchicalJoint, Joint
 from vaelib.models.linear import LinearEncoder, LinearGaussian
+from vaelib.models.own import builder as builder_of
+from vaelib.models.own import whole
 from vaelib.models.vae import VAE, Start
 
 
@@ -34,7 +37,7 @@ def linear_vae(start: Start, *, latent: int = 8) -> VAE:
 def mlp_1(start: Start, *, hidden: int = 200, latent: int = 50) -> VAE:
     """One stochastic layer: x-200-200-50 and 50-200-200-x (Burda et al. 2016)."""
     encoder = GaussianMLP((start.pixels, hidden, hidden), latent, start.generator)
-    decoder = BernoulliMLP((latent, hidden, hidden), *start)
+    decoder = BernoulliMLP((latent, hidden, hidden), *start[:3])
     return VAE(Joint(decoder), encoder, binary=True)
 
 
@@ -57,7 +60,7 @@ def mlp_2_detached(start: Start, *, hidden: int = 200, latent: int = 100, hidden
 def mlp_1_mixture(start: Start, *, hidden: int = 200, latent: int = 50, components: int = 4) -> VAE:
     """One stochastic layer as in mlp-1, with a mixture of Gaussians as posterior; k counts the draws of all of them."""
     encoder = GaussianMixtureMLP((start.pixels, hidden, hidden), latent, components, start.generator)
-    decoder = BernoulliMLP((latent, hidden, hidden), *start)
+    decoder = BernoulliMLP((latent, hidden, hidden), *start[:3])
     return VAE(Joint(decoder), encoder, binary=True)
 
 
@@ -65,7 +68,7 @@ def mlp_1_flow(start: Start, *, hidden: int = 200, latent: int = 50, layers: int
     """One stochastic layer as in mlp-1, with a normalizing flow as posterior: affine couplings behind the Gaussian."""
     base = GaussianMLP((start.pixels, hidden, hidden), latent, start.generator)
     couplings = [AffineCoupling(latent, (flow_hidden,), 2 * latent, start.generator) for _ in range(layers)]
-    decoder = BernoulliMLP((latent, hidden, hidden), *start)
+    decoder = BernoulliMLP((latent, hidden, hidden), *start[:3])
     return VAE(Joint(decoder), FlowEncoder(base, couplings, conditional=True), binary=True)
 
 
@@ -136,7 +139,7 @@ def _hierarchy(start: Start, hidden: int, hidden_above: int, latents: tuple[int,
     first = GaussianMLP((start.pixels, hidden, hidden), latents[0], start.generator)
     encoder = HierarchicalEncoder(first, *up_and_down(latents))
     priors = up_and_down(latents[::-1])[::-1]
-    decoder = BernoulliMLP((latents[0], hidden, hidden), *start)
+    decoder = BernoulliMLP((latents[0], hidden, hidden), *start[:3])
     return VAE(HierarchicalJoint(priors, decoder), encoder, binary=True)
 
 
@@ -154,7 +157,7 @@ def _linear_discrete(start: Start, shape: tuple[int, ...]) -> VAE:
 
 def _mlp_discrete(start: Start, hidden: int, shape: tuple[int, ...]) -> VAE:
     encoder = DiscreteEncoder(_mlp(start.pixels, hidden, math.prod(shape), start.generator), shape)
-    decoder = BernoulliMLP((math.prod(shape), hidden, hidden), *start)
+    decoder = BernoulliMLP((math.prod(shape), hidden, hidden), *start[:3])
     return VAE(DiscreteJoint(decoder, torch.zeros(shape)), encoder, binary=True)
 
 
@@ -182,6 +185,9 @@ MODELS = {
     "guided-bernoulli": guided_bernoulli,
     "cosine": cosine,
     "pixelcnn": pixelcnn,
+    "conv": conv,
+    "conv-gaussian": conv_gaussian,
+    "conv-logistic": conv_logistic,
 }
 """The builders of the models, by name."""
 
@@ -191,20 +197,24 @@ def build(
     data_dim: int,
     mean: Tensor | None = None,
     generator: torch.Generator | None = None,
+    shape: tuple[int, ...] | None = None,
     **sizes: int,
-) -> VAE:
+) -> nn.Module:
     """Build a model by name.
 
     Parameters
     ----------
     name
-        a key of :data:`MODELS`.
+        a key of :data:`MODELS`; or one's own, ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``
+        (:func:`vaelib.models.own.builder`).
     data_dim
         the number of pixels.
     mean
         the mean training image, ``[data_dim]``, at which the decoder's output starts.
     generator
         draws the initial weights.
+    shape
+        (H, W) or (C, H, W) of an image, for models that want to know.
     sizes
         widths other than the builder's defaults, such as ``hidden=50, latent=4``.
 
@@ -213,8 +223,9 @@ def build(
     InputError
         for a name that does not exist, a size the model does not have, or a size below 1.
     """
-    builder = choose("model", name, MODELS)
+    builder = builder_of(name) if isinstance(name, str) and ":" in name else choose("model", name, MODELS)
     for size, value in sizes.items():
-        choose(f"size of model '{name}'", size, builder.__kwdefaults__)
+        choose(f"size of model '{name}'", size, builder.__kwdefaults__ or {})
         whole_number(f"{size} of model '{name}'", value, least=1)
-    return builder(Start(data_dim, mean, generator), **sizes)
+    model = builder(Start(data_dim, mean, generator, shape), **sizes)
+    return whole(model, name) if ":" in name else model

@@ -33,11 +33,14 @@ class Start(NamedTuple):
         the mean training image, ``[pixels]``, or None: where the decoder's output starts.
     generator
         draws the initial weights.
+    shape
+        (H, W) or (C, H, W) of an image, or None: a row of numbers.
     """
 
     pixels: int
-    mean: Tensor | None
-    generator: torch.Generator | None
+    mean: Tensor | None = None
+    generator: torch.Generator | None = None
+    shape: tuple[int, ...] | None = None
 
     @property
     def bias(self) -> Tensor:

@@ -1,0 +1,115 @@
+"""Models of one's own by name: ``FILE.py:FUNCTION``, or ``package.module:FUNCTION``.
+
+The function is a builder like those of :data:`vaelib.models.MODELS`::
+
+    def build(start, *, latent=8):
+        encoder = MyEncoder(start.pixels, latent)  # encoder(x) returns a posterior
+        joint = MyJoint(start.pixels, latent)      # joint(x, z) returns log p(x, z), [K, B]
+        return VAE(joint, encoder, binary=True)    # binary: the likelihood wants pixels of 0 and 1
+
+``start`` is a :class:`vaelib.models.Start`; what stands behind the star are sizes, which ``--size latent=4`` sets. Any
+module with ``joint`` and ``encoder`` serves in the place of a :class:`vaelib.models.VAE`. An estimator that the file
+enters into :data:`vaelib.estimators.ESTIMATORS` can be used by its name. The file is code, and it is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vaelib.errors import InputError, choose
+from vaelib.files import read
+
+EXTRAS = {"zuko": "'vaelib[zuko]'"}
+"""What brings a package in the right version."""
+
+
+def file_of(name: str) -> Path | None:
+    """Return the file in ``FILE.py:FUNCTION``; None if a module stands there."""
+    place = name.rpartition(":")[0]
+    return Path(place) if place.endswith(".py") or os.sep in place else None
+
+
+def absolute(name: str) -> str:
+    """Return the same name from wherever it is looked up."""
+    path = file_of(name)
+    return name if path is None else f"{path.absolute()}:{name.rpartition(':')[2]}"
+
+
+def builder(name: str) -> Callable[..., nn.Module]:
+    """Return the function that a name means, from its file or module, which is run.
+
+    Raises
+    ------
+    InputError
+        if there is no such file, module or function, or it wants a package that is not here. What else goes wrong in
+        that code reaches the caller as it is.
+    """
+    place, _, function = name.rpartition(":")
+    path = file_of(name)
+    try:
+        module = imported(place) if path is None else executed(path)
+    except ModuleNotFoundError as error:
+        if path is None and place.startswith(error.name or ""):
+            raise InputError(
+                f"there is no module '{place}' for the model '{name}': see where you are, or give FILE.py:FUNCTION"
+            ) from error
+        raise InputError(
+            f"'{place}' imports '{error.name}', which is not installed here: install it, such as by "
+            f"`pip install {EXTRAS.get(error.name, error.name)}`"
+        ) from error
+    found = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    return choose(f"function of '{place}'", function, found)
+
+
+def imported(place: str):
+    """Return a module, also one in the folder where we are."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(place)
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def executed(path: Path):
+    """Run a file as a module, once while it does not change; it may import those beside it."""
+    if (content := read(path)) is None:
+        raise InputError(f"there is no file '{path}' with a model: see where you are, or give the whole path")
+    name = f"{path.stem} in {path.absolute().parent}"
+    known = sys.modules.get(name)
+    if known is not None and known.__source__ == content:
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module.__source__ = content
+    sys.path.insert(0, str(path.absolute().parent))
+    try:
+        exec(compile(content, str(path), "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.absolute().parent))
+    return module
+
+
+def whole(model: nn.Module, name: str) -> nn.Module:
+    """Return what a function built, or raise InputError if it is no model."""
+    wanted = "a module with an encoder and a joint, such as vaelib.models.VAE(joint, encoder, binary=False)"
+    if not isinstance(model, nn.Module):
+        raise InputError(f"'{name}' must return {wanted}, but returned a {type(model).__name__}")
+    for part in ("encoder", "joint"):
+        if not isinstance(getattr(model, part, None), nn.Module):
+            raise InputError(
+                f"'{name}' must return {wanted}, but its {part} is a {type(getattr(model, part, None)).__name__}"
+            )
+    if not any(isinstance(p, torch.Tensor) and p.requires_grad for p in model.parameters()):
+        raise InputError(f"'{name}' returned a model without parameters, so that there is nothing to train")
+    return model
