@@ -281,7 +281,7 @@ def test_the_first_try_works_and_says_what_it_chose(vaelib, tmp_path):
     code, out, err = vaelib("train", tmp_path, *options, "--estimator", "stl", "--validate")
     assert (code, err) == (0, "")
     assert out.startswith(
-        "--binarisation dynamic, since the likelihood of mlp-1 is Bernoulli and these images are grey"
+        "--binarisation dynamic, since the likelihood of mlp-1 is Bernoulli and these images are not black and white"
     )
     assert re.search(r"mean bound in the last epoch: -\d+\.\d\d nats, held out: -\d+\.\d\d\n", out)
     assert vaelib("evaluate", tmp_path, "--samples", 20, "--limit", 10)[0] == 0

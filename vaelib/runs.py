@@ -124,7 +124,7 @@ def train(
     training = build(config, images)
     if seen(images, training) is not images:
         chosen = f"{typed('binarisation')} {training.split.binarisation}"
-        say(f"{chosen}, since the likelihood of {config.model} is Bernoulli and these images are grey")
+        say(f"{chosen}, since the likelihood of {config.model} is Bernoulli and these images are not black and white")
     with in_use(folder):
         stored = read_config(folder.config)
         if stored is not None:
