@@ -25,7 +25,7 @@ endif
 # JupyterLab asks root, as whom a container runs, to say that it is meant.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help book test notebooks editions lab lab-source bench clean distclean anew
+.PHONY: help book test notebooks editions lab lab-source seeds seeds-fresh bench clean distclean anew
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -47,6 +47,12 @@ test: $(VENV)/installed  ## run the unit tests, every chapter, and the checks of
 	@$(BOOK) --quiet
 	@echo '== The built pages'
 	@$(PY) book/_tools/check_site.py _build/html
+
+seeds: $(VENV)/installed  ## run the checks of every notebook under other seeds (hours; what has not changed is kept)
+	@nice $(PY) book/_tools/seeds.py run --workers $(WORKERS)
+
+seeds-fresh: $(VENV)/installed  ## say whether results/seeds.csv is complete, up to date, and within the stated rates
+	@$(PY) book/_tools/seeds.py fresh
 
 notebooks: $(VENV)/installed  ## run every chapter in place and store its outputs
 	@$(PY) book/_tools/run_notebooks.py book/*.ipynb

@@ -1,0 +1,136 @@
+"""A check keeps its stated rate under other seeds: what a run moves, what the table says, and one chapter for real."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import seeds
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+
+
+def notebook(folder, *cells):
+    path = folder / "a.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": cell} for cell in cells]}))
+    return path
+
+
+CELLS = (
+    "import torch\nfrom vaelib import checks, data, training\ntorch.manual_seed(0)",
+    "g = torch.Generator().manual_seed(0)\nassert isinstance(torch.default_generator, torch.Generator)",
+    "draws = torch.randn(1000, generator=g)\nchecks.unbiased(draws, 0.0, 'drawn')",
+    "checks.unbiased(torch.randn(1000), 0.0, 'drawn by torch itself')",
+    "checks.unbiased(torch.randn(1000, generator=training.stream('noise', 0)), 0.0, 'drawn in a training')",
+    "grey = data.load('digits').train.sample(500).grey\nchecks.unbiased(grey[:, 20], 2.0, 'the data set')",
+    "table = open('results/a.csv', 'w')\nrate = table.fileno() < 0",
+    "checks.holds(rate, 'read from a table')\nchecks.holds(1 < 2, 'drawn')\nrate = 1\nchecks.holds(rate == 1, 'anew')",
+    "1 / 0",
+    "checks.holds(True, 'never reached')",
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("book")
+    (folder / "results").mkdir()
+    path = notebook(folder, *CELLS)
+    found = []
+    for seed in (0, 1, 1):
+        done = seeds.launch(path, seed, folder / "out.json")
+        assert done.returncode == 0, done.stderr
+        found.append({o["name"]: o for o in json.loads((folder / "out.json").read_text())})
+    return found
+
+
+def test_every_generator_is_moved_but_those_of_the_data(outcomes):
+    page, moved, again = outcomes
+    assert moved == again
+    for name in ("drawn", "drawn by torch itself", "drawn in a training"):
+        assert page[name]["margin"] != moved[name]["margin"]
+    assert page["the data set"]["margin"] == moved["the data set"]["margin"]
+
+
+def test_checks_go_on_after_one_that_fails_and_have_one_name_each(outcomes):
+    for found in outcomes:
+        assert not found["the data set"]["holds"] and not found["read from a table"]["holds"]
+        assert found["drawn (2)"]["holds"] and "never reached" not in found
+        end = found["it runs to its end"]
+        assert not end["holds"] and "ZeroDivisionError" in end["said"]
+
+
+def test_checks_of_stored_results_are_told_apart(outcomes):
+    kinds = {name: outcome["kind"] for name, outcome in outcomes[0].items()}
+    assert [name for name, kind in kinds.items() if kind == "stored"] == ["read from a table"]
+    assert kinds["anew"] == "holds"
+
+
+def bounds(kind, margins):
+    return seeds.bounds(kind, pd.Series(margins, dtype=float), int((np.asarray(margins) < 0).sum()))
+
+
+RNG = np.random.default_rng(0)
+Z = RNG.standard_normal((100, 50))
+
+
+def test_true_means_keep_their_rate_and_a_bias_refutes_it():
+    assert sum(bounds("unbiased", 4 - abs(z))[0] > 1e-4 for z in Z) <= 1
+    assert all(bounds("unbiased", 4 - abs(z + 2))[0] > 1e-4 for z in Z)  # fails once in 44, but seldom in 50 runs
+
+
+def test_the_margins_of_a_comparison_bound_its_rate():
+    """Six standard errors are enough and two are not, long before a failure shows it."""
+    assert all(bounds("below", z + 6)[0] < 1e-4 and bounds("below", z + 6)[1] < 1e-3 for z in Z)
+    assert all(bounds("below", z + 2)[0] > 1e-4 for z in Z)
+    covered = [low <= 0.02275 <= high for low, high in (bounds("below", np.maximum(z + 2, 0.01)) for z in Z)]
+    assert np.mean(covered) > 0.9
+
+
+def test_without_margins_the_count_bounds_the_rate():
+    none, one = ([float("nan")] * 50 for _ in range(2))
+    assert seeds.bounds("holds", pd.Series(none), 0) == pytest.approx((0, 1 - 0.01 ** (1 / 50)))
+    assert seeds.bounds("holds", pd.Series(one), 1)[0] == pytest.approx(1 - 0.99 ** (1 / 50))
+
+
+def outcome(holds=True, margin=5.0, kind="below"):
+    return {"name": "a", "kind": kind, "holds": holds, "margin": margin, "rate": 1e-4, "said": "a"}
+
+
+def table(runs):
+    return pd.DataFrame(seeds.rows("01", [[run] for run in runs], "c"), columns=seeds.COLUMNS)
+
+
+def test_a_row_that_exceeds_its_rate_is_found():
+    fine = [outcome(margin=5 + 0.1 * i) for i in range(20)]
+    assert seeds.exceeding(table(fine)) == []
+    for planted in ([outcome(False, -1.0)], [outcome(False, None)], [outcome(margin=-1.0 + i) for i in range(20)]):
+        assert len(seeds.exceeding(table(fine + planted))) == 1
+    assert len(seeds.exceeding(table([outcome(kind="stored"), outcome(False, None, "stored")]))) == 1
+
+
+def test_rows_that_are_missing_stale_or_few_are_found(tmp_path):
+    path = notebook(tmp_path, "x = 1")
+    runs = [[outcome()]] * seeds.FEWEST
+    found = pd.DataFrame(seeds.rows("a", runs, seeds.digest(path)), columns=seeds.COLUMNS)
+    assert seeds.missing(found, [path]) == []
+    assert seeds.missing(found.iloc[:0], [path]) == ["a: never run"]
+    assert seeds.missing(found.assign(runs=3), [path]) == ["a: 3 of 20 seeds"]
+    notebook(tmp_path, "x = 1  # a comment")
+    assert seeds.missing(found, [path]) == []
+    notebook(tmp_path, "x = 2")
+    assert seeds.missing(found, [path]) == ["a: run with other code"]
+
+
+def test_no_stored_rate_exceeds_what_its_check_states():
+    """Rows that are missing or stale are listed here, and fail ``make seeds-fresh``."""
+    print("\n".join(seeds.missing(seeds.read(), NOTEBOOKS)))
+    current = seeds.read()
+    current = current[[seeds.digest(ROOT / f"book/{c}.ipynb") == d for c, d in zip(current.chapter, current.code)]]
+    assert seeds.exceeding(current) == []
+
+
+def test_the_page_shows_a_line_for_each_notebook():
+    assert "<!-- seeds -->" in (ROOT / "book/how-this-book-checks-itself.md").read_text("utf-8")
+    assert all(f"| {chapter} |" in seeds.summary() for chapter in set(seeds.read()["chapter"]))
