@@ -7,7 +7,7 @@ lag       the decoder after 60 epochs, and the encoder that there was after 3: q
 neither   the same training, whole
 
 Of each it is asked whether z is lost and whether q is late; a verdict is right, wrong, or "cannot tell". And the small
-models of book/07-choosing.ipynb, trained as there: is the row for the ELBO that of the chart's leaf (of few bits:
+models of book/08-choosing.ipynb, trained as there: is the row for the ELBO that of the chart's leaf (of few bits:
 enumeration, or DisARM where that costs less)?
 """
 

@@ -1,245 +1,140 @@
 """The negative controls of chapter 6: what its checks must refuse, each on the chapter's own quantity.
 
-Those of layers, densities and refusals are in test_flows.py. The measured table is looked at here; nothing is timed.
+Those of the mixture objective, of GDReG and of the refusals are in test_mixtures.py; those of two stochastic layers
+with detached outputs and of the engine's weights in test_objectives.py.
 """
 
-import csv
-import importlib.util
-import sys
-from pathlib import Path
+import math
 
 import numpy as np
 import pytest
 import torch
 from toys import DTYPE
 
-from vaelib import checks, flows, objectives
-from vaelib.estimators import TABLEAU
+from vaelib import bounds, checks, models
+from vaelib.estimators import TABLEAU, Row, Weights
 from vaelib.posteriors import DiagonalGaussian
 
-ROOT = Path(__file__).resolve().parent.parent
 refused = pytest.raises(AssertionError)
-X = torch.zeros(1, 1, dtype=DTYPE)
-NODES, MASS = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(100))
-GRID = torch.cartesian_prod(NODES, NODES)[None]
-WEIGHT = torch.cartesian_prod(MASS, MASS).prod(1) / MASS.sum() ** 2
+NODES, MASSES = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(120))
+PAIR = torch.cartesian_prod(NODES, NODES).T.unsqueeze(-1)
+PAIR_MASS = torch.outer(MASSES, MASSES).flatten() / MASSES.sum() ** 2
+X = torch.full((len(PAIR_MASS), 1), 2.0, dtype=DTYPE)
 
 
-def make_flow(seed=3, depth=2, spread=0.3, layer=flows.AffineCoupling, one_pass=False):
-    g = torch.Generator().manual_seed(seed)
-    layers = [layer(2, (16,), generator=g) for _ in range(depth)]
-    for last in (each.network[-1] for each in layers):
-        torch.nn.init.normal_(last.weight, std=spread, generator=g)
-        torch.nn.init.normal_(last.bias, std=spread / 2, generator=g)
-    return flows.FlowEncoder(flows.StandardNormal(2), layers, one_pass=one_pass).double()
-
-
-def crescent(z):
-    return -(z[..., 0] ** 2 + (2 * z[..., 1] - z[..., 0] ** 2 + 1) ** 2) / 2
-
-
-def draws(count=20):
-    return torch.randn(5, count, 2, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
-
-
-def gradient(row, encoder, eps):
-    encoder.zero_grad()
-    x = X.expand(eps.shape[1], 1)
-    objectives.backward(TABLEAU[row], Crescent(), encoder(x), x, eps)
-    return torch.cat([p.grad.flatten() for p in encoder.parameters()])
-
-
-def mean_gradient(sample_and_log_q, depth=2, log_p=None):
-    encoder = make_flow(depth=depth)
-    log_p = log_p or encoder(X).stop_gradient().log_prob
-    z, log_q = sample_and_log_q(encoder(X), GRID)
-    parts = torch.autograd.grad(WEIGHT @ (log_p(z) - log_q)[0], list(encoder.parameters()))
-    return torch.cat([part.flatten() for part in parts])
-
-
-def total(q, eps):
-    return q.sample_and_log_prob(eps)
-
-
-def stopped_copy(q, eps):
-    z = q.sample(eps)
-    return z, q.stop_gradient().log_prob(z)
-
-
-def as_a_number(q, eps):
-    z, log_q = q.sample_and_log_prob(eps)
-    return z, log_q.detach()
-
-
-def on_the_forward_pass(q, eps):
-    z = q.base.sample(eps)
-    log_q = q.base.log_prob(z)
-    for live, still in zip(q.layers, q.stop_gradient().layers, strict=True):
-        z, log_q = live(z)[0], log_q - still(z)[1]
-    return z, log_q
-
-
-def outputs_detached(q, eps):
-    z = back = q.sample(eps)
-    log_det = 0.0
-    for layer in reversed(q.layers):
-        moved, a = back.split(layer.sizes[::-1], -1)
-        s, t = (out.detach() for out in layer.condition(a, None))
-        back, log_det = torch.cat((a, (moved - t) / s.exp()), -1), log_det + s.sum(-1)
-    return z, q.base.log_prob(back) - log_det
-
-
-class NoLogDeterminant(flows.AffineCoupling):
-    """The recursion without the slope of the log-determinant."""
-
-    def push(self, z, force, context=None):
-        fixed, _ = z.split(self.sizes, -1)
-        moved, log_det, after = super().push(z, force, context)
-        log_scale, _ = self.condition(fixed, context)
-        (slope,) = torch.autograd.grad(log_scale.sum(), fixed, retain_graph=True)
-        return moved, log_det, after + torch.cat((torch.zeros_like(slope), slope), -1)
-
-
-class NotTransposed(flows.AffineCoupling):
-    """The recursion with the diagonal of the Jacobian alone."""
-
-    def push(self, z, force, context=None):
-        fixed, _ = z.split(self.sizes, -1)
-        log_scale, _ = self.condition(fixed, context)
-        first, second = force.split(self.sizes, -1)
-        (slope,) = torch.autograd.grad(log_scale.sum(), fixed, retain_graph=True)
-        moved, log_det = self(z, context)
-        return moved, log_det, torch.cat((second / log_scale.exp(), first - slope), -1).detach()
-
-
-@pytest.mark.parametrize("layer", [NoLogDeterminant, NotTransposed])
-def test_a_wrong_recursion_is_not_the_stopped_copy(layer):
-    eps = draws()
-    right = gradient("elbo-path", make_flow(), eps)
-    checks.same(gradient("elbo-path", make_flow(one_pass=True), eps), right)
-    with refused:
-        checks.same(gradient("elbo-path", make_flow(layer=layer, one_pass=True), eps), right)
-
-
-@pytest.mark.parametrize("row", ["elbo-path", "elbo-score", "iwae-dreg", "rws"])
-def test_the_sign_of_the_first_order_term_matters(row, monkeypatch):
-    eps = draws()
-    right = gradient(row, make_flow(), eps)
-    checks.same(gradient(row, make_flow(one_pass=True), eps), right)
-
-    def mirrored(self, z):
-        here, log_q, force = self.drawn
-        return log_q + (force * (here - z)).sum(-1)
-
-    monkeypatch.setattr(flows.OnePassFlow, "log_prob", mirrored)
-    with refused:
-        checks.same(gradient(row, make_flow(one_pass=True), eps), right)
-
-
-def test_one_pass_knows_the_density_of_a_narrow_flow_too():
-    """By the noise, and not by (z - mean) / std, of which single precision leaves nothing here."""
-    layers = make_flow().float().layers
-    base = DiagonalGaussian(torch.full((1, 2), 10.0, requires_grad=True), torch.full((1, 2), -14.0))
-    flow, eps = flows.Flow(base, layers), draws(1).float()
-    exact = flow.sample_and_log_prob(eps)[1]
-    checks.same(flows.push(flow, eps).log_q, exact)
-    with refused:
-        checks.same(flow.log_prob(flow.sample(eps)), exact)
-
-
-@pytest.mark.parametrize("wrong", [as_a_number, on_the_forward_pass, outputs_detached])
-def test_wrong_ways_to_stop_a_flow_fail_the_check_at_the_target_and_away_from_it(wrong):
-    checks.holds(mean_gradient(stopped_copy).norm() < 1e-12, "at the target")
-    with refused:
-        checks.holds(mean_gradient(wrong).norm() < 0.05, "at the target")
-    truth = mean_gradient(total, log_p=crescent)
-    right, off = ((mean_gradient(way, log_p=crescent) - truth).norm() for way in (stopped_copy, wrong))
-    assert off > 100 * right
-
-
-def test_detached_outputs_are_exact_for_one_layer_and_lose_the_zero_variance_of_two():
-    checks.same(mean_gradient(outputs_detached, 1, crescent), mean_gradient(total, 1, crescent))
-    encoder, eps = make_flow(), draws()[:, :1]
-    log_p = encoder(X).stop_gradient().log_prob
-    rows = {}
-    for way in (stopped_copy, outputs_detached):
-        z, log_q = way(encoder(X), eps)
-        log_w = (log_p(z) - log_q).flatten()
-        last = encoder.layers[0].network[-1].bias
-        rows[way] = torch.stack([torch.autograd.grad(one, last, retain_graph=True)[0] for one in log_w])
-    checks.no_variance(rows[stopped_copy])
-    with refused:
-        checks.no_variance(rows[outputs_detached])
-
-
-def test_the_rank_one_correction_of_a_planar_layer_is_needed():
-    class Uncorrected(flows.Planar):
-        def push(self, z, force, context=None):
-            moved, log_det = self(z)
-            (slope,) = torch.autograd.grad(log_det.sum(), z, retain_graph=True)
-            return moved, log_det, force - slope
-
-    values = [torch.tensor(v, dtype=DTYPE) for v in ([1.0, 0.5], [0.6, -0.4], 0.1)]
-    found = {}
-    for layer in (flows.Planar, Uncorrected):
-        encoder = flows.FlowEncoder(flows.StandardNormal(2), [layer(*(v.clone() for v in values))], one_pass=True)
-        found[layer] = mean_of_path(encoder)
-        z, log_q = encoder(X).flow.sample_and_log_prob(GRID)
-        exact = torch.autograd.grad(WEIGHT @ (crescent(z) - log_q)[0], list(encoder.parameters()))
-    truth = torch.cat([t.flatten() for t in exact])
-    checks.same(found[flows.Planar], truth)
-    with refused:
-        checks.same(found[Uncorrected], truth)
-
-
-def mean_of_path(encoder):
-    x = X.expand(GRID.shape[1], 1)
-    loss = TABLEAU["elbo-path"].loss(Crescent(), encoder(x), x, GRID)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(-WEIGHT @ loss, list(encoder.parameters()))])
-
-
-class Crescent(torch.nn.Module):
+class Toy(torch.nn.Module):
     def forward(self, x, z):
-        return crescent(z)
+        return -0.5 * (z**2 + (x - z) ** 2).sum(-1) - math.log(2 * math.pi)
 
 
-# --- the table of costs
+def exactly(rule):
+    """The expected gradient in (m, log sigma) of the row with this rule, for K = 2."""
+    row = rule if isinstance(rule, Row) else Row("mine", "iwae", None, 1, "", rule)
+    leaf = torch.tensor([0.3, 0.0], dtype=DTYPE, requires_grad=True)
+    q = DiagonalGaussian(*leaf[:, None, None].expand(2, len(X), 1))
+    return -torch.autograd.grad(PAIR_MASS @ row.loss(Toy(), q, X, PAIR), leaf)[0]
+
+
+def draws(name, k, count=10_000, m=0.3, seed=0):
+    """The gradient in m of each draw, for the toy of the chapter."""
+    eps = torch.randn(k, count, 1, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
+    z = (m + eps).requires_grad_()
+    log_w = Toy()(torch.tensor(2.0, dtype=DTYPE), z) - DiagonalGaussian(
+        z.new_full((1, 1), m), z.new_zeros(1, 1)
+    ).log_prob(z)
+    (slope,) = torch.autograd.grad(log_w.sum(), z)
+    _, b, c = TABLEAU[name].weights(log_w.detach())
+    return (b * slope[..., 0] + c * eps[..., 0]).sum(0)
+
+
+def test_the_quadrature_tells_dreg_from_its_near_misses():
+    truth = exactly(TABLEAU["iwae-total"])
+    checks.same(exactly(TABLEAU["iwae-dreg"]), truth)
+    for power in (1, 1.9, 3):  # 1 is algorithm 4
+        with refused:
+            checks.same(exactly(lambda log_w, p=power: Weights(log_w.softmax(0), log_w.softmax(0) ** p, None)), truth)
+
+
+def test_the_exchange_of_score_and_path_needs_the_square():
+    rws = exactly(TABLEAU["rws"])
+    checks.same(exactly(TABLEAU["rws-dreg"]), rws)
+    with refused:
+        checks.same(exactly(lambda log_w: Weights(log_w.softmax(0), log_w.softmax(0), None)), rws)
+
+
+def test_iwae_path_is_not_the_bound_plus_half_the_wake_phase():
+    total, path, rws = (exactly(TABLEAU[name]) for name in ("iwae-total", "iwae-path", "rws"))
+    checks.same(path, total + rws)
+    with refused:
+        checks.same(path, total + 0.9 * rws)
+
+
+def test_the_paired_draws_find_the_bias_and_its_explanation():
+    for k in (8, 64):
+        total, dreg, path, rws = (draws(name, k) for name in ("iwae-total", "iwae-dreg", "iwae-path", "rws"))
+        checks.unbiased(dreg - total, 0.0)
+        checks.unbiased(path - dreg - rws, 0.0)
+        with refused:
+            checks.unbiased(path - total, 0.0)
+        with refused:
+            checks.unbiased(path - dreg - 0.95 * rws, 0.0)
+
+
+def test_the_slope_of_the_signal_to_noise_ratio_tells_up_from_down():
+    def slope(name):
+        signal = {k: draws("iwae-dreg", k).mean().abs() for k in (16, 256)}
+        ratios = [signal[k] / draws(name, k, 2500).std() for k in (16, 256)]
+        return math.log(ratios[1] / ratios[0]) / math.log(16)
+
+    assert abs(slope("iwae-total") + 0.5) < 0.1 and abs(slope("iwae-dreg") - 0.5) < 0.1
+    with refused:
+        checks.holds(abs(slope("iwae-total") - 0.5) < 0.1, "the total's ratio rises")
+
+
+def test_nothing_but_the_path_is_quiet_at_the_posterior():
+    q = DiagonalGaussian(
+        torch.ones(500, 1, dtype=DTYPE).requires_grad_(), torch.full((500, 1), -0.5 * math.log(2), dtype=DTYPE)
+    )
+    eps = torch.randn(8, 500, 1, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
+    for name, quiet in (("iwae-dreg", True), ("iwae-path", True), ("iwae-total", False), ("iwae-vimco", False)):
+        loss = TABLEAU[name].loss(Toy(), q, X[:500], eps).sum()
+        (gradient,) = torch.autograd.grad(loss, q.mean)
+        if quiet:
+            checks.no_variance(gradient, scale=1.0)
+        else:
+            with refused:
+                checks.no_variance(gradient, scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # it imports its neighbour
-    spec = importlib.util.spec_from_file_location("benchmark_flows", ROOT / "benchmarks" / "flows.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT / "benchmarks"))
-    return module
+def below():
+    """log w - log p(x) of the wide encoder on 20 images: K = 12,800 in all, as in the chapter."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, 12, generator=generator, dtype=DTYPE)
+    joint = models.ppca(x, 8).requires_grad_(False)
+    exact = models.exact_encoder(joint)(x[:20])
+    wide = DiagonalGaussian(exact.mean, exact.log_std + 0.4).stop_gradient()
+    z = wide.sample(wide.noise(12_800, generator))
+    return joint(x[:20], z) - wide.log_prob(z) - joint.log_marginal(x[:20])
 
 
-def test_the_stored_table_has_every_method_at_every_depth(benchmark):
-    with open(ROOT / "results" / "benchmark-flows.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    measured = {(row["method"], int(row["depth"])) for row in rows}
-    assert measured == {(method, depth) for method in benchmark.METHODS for depth in (2, 4, 8, 16)}
+def test_the_gap_is_half_the_variance_of_the_average_and_not_the_variance(below):
+    rho = math.exp(0.8)
+    taylor = ((rho / math.sqrt(2 * rho - 1)) ** 8 - 1) / 2
+    gap = -bounds.iwae(below.T.reshape(20, -1, 32).permute(2, 0, 1)).flatten()
+    checks.unbiased(gap, taylor / 32)
+    for factor in (0.5, 2):
+        with refused:
+            checks.unbiased(gap, factor * taylor / 32)
 
 
-def test_memory_is_counted_once_a_storage_and_given_back(benchmark):
-    graph = benchmark.Graph(exempt=set())
-    x = torch.ones(1000, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(graph.pack, lambda kept: kept.tensor):
-        y = x.exp()  # keeps its result
-        z = y * y  # keeps it twice more
-        assert graph.bytes == graph.peak == 4000
-        z.sum().backward()
-        del y, z
-    assert (graph.bytes, graph.peak) == (0, 4000)
-
-
-def test_memory_of_the_stopped_copy_is_that_of_two_graphs(benchmark):
-    """Exact, so on any machine: the networks' activations twice for the copy, once for the recursion."""
-    eps = torch.randn(64, 1, benchmark.DIM, generator=torch.Generator().manual_seed(0))
-    kept = {}
-    for name, (take, one_pass) in benchmark.METHODS.items():
-        encoder = benchmark.make_encoder(4, 64, one_pass)
-        kept[name] = benchmark.megabytes(lambda t=take, e=encoder: t(e, torch.zeros(1, 1), eps), encoder)
-    assert kept["path, stopped copy"] > 1.8 * kept["total"] > 1.5 * kept["path, one pass"]
+def test_the_flattering_value_is_neither_the_bound_nor_below_the_likelihood(below):
+    groups = below.T.reshape(20, -1, 64).permute(2, 0, 1).flatten(1)
+    w = groups.softmax(0)
+    flattering, bound = (w * groups).sum(0), bounds.iwae(groups)
+    checks.same(flattering, bound + (w * (64 * w).log()).sum(0))
+    with refused:
+        checks.same(flattering, bound)
+    with refused:
+        checks.below(flattering, torch.zeros_like(flattering))
+    checks.below(bound, torch.zeros_like(bound))

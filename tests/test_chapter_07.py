@@ -1,156 +1,245 @@
-"""The negative controls of chapter 7, "Choosing": what its checks must refuse, each on the chapter's own quantity."""
+"""The negative controls of chapter 7: what its checks must refuse, each on the chapter's own quantity.
 
-import math
+Those of layers, densities and refusals are in test_flows.py. The measured table is looked at here; nothing is timed.
+"""
 
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from toys import DTYPE
 
-from vaelib import checks, discrete, gradients, models, objectives
+from vaelib import checks, flows, objectives
 from vaelib.estimators import TABLEAU
-from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, OneHotCategorical
+from vaelib.posteriors import DiagonalGaussian
 
+ROOT = Path(__file__).resolve().parent.parent
 refused = pytest.raises(AssertionError)
+X = torch.zeros(1, 1, dtype=DTYPE)
+NODES, MASS = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(100))
+GRID = torch.cartesian_prod(NODES, NODES)[None]
+WEIGHT = torch.cartesian_prod(MASS, MASS).prod(1) / MASS.sum() ** 2
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def make_flow(seed=3, depth=2, spread=0.3, layer=flows.AffineCoupling, one_pass=False):
+    g = torch.Generator().manual_seed(seed)
+    layers = [layer(2, (16,), generator=g) for _ in range(depth)]
+    for last in (each.network[-1] for each in layers):
+        torch.nn.init.normal_(last.weight, std=spread, generator=g)
+        torch.nn.init.normal_(last.bias, std=spread / 2, generator=g)
+    return flows.FlowEncoder(flows.StandardNormal(2), layers, one_pass=one_pass).double()
 
 
-# --- one bit
+def crescent(z):
+    return -(z[..., 0] ** 2 + (2 * z[..., 1] - z[..., 0] ** 2 + 1) ** 2) / 2
 
 
-class Reading(nn.Module):
-    def forward(self, z):
-        return DiagonalGaussian(z, torch.full_like(z, -math.log(2)))
+def draws(count=20):
+    return torch.randn(5, count, 2, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
 
 
-BIT = models.DiscreteJoint(Reading(), torch.zeros(1))
+def gradient(row, encoder, eps):
+    encoder.zero_grad()
+    x = X.expand(eps.shape[1], 1)
+    objectives.backward(TABLEAU[row], Crescent(), encoder(x), x, eps)
+    return torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
 
-def at_logit(row, logit, count=20_000):
-    q = FactorisedBernoulli(torch.tensor([[logit]]))
-    return gradients.draws(row, BIT, q, torch.ones(1, 1), k=2, draws=count, generator=seeded()).flatten()
+def mean_gradient(sample_and_log_q, depth=2, log_p=None):
+    encoder = make_flow(depth=depth)
+    log_p = log_p or encoder(X).stop_gradient().log_prob
+    z, log_q = sample_and_log_q(encoder(X), GRID)
+    parts = torch.autograd.grad(WEIGHT @ (log_p(z) - log_q)[0], list(encoder.parameters()))
+    return torch.cat([part.flatten() for part in parts])
 
 
-def off(g, truth, n, bias, v):
-    """Standard errors between the mean square error of averages of n and its prediction."""
-    error = (g[: len(g) // n * n].reshape(-1, n).mean(1) - truth).square()
-    return abs((error.mean() - bias - v / n) / (error.std() / len(error) ** 0.5))
+def total(q, eps):
+    return q.sample_and_log_prob(eps)
 
 
-def test_the_error_in_a_given_time_needs_bias_and_variance():
-    truth = at_logit("elbo-exact", -2.0, 1)
-    g = at_logit(discrete.gumbel_softmax(1.0), -2.0)
-    bias, v = (g.mean() - truth).square(), g.var()
-    for n in (1, 20, 200):
-        assert off(g, truth, n, bias, v) < checks.SIGMAS
-    assert off(g, truth, 200, 0, v) > checks.SIGMAS, "without the bias"
-    assert off(g, truth, 1, bias, 0.9 * v) > checks.SIGMAS, "with a tenth less variance"
+def stopped_copy(q, eps):
+    z = q.sample(eps)
+    return z, q.stop_gradient().log_prob(z)
 
 
-def test_a_baseline_is_what_lands():
-    checks.no_variance(at_logit("elbo-score-loo", 2.0), scale=1.0)
+def as_a_number(q, eps):
+    z, log_q = q.sample_and_log_prob(eps)
+    return z, log_q.detach()
+
+
+def on_the_forward_pass(q, eps):
+    z = q.base.sample(eps)
+    log_q = q.base.log_prob(z)
+    for live, still in zip(q.layers, q.stop_gradient().layers, strict=True):
+        z, log_q = live(z)[0], log_q - still(z)[1]
+    return z, log_q
+
+
+def outputs_detached(q, eps):
+    z = back = q.sample(eps)
+    log_det = 0.0
+    for layer in reversed(q.layers):
+        moved, a = back.split(layer.sizes[::-1], -1)
+        s, t = (out.detach() for out in layer.condition(a, None))
+        back, log_det = torch.cat((a, (moved - t) / s.exp()), -1), log_det + s.sum(-1)
+    return z, q.base.log_prob(back) - log_det
+
+
+class NoLogDeterminant(flows.AffineCoupling):
+    """The recursion without the slope of the log-determinant."""
+
+    def push(self, z, force, context=None):
+        fixed, _ = z.split(self.sizes, -1)
+        moved, log_det, after = super().push(z, force, context)
+        log_scale, _ = self.condition(fixed, context)
+        (slope,) = torch.autograd.grad(log_scale.sum(), fixed, retain_graph=True)
+        return moved, log_det, after + torch.cat((torch.zeros_like(slope), slope), -1)
+
+
+class NotTransposed(flows.AffineCoupling):
+    """The recursion with the diagonal of the Jacobian alone."""
+
+    def push(self, z, force, context=None):
+        fixed, _ = z.split(self.sizes, -1)
+        log_scale, _ = self.condition(fixed, context)
+        first, second = force.split(self.sizes, -1)
+        (slope,) = torch.autograd.grad(log_scale.sum(), fixed, retain_graph=True)
+        moved, log_det = self(z, context)
+        return moved, log_det, torch.cat((second / log_scale.exp(), first - slope), -1).detach()
+
+
+@pytest.mark.parametrize("layer", [NoLogDeterminant, NotTransposed])
+def test_a_wrong_recursion_is_not_the_stopped_copy(layer):
+    eps = draws()
+    right = gradient("elbo-path", make_flow(), eps)
+    checks.same(gradient("elbo-path", make_flow(one_pass=True), eps), right)
     with refused:
-        checks.no_variance(at_logit("elbo-score", 2.0), scale=1.0)
+        checks.same(gradient("elbo-path", make_flow(layer=layer, one_pass=True), eps), right)
+
+
+@pytest.mark.parametrize("row", ["elbo-path", "elbo-score", "iwae-dreg", "rws"])
+def test_the_sign_of_the_first_order_term_matters(row, monkeypatch):
+    eps = draws()
+    right = gradient(row, make_flow(), eps)
+    checks.same(gradient(row, make_flow(one_pass=True), eps), right)
+
+    def mirrored(self, z):
+        here, log_q, force = self.drawn
+        return log_q + (force * (here - z)).sum(-1)
+
+    monkeypatch.setattr(flows.OnePassFlow, "log_prob", mirrored)
     with refused:
-        checks.no_variance(at_logit("elbo-score-loo", 1.8), scale=1.0)
+        checks.same(gradient(row, make_flow(one_pass=True), eps), right)
 
 
-def test_the_floor_is_that_of_the_step_and_not_of_twice_the_step():
-    def descend(eta, steps=1500, runs=500):
-        logits, noise, x, seen = torch.full((runs, 1), 2.0).requires_grad_(), seeded(), torch.ones(runs, 1), []
-        for _ in range(steps):
-            q = FactorisedBernoulli(logits)
-            seen.append((discrete.log_marginal(BIT, x, q) - discrete.exact_elbo(BIT, x, q)).detach())
-            objectives.backward(TABLEAU["elbo-score"], BIT, q, x, q.noise(2, noise))
-            with torch.no_grad():
-                logits -= eta * runs * logits.grad
-            logits.grad = None
-        return torch.stack(seen)[-300:].mean()
-
-    pi = torch.sigmoid(torch.tensor(2.0))
-    h, v = pi * (1 - pi), at_logit("elbo-score", 2.0).var()
-    settled = descend(0.1)
-    for eta, right in ((0.1, True), (0.2, False), (0.05, False)):
-        floor = 0.5 * eta * v / (2 - eta * h)
-        assert (abs(settled / floor - 1) < 0.1) == right
+def test_one_pass_knows_the_density_of_a_narrow_flow_too():
+    """By the noise, and not by (z - mean) / std, of which single precision leaves nothing here."""
+    layers = make_flow().float().layers
+    base = DiagonalGaussian(torch.full((1, 2), 10.0, requires_grad=True), torch.full((1, 2), -14.0))
+    flow, eps = flows.Flow(base, layers), draws(1).float()
+    exact = flow.sample_and_log_prob(eps)[1]
+    checks.same(flows.push(flow, eps).log_q, exact)
+    with refused:
+        checks.same(flow.log_prob(flow.sample(eps)), exact)
 
 
-# --- rows
+@pytest.mark.parametrize("wrong", [as_a_number, on_the_forward_pass, outputs_detached])
+def test_wrong_ways_to_stop_a_flow_fail_the_check_at_the_target_and_away_from_it(wrong):
+    checks.holds(mean_gradient(stopped_copy).norm() < 1e-12, "at the target")
+    with refused:
+        checks.holds(mean_gradient(wrong).norm() < 0.05, "at the target")
+    truth = mean_gradient(total, log_p=crescent)
+    right, off = ((mean_gradient(way, log_p=crescent) - truth).norm() for way in (stopped_copy, wrong))
+    assert off > 100 * right
 
 
-def test_rows_with_a_score_left_are_not_silent_at_the_posterior():
-    mean, log_std = torch.randn(2, 1, 3, generator=seeded(1), dtype=torch.float64)
-    q, x = DiagonalGaussian(mean, log_std), torch.zeros(1, 1, dtype=torch.float64)
-
-    class Exact(nn.Module):
-        def forward(self, x, z):
-            return q.log_prob(z) - 1.5  # log p(x) = -1.5
-
-    fisher = (-2 * q.log_std).exp().sum() + 2 * 3
-    for row in TABLEAU:
-        g = gradients.draws(row, Exact(), q, x, k=4, draws=20_000, generator=seeded())
-        if row in ("elbo-path", "elbo-score-loo", "iwae-path", "iwae-dreg", "rws-dreg"):
-            checks.no_variance(g, scale=1.0)
-            continue
-        with refused:
-            checks.no_variance(g, scale=1.0)
-        if not row.endswith("-score"):
-            checks.unbiased(g.square().sum(1), fisher / 4)
-            with refused:
-                checks.unbiased(g.square().sum(1), fisher / 5)
+def test_detached_outputs_are_exact_for_one_layer_and_lose_the_zero_variance_of_two():
+    checks.same(mean_gradient(outputs_detached, 1, crescent), mean_gradient(total, 1, crescent))
+    encoder, eps = make_flow(), draws()[:, :1]
+    log_p = encoder(X).stop_gradient().log_prob
+    rows = {}
+    for way in (stopped_copy, outputs_detached):
+        z, log_q = way(encoder(X), eps)
+        log_w = (log_p(z) - log_q).flatten()
+        last = encoder.layers[0].network[-1].bias
+        rows[way] = torch.stack([torch.autograd.grad(one, last, retain_graph=True)[0] for one in log_w])
+    checks.no_variance(rows[stopped_copy])
+    with refused:
+        checks.no_variance(rows[outputs_detached])
 
 
-def test_pairs_that_share_their_draws_do_not_measure_the_minibatch():
-    """Variances that are known: 1 a batch and 3 a draw, in each of five coordinates."""
+def test_the_rank_one_correction_of_a_planar_layer_is_needed():
+    class Uncorrected(flows.Planar):
+        def push(self, z, force, context=None):
+            moved, log_det = self(z)
+            (slope,) = torch.autograd.grad(log_det.sum(), z, retain_graph=True)
+            return moved, log_det, force - slope
 
-    def share(g):
-        d = g - g.mean((0, 1))
-        return (d[:, 0] * d[:, 1]).sum(-1).mean() / d.square().sum(-1).mean()
-
-    batch = torch.randn(20_000, 1, 5, generator=seeded())
-    own = 3**0.5 * torch.randn(20_000, 2, 5, generator=seeded(1))
-    assert abs(share(batch + own) - 0.25) < 0.02
-    assert abs(share(batch + own[:, :1].expand(-1, 2, -1)) - 0.25) > 0.5
-
-
-# --- what no draw has seen
-
-
-class Classes(nn.Module):
-    def forward(self, z):
-        return DiagonalGaussian(z @ z.new_tensor([[0.1], [-0.1], [0.0], [0.2]]), z.new_zeros(z.shape[:-1] + (1,)))
-
-
-def test_an_unbiased_row_is_accused_where_a_class_never_comes_up_and_a_biased_one_anywhere():
-    joint = models.DiscreteJoint(Classes(), torch.zeros(1, 4, dtype=torch.float64))
-    q = OneHotCategorical(torch.tensor([[[2.0, 2.0, 1.0, -13.0]]], dtype=torch.float64))
-    x = torch.full((1, 1), 5.0, dtype=torch.float64)
-    common = torch.tensor([True, True, True, False])
-
-    def accused(row, where):
-        test = gradients.bias_test(
-            row, "elbo-score-loo", joint, q, x, k=4, draws=4000, error_rate=1e-4, generator=seeded()
-        )
-        return bool((test.t[where].abs() > test.threshold).any())
-
-    assert accused("elbo-score", ~common), "the flaw of every test on draws"
-    assert not accused("elbo-score", common)
-    assert accused("elbo-gumbel-softmax", common)
+    values = [torch.tensor(v, dtype=DTYPE) for v in ([1.0, 0.5], [0.6, -0.4], 0.1)]
+    found = {}
+    for layer in (flows.Planar, Uncorrected):
+        encoder = flows.FlowEncoder(flows.StandardNormal(2), [layer(*(v.clone() for v in values))], one_pass=True)
+        found[layer] = mean_of_path(encoder)
+        z, log_q = encoder(X).flow.sample_and_log_prob(GRID)
+        exact = torch.autograd.grad(WEIGHT @ (crescent(z) - log_q)[0], list(encoder.parameters()))
+    truth = torch.cat([t.flatten() for t in exact])
+    checks.same(found[flows.Planar], truth)
+    with refused:
+        checks.same(found[Uncorrected], truth)
 
 
-# --- orders
+def mean_of_path(encoder):
+    x = X.expand(GRID.shape[1], 1)
+    loss = TABLEAU["elbo-path"].loss(Crescent(), encoder(x), x, GRID)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(-WEIGHT @ loss, list(encoder.parameters()))])
 
 
-def test_a_rank_correlation_of_seven_rows_is_rarely_over_nine_tenths():
-    """At most 1 in 200 of all orders of seven; so is the chance that the chapter's claim holds by luck."""
+class Crescent(torch.nn.Module):
+    def forward(self, x, z):
+        return crescent(z)
 
-    def ranks(values):
-        return values.argsort().argsort().double()
 
-    order = torch.arange(7.0)
-    shuffled = torch.stack([torch.randperm(7, generator=seeded(s)) for s in range(2000)])
-    found = torch.stack([torch.corrcoef(torch.stack([ranks(order), ranks(s)]))[0, 1] for s in shuffled])
-    assert (found > 0.9).double().mean() < 0.01
-    assert torch.corrcoef(torch.stack([ranks(order), ranks(order.exp())]))[0, 1] > 0.9
+# --- the table of costs
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # it imports its neighbour
+    spec = importlib.util.spec_from_file_location("benchmark_flows", ROOT / "benchmarks" / "flows.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "benchmarks"))
+    return module
+
+
+def test_the_stored_table_has_every_method_at_every_depth(benchmark):
+    with open(ROOT / "results" / "benchmark-flows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    measured = {(row["method"], int(row["depth"])) for row in rows}
+    assert measured == {(method, depth) for method in benchmark.METHODS for depth in (2, 4, 8, 16)}
+
+
+def test_memory_is_counted_once_a_storage_and_given_back(benchmark):
+    graph = benchmark.Graph(exempt=set())
+    x = torch.ones(1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(graph.pack, lambda kept: kept.tensor):
+        y = x.exp()  # keeps its result
+        z = y * y  # keeps it twice more
+        assert graph.bytes == graph.peak == 4000
+        z.sum().backward()
+        del y, z
+    assert (graph.bytes, graph.peak) == (0, 4000)
+
+
+def test_memory_of_the_stopped_copy_is_that_of_two_graphs(benchmark):
+    """Exact, so on any machine: the networks' activations twice for the copy, once for the recursion."""
+    eps = torch.randn(64, 1, benchmark.DIM, generator=torch.Generator().manual_seed(0))
+    kept = {}
+    for name, (take, one_pass) in benchmark.METHODS.items():
+        encoder = benchmark.make_encoder(4, 64, one_pass)
+        kept[name] = benchmark.megabytes(lambda t=take, e=encoder: t(e, torch.zeros(1, 1), eps), encoder)
+    assert kept["path, stopped copy"] > 1.8 * kept["total"] > 1.5 * kept["path, one pass"]

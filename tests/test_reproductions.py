@@ -112,8 +112,8 @@ NEEDS = {
 
 
 READING = {
-    "04-inference-lag.ipynb": ("cell-057", "cell-065", "cell-066", "cell-068", "cell-069", "cell-071", "cell-072"),
-    "07-choosing.ipynb": ("cell-046", "cell-047"),
+    "05-inference-lag.ipynb": ("cell-057", "cell-065", "cell-066", "cell-068", "cell-069", "cell-071", "cell-072"),
+    "08-choosing.ipynb": ("cell-046", "cell-047"),
 }
 """The cells of a chapter that read results, and those they take names from."""
 IMPORTS = "from vaelib import checks, experiments\nlabel = str"
@@ -124,7 +124,7 @@ AGGRESSIVE_KL = {"metric": "kl", "method": "aggressive"}
 PAPER = {"metric": "nll", "recipe": "paper", "data": "mnist"}
 
 CHAPTER_FAULTS = {
-    "04-inference-lag.ipynb": [
+    "05-inference-lag.ipynb": [
         ("toy: only work", {**TOY, "metric": "au", "method": "anneal"}, lambda au: 1),
         ("Treebank: only work", {**TREEBANK, "metric": "au", "method": "free-bits"}, lambda au: 1),
         ("free bits pay", {**TOY, "metric": "mi_all", "method": "free-bits"}, lambda mi: mi + 0.3),
@@ -137,7 +137,7 @@ CHAPTER_FAULTS = {
         ("SA-VAE too", {**TOY, "metric": "nll", "method": "sa-vae"}, lambda nll: nll - 0.2),
         ("after longer", {"preset": "long", "metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.5),
     ],
-    "07-choosing.ipynb": [
+    "08-choosing.ipynb": [
         ("lead all others", {**PAPER, "model": "mlp-1", "estimator": "iwae-dreg", "k": 50}, lambda nll: nll + 1),
         ("path is ahead", {**PAPER, "model": "mlp-1", "estimator": "elbo-path", "k": 5}, lambda nll: nll - 0.1),
         ("two layers", {**PAPER, "model": "mlp-2", "estimator": "iwae-total", "k": 50}, lambda nll: nll + 0.3),

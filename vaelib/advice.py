@@ -1,7 +1,7 @@
 r"""What a model says of itself when it is asked: is z used, is the encoder late, and which gradient is worth its time.
 
-:func:`usage` and :func:`lag` are the questions of book/04-inference-lag.ipynb, :func:`cost_of_rows` and :data:`CHART`
-those of book/07-choosing.ipynb, put to a model that is given; :func:`vaelib.gradients.advise` asks all of them, and
+:func:`usage` and :func:`lag` are the questions of book/05-inference-lag.ipynb, :func:`cost_of_rows` and :data:`CHART`
+those of book/08-choosing.ipynb, put to a model that is given; :func:`vaelib.gradients.advise` asks all of them, and
 :class:`Advice` is what it hands back. Every number has its standard error, and a verdict is "yes" or "no" only where
 the number is :data:`SURE` of them away from what matters; otherwise it is "cannot tell".
 """
@@ -514,7 +514,7 @@ CHART = (
     ("iwae", "z has a path, K draws, the bound", "iwae-dreg"),
     ("iwae", "z is discrete, K draws, the bound", "iwae-vimco"),
 )
-"""The leaves of the chart of book/07-choosing.ipynb: the aim, the leaf, its row; the first that fits counts."""
+"""The leaves of the chart of book/08-choosing.ipynb: the aim, the leaf, its row; the first that fits counts."""
 
 WANTED = {
     "elbo": "for q itself or a reported ELBO",
@@ -619,7 +619,7 @@ class Advice:
         if used.collapsed == "yes":
             said.append(
                 f"z is collapsed ({numbers}): no row brings it back. Train anew with more steps of the encoder, a KL "
-                "weight that starts at 0, or free bits (chapter 4), and ask an early checkpoint whether q was late"
+                "weight that starts at 0, or free bits (chapter 5), and ask an early checkpoint whether q was late"
             )
         elif used.collapsed == "cannot tell":
             said.append(f"whether z is collapsed, the noise does not tell ({numbers}): give more observations")

@@ -39,7 +39,7 @@ def iwae(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
 
     (Burda et al. 2016; eq. 9 of "Sticking the Landing"; Morningstar et al. 2021 for shares :math:`s_k`.) Its
     expectation grows with K towards :math:`\log p(x)`; for K = 1 it is the ELBO. Introduced in
-    book/05-mixtures-and-iwae.ipynb.
+    book/06-mixtures-and-iwae.ipynb.
     """
     shared = log_w + log_share if isinstance(log_share, Tensor) else log_w
     return log_sum_exp(shared) - math.log(log_w.shape[0])
@@ -154,7 +154,7 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
     """Return ``bound`` estimated from the draws ``z`` with the ELBO written in ``form``, ``[B]``.
 
     Differentiable in everything, so that ``(-estimate(...).mean()).backward()`` is a step of training with the
-    divergence or the entropy in closed form. Introduced in book/05-mixtures-and-iwae.ipynb.
+    divergence or the entropy in closed form. Introduced in book/06-mixtures-and-iwae.ipynb.
 
     Raises
     ------

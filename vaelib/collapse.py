@@ -42,7 +42,7 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
     The KL is in closed form; with free bits :math:`\lambda > 0` each dimension's is first averaged over the minibatch
     (Kingma et al. 2016). With :math:`\beta = 1` and :math:`\lambda = 0` it is the ELBO; otherwise its value bounds
     nothing. The joint density must know its ``log_likelihood``, and the prior be standard normal.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
     """
 
     def loss(joint: nn.Module, posterior: DiagonalGaussian, x: Tensor, eps: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def aggressive_step(
 
     (Algorithm 1 of He et al. 2019, as their code has it.) The encoder's first batch is ``x``, then come random ones. It
     stops when a block of batches has a higher loss per unit than the block before, so after two blocks at the earliest,
-    or after ``most`` steps. The decoder's step is on ``x``. Introduced in book/04-inference-lag.ipynb.
+    or after ``most`` steps. The decoder's step is on ``x``. Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class SemiAmortised(nn.Module):
     last :math:`\lambda` trains the encoder to give a good start, and the decoder through all of them. The derivative is
     exact, by differentiating twice, where the authors take finite differences; only the factor that clips is held
     constant. As in their code the ELBO is the batch's mean, so a sentence's step is shorter in a larger batch.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -462,7 +462,7 @@ def prepare(
 ) -> Training:
     """Return the training of text or images by any of :data:`METHODS`, before its first step.
 
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -520,7 +520,7 @@ def fit(
 
     ``fit(model, text.train, text.valid, "aggressive", epochs=5, seed=0)``; ``changes`` are fields of the
     :class:`LagRecipe`. ``after_step(training)`` is called after each step, for a look at it.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
     """
     changes = {**choose("method", method, METHODS), **changes}
     return prepare(model, train, valid, replace(recipe, **changes)).run(after_step, progress)
@@ -535,7 +535,7 @@ def measure(
     "nll_bound", the negative ELBO, one draw each; "kl", the mean :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))`;
     "mi", the paper's mutual information with q(z) from each batch, and "mi_all", with q(z) from all of ``x``
     (:func:`vaelib.evaluation.mutual_information`), all in nats; "au", the active units.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
     """
     estimator, loss, kl = elbo_kl(), 0.0, 0.0
     for batch in x.split(batch_size):
@@ -559,7 +559,7 @@ def posterior_mean(joint: nn.Module, x: Tensor, grid: Tensor | None = None, chun
     .. math:: \frac{\sum_g p(x, z_g)\, z_g}{\sum_g p(x, z_g)}
 
     It is where a perfect encoder's mean would be; beside the mean of q(z given x) it spans the plane in which He et al.
-    (2019) show the lag. Introduced in book/04-inference-lag.ipynb.
+    (2019) show the lag. Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------

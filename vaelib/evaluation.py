@@ -269,7 +269,7 @@ def mutual_information(
     The inner sum stands for the aggregate :math:`q(z) = \mathbb E_x[q(z \mid x)]`. With ``batch_size`` it runs over the
     minibatch of B that :math:`x_i` is in, as in He et al. (2019); since :math:`x_i` is one of them, the estimate is
     **at most log B in expectation** (3.47 for 32, 3.91 for 50), however much z tells. Without, it runs over all N, and
-    the cap is log N. Averages over both; one draw for each x. Introduced in book/04-inference-lag.ipynb.
+    the cap is log N. Averages over both; one draw for each x. Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------

@@ -77,7 +77,7 @@ class AffineCoupling(Layer):
 
     s and t come from a network with tanh layers, s softly bounded to keep :math:`e^s` between
     :math:`e^{-2}` and :math:`e^2`. The last layer starts at zero, and T as a mere exchange of the halves.
-    Introduced in book/06-flows.ipynb.
+    Introduced in book/07-flows.ipynb.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class SinhArcsinh(Layer):
     .. math:: T(z) = \mu + \sigma \sinh\left(\tau\,(\operatorname{arcsinh} z + \alpha)\right)
 
     With :math:`\alpha = 0` and :math:`\tau = 1` it is affine; :math:`\alpha` skews, and :math:`\tau` > 1 makes the
-    tails heavier than the Gaussian's. The toy of one dimension. Introduced in book/06-flows.ipynb.
+    tails heavier than the Gaussian's. The toy of one dimension. Introduced in book/07-flows.ipynb.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ class Planar(Layer):
     .. math:: T(z) = z + u \tanh(w^\top z + b), \qquad J = I + h\, u w^\top, \quad h = 1 - \tanh^2(w^\top z + b)
 
     u is bent so that :math:`w^\top u > -1`, which makes T invertible. :math:`J^{-\top}` is a correction of rank one
-    (Sherman and Morrison), so the force passes where no inverse does. Introduced in book/06-flows.ipynb.
+    (Sherman and Morrison), so the force passes where no inverse does. Introduced in book/07-flows.ipynb.
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ class Flow(Posterior):
     :mod:`vaelib.posteriors`: the stopped copy holds the parameters of the Gaussian and of all layers constant, and
     evaluates a sample by inverting them, so that the gradient in z passes through every intermediate :math:`z_\ell`.
     Its layers are modules: under ``torch.func.functional_call``, use it inside the call, or it sees the parameters it
-    had before. Introduced in book/06-flows.ipynb.
+    had before. Introduced in book/07-flows.ipynb.
 
     Parameters
     ----------
@@ -315,7 +315,7 @@ class Drawn(NamedTuple):
 def push(flow: Flow, eps: Tensor) -> Drawn:
     r"""Send noise through the flow together with its log-density and the force, in one pass (Vaitl et al. 2024).
 
-    It starts from :math:`F_0 = -(z_0 - \mu) / \sigma^2 = -\varepsilon / \sigma`. Introduced in book/06-flows.ipynb.
+    It starts from :math:`F_0 = -(z_0 - \mu) / \sigma^2 = -\varepsilon / \sigma`. Introduced in book/07-flows.ipynb.
     """
     z, log_q = flow.base.sample_and_log_prob(eps)
     if not z.requires_grad:
@@ -338,7 +338,7 @@ class OnePassFlow(Posterior):
     of which the value and both first derivatives are exact: the force with respect to z', and the score with respect
     to phi, as what is left of the total derivative without the path. Stopping phi is a ``detach`` of two tensors.
     It calls ``torch.autograd.grad`` while it samples; under the transforms of ``torch.func``, use :class:`Flow`.
-    Introduced in book/06-flows.ipynb.
+    Introduced in book/07-flows.ipynb.
 
     Parameters
     ----------
@@ -400,7 +400,7 @@ class OnePassFlow(Posterior):
 
 
 class StandardNormal(nn.Module):
-    """A base without parameters, for variational inference without an encoder. Introduced in book/06-flows.ipynb."""
+    """A base without parameters, for variational inference without an encoder. Introduced in book/07-flows.ipynb."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -413,7 +413,7 @@ class StandardNormal(nn.Module):
 
 
 class FlowEncoder(nn.Module):
-    r"""An encoder that returns a flow: a Gaussian encoder, and layers behind it. Introduced in book/06-flows.ipynb.
+    r"""An encoder that returns a flow: a Gaussian encoder, and layers behind it. Introduced in book/07-flows.ipynb.
 
     Parameters
     ----------

@@ -344,7 +344,7 @@ def bias_test(
     P coordinates; a t beyond the normal quantile of ``error_rate / P`` means bias. What the two share cancels, so
     this sees much smaller biases than two separate means. The quantile is for many draws (1,000 and more), and
     for events that are drawn many times: a coordinate that moves once in a million draws has no standard error to
-    go by, and an unbiased row may be accused there ("Where it breaks" in book/07-choosing.ipynb).
+    go by, and an unbiased row may be accused there ("Where it breaks" in book/08-choosing.ipynb).
     Parameters as for :func:`measure`. Introduced in book/02-score-and-path.ipynb.
 
     Parameters
@@ -396,7 +396,7 @@ def advise(
 ) -> Advice:
     """Measure which gradient estimator a model is best trained with, whether it uses z, and whether its encoder lags.
 
-    The model is copied, and stays as it is. Introduced in book/07-choosing.ipynb.
+    The model is copied, and stays as it is. Introduced in book/08-choosing.ipynb.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ def load(
 ) -> Images | Text:
     """Load a data set, downloading it first if it is nowhere on this machine.
 
-    Images introduced in book/01-elbo-forms.ipynb, text in book/04-inference-lag.ipynb.
+    Images introduced in book/01-elbo-forms.ipynb, text in book/05-inference-lag.ipynb.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ SENTENCES_AT_ONCE = 5000  # drawn by the generator of synthetic text
 class Vocabulary:
     """The words that tokens are numbers of; the first three are :data:`MARKS`.
 
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
     """
 
     words: tuple[str, ...]

@@ -48,7 +48,7 @@ def exact_elbo(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
 def log_marginal(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
     r"""Return the exact :math:`\log p(x) = \log \sum_z p(x, z)`, ``[B]``; q (or ``joint.prior``) says what z can be.
 
-    Introduced in book/07-choosing.ipynb.
+    Introduced in book/08-choosing.ipynb.
 
     Raises
     ------

@@ -36,7 +36,7 @@ def gdreg(row: Row) -> LossEstimator:
     where the plain theta channel has :math:`a_k\, \partial_\theta \log p_\theta(z_{1k} \mid z_{2k})`. Decoder and
     encoder get what the row gives them. The joint must show its parts, as :class:`vaelib.models.HierarchicalJoint`
     does: ``priors`` (one module, which returns a Gaussian) and ``log_likelihood``. Introduced in
-    book/05-mixtures-and-iwae.ipynb.
+    book/06-mixtures-and-iwae.ipynb.
 
     Parameters
     ----------

@@ -105,7 +105,7 @@ class DetachedEncoder(HierarchicalEncoder):
 class GaussianMixtureMLP(nn.Module):
     r"""An encoder that returns a mixture: C means, log-scales and a logit each, linear in the last of some tanh layers.
 
-    Introduced in book/05-mixtures-and-iwae.ipynb.
+    Introduced in book/06-mixtures-and-iwae.ipynb.
 
     Parameters
     ----------

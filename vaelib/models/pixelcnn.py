@@ -60,7 +60,7 @@ class CausalConvolution(nn.Module):
 
     That is the rows above, and in its own row the pixels to the left; with mask B the pixel itself too (van den Oord
     et al. 2016). The rows below would have weight zero, and the kernel leaves them out, which halves the work.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class ResNetEncoder(nn.Module):
     r"""A diagonal Gaussian from residual blocks: each halves the image's side, and a last kernel covers what is left.
 
     Published: 28 x 28 pixels, 3 blocks of 64 maps (to 4 x 4), a 4 x 4 convolution to 512, a linear layer to the mean
-    and the log-variance of 32 latents. Introduced in book/04-inference-lag.ipynb.
+    and the log-variance of 32 latents. Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class NoLatent(nn.Module):
 
     It makes an autoregressive model a VAE like the others: its bound is log p(x) itself, one draw says all, and KL,
     mutual information and active units are 0. Train it with a row without a path, ``elbo-score`` with k = 1.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
     """
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
@@ -198,7 +198,7 @@ class PixelCNN(nn.Module):
     ordinary one of these maps make the first layer; residual blocks (mask B) follow, and every layer's output skips
     three layers, through a block of its own. Published: 28 x 28 pixels, 13 layers of 64 maps, 4 maps of a
     32-dimensional z. As in all stacks of square masked kernels, far pixels to the upper right stay in a blind spot.
-    Called as ``decode(z)`` it returns a likelihood, as other decoders do. Introduced in book/04-inference-lag.ipynb.
+    Called as ``decode(z)`` it returns a likelihood, as other decoders do. Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -266,7 +266,7 @@ class PixelCNN(nn.Module):
 class AutoregressiveBernoulli:
     r"""Binary pixels in raster order, :math:`\prod_d p(x_d \mid x_{<d}, z)`; what :class:`PixelCNN` returns.
 
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ from vaelib.posteriors import DiagonalGaussian
 class LSTMEncoder(nn.Module):
     r"""The encoder: an LSTM reads the sentence; mean and log-variance are linear in its last hidden state.
 
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class LSTMDecoder(nn.Module):
     r"""The decoder: an LSTM that reads each word's embedding beside z and predicts the next word.
 
     :math:`c_0 = W z` and :math:`h_0 = \tanh(W z)`. With ``latent=0`` it is a language model, and its bound exact.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class LSTMDecoder(nn.Module):
 class TextJoint(Joint):
     r"""The joint density :math:`\log p(z) + \log p(x \mid z)` of sentences; ``decode`` is an :class:`LSTMDecoder`.
 
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
     """
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def lstm_vae(
 
     Those of the paper's toy are ``latent=1, embedding=50, hidden=50, dropout=0.0``. With ``latent=0`` it is the
     language model without z, which everything takes that takes the autoencoder: its KL is 0 and its bound exact.
-    Introduced in book/04-inference-lag.ipynb.
+    Introduced in book/05-inference-lag.ipynb.
 
     Parameters
     ----------

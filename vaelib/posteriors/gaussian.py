@@ -255,7 +255,7 @@ class Mixture(Posterior):
     (the draws are *stratified*), and a draw from component c counts :math:`C \pi_c` times as much as its share
     (:meth:`log_share`). So K draws mean K / C from each component, component after component, and the weights get
     their gradient through the shares (algorithm 3 of "Sticking the Landing"). Introduced in
-    book/05-mixtures-and-iwae.ipynb.
+    book/06-mixtures-and-iwae.ipynb.
 
     Parameters
     ----------

@@ -1,0 +1,156 @@
+"""The negative controls of chapter 8, "Choosing": what its checks must refuse, each on the chapter's own quantity."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vaelib import checks, discrete, gradients, models, objectives
+from vaelib.estimators import TABLEAU
+from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, OneHotCategorical
+
+refused = pytest.raises(AssertionError)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- one bit
+
+
+class Reading(nn.Module):
+    def forward(self, z):
+        return DiagonalGaussian(z, torch.full_like(z, -math.log(2)))
+
+
+BIT = models.DiscreteJoint(Reading(), torch.zeros(1))
+
+
+def at_logit(row, logit, count=20_000):
+    q = FactorisedBernoulli(torch.tensor([[logit]]))
+    return gradients.draws(row, BIT, q, torch.ones(1, 1), k=2, draws=count, generator=seeded()).flatten()
+
+
+def off(g, truth, n, bias, v):
+    """Standard errors between the mean square error of averages of n and its prediction."""
+    error = (g[: len(g) // n * n].reshape(-1, n).mean(1) - truth).square()
+    return abs((error.mean() - bias - v / n) / (error.std() / len(error) ** 0.5))
+
+
+def test_the_error_in_a_given_time_needs_bias_and_variance():
+    truth = at_logit("elbo-exact", -2.0, 1)
+    g = at_logit(discrete.gumbel_softmax(1.0), -2.0)
+    bias, v = (g.mean() - truth).square(), g.var()
+    for n in (1, 20, 200):
+        assert off(g, truth, n, bias, v) < checks.SIGMAS
+    assert off(g, truth, 200, 0, v) > checks.SIGMAS, "without the bias"
+    assert off(g, truth, 1, bias, 0.9 * v) > checks.SIGMAS, "with a tenth less variance"
+
+
+def test_a_baseline_is_what_lands():
+    checks.no_variance(at_logit("elbo-score-loo", 2.0), scale=1.0)
+    with refused:
+        checks.no_variance(at_logit("elbo-score", 2.0), scale=1.0)
+    with refused:
+        checks.no_variance(at_logit("elbo-score-loo", 1.8), scale=1.0)
+
+
+def test_the_floor_is_that_of_the_step_and_not_of_twice_the_step():
+    def descend(eta, steps=1500, runs=500):
+        logits, noise, x, seen = torch.full((runs, 1), 2.0).requires_grad_(), seeded(), torch.ones(runs, 1), []
+        for _ in range(steps):
+            q = FactorisedBernoulli(logits)
+            seen.append((discrete.log_marginal(BIT, x, q) - discrete.exact_elbo(BIT, x, q)).detach())
+            objectives.backward(TABLEAU["elbo-score"], BIT, q, x, q.noise(2, noise))
+            with torch.no_grad():
+                logits -= eta * runs * logits.grad
+            logits.grad = None
+        return torch.stack(seen)[-300:].mean()
+
+    pi = torch.sigmoid(torch.tensor(2.0))
+    h, v = pi * (1 - pi), at_logit("elbo-score", 2.0).var()
+    settled = descend(0.1)
+    for eta, right in ((0.1, True), (0.2, False), (0.05, False)):
+        floor = 0.5 * eta * v / (2 - eta * h)
+        assert (abs(settled / floor - 1) < 0.1) == right
+
+
+# --- rows
+
+
+def test_rows_with_a_score_left_are_not_silent_at_the_posterior():
+    mean, log_std = torch.randn(2, 1, 3, generator=seeded(1), dtype=torch.float64)
+    q, x = DiagonalGaussian(mean, log_std), torch.zeros(1, 1, dtype=torch.float64)
+
+    class Exact(nn.Module):
+        def forward(self, x, z):
+            return q.log_prob(z) - 1.5  # log p(x) = -1.5
+
+    fisher = (-2 * q.log_std).exp().sum() + 2 * 3
+    for row in TABLEAU:
+        g = gradients.draws(row, Exact(), q, x, k=4, draws=20_000, generator=seeded())
+        if row in ("elbo-path", "elbo-score-loo", "iwae-path", "iwae-dreg", "rws-dreg"):
+            checks.no_variance(g, scale=1.0)
+            continue
+        with refused:
+            checks.no_variance(g, scale=1.0)
+        if not row.endswith("-score"):
+            checks.unbiased(g.square().sum(1), fisher / 4)
+            with refused:
+                checks.unbiased(g.square().sum(1), fisher / 5)
+
+
+def test_pairs_that_share_their_draws_do_not_measure_the_minibatch():
+    """Variances that are known: 1 a batch and 3 a draw, in each of five coordinates."""
+
+    def share(g):
+        d = g - g.mean((0, 1))
+        return (d[:, 0] * d[:, 1]).sum(-1).mean() / d.square().sum(-1).mean()
+
+    batch = torch.randn(20_000, 1, 5, generator=seeded())
+    own = 3**0.5 * torch.randn(20_000, 2, 5, generator=seeded(1))
+    assert abs(share(batch + own) - 0.25) < 0.02
+    assert abs(share(batch + own[:, :1].expand(-1, 2, -1)) - 0.25) > 0.5
+
+
+# --- what no draw has seen
+
+
+class Classes(nn.Module):
+    def forward(self, z):
+        return DiagonalGaussian(z @ z.new_tensor([[0.1], [-0.1], [0.0], [0.2]]), z.new_zeros(z.shape[:-1] + (1,)))
+
+
+def test_an_unbiased_row_is_accused_where_a_class_never_comes_up_and_a_biased_one_anywhere():
+    joint = models.DiscreteJoint(Classes(), torch.zeros(1, 4, dtype=torch.float64))
+    q = OneHotCategorical(torch.tensor([[[2.0, 2.0, 1.0, -13.0]]], dtype=torch.float64))
+    x = torch.full((1, 1), 5.0, dtype=torch.float64)
+    common = torch.tensor([True, True, True, False])
+
+    def accused(row, where):
+        test = gradients.bias_test(
+            row, "elbo-score-loo", joint, q, x, k=4, draws=4000, error_rate=1e-4, generator=seeded()
+        )
+        return bool((test.t[where].abs() > test.threshold).any())
+
+    assert accused("elbo-score", ~common), "the flaw of every test on draws"
+    assert not accused("elbo-score", common)
+    assert accused("elbo-gumbel-softmax", common)
+
+
+# --- orders
+
+
+def test_a_rank_correlation_of_seven_rows_is_rarely_over_nine_tenths():
+    """At most 1 in 200 of all orders of seven; so is the chance that the chapter's claim holds by luck."""
+
+    def ranks(values):
+        return values.argsort().argsort().double()
+
+    order = torch.arange(7.0)
+    shuffled = torch.stack([torch.randperm(7, generator=seeded(s)) for s in range(2000)])
+    found = torch.stack([torch.corrcoef(torch.stack([ranks(order), ranks(s)]))[0, 1] for s in shuffled])
+    assert (found > 0.9).double().mean() < 0.01
+    assert torch.corrcoef(torch.stack([ranks(order), ranks(order.exp())]))[0, 1] > 0.9
