@@ -241,7 +241,7 @@ def show(run_dir: RunDir, device: Annotated[str, typer.Option(help=HELP["device"
     Example:
       vaelib show runs/mnist
     """
-    start()
+    start("vaelib.report")
     from vaelib import report
 
     typer.echo(f"look at {in_shell(report.show(run_dir, device))}")
@@ -265,7 +265,7 @@ def advise(
       vaelib advise runs/mnist
       vaelib advise runs/mnist --k 16
     """
-    start()
+    start("vaelib.report")
     from vaelib import report
 
     given, paths = report.advise(run_dir, k, device, seed, show_progress(quiet))
