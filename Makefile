@@ -5,7 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 BENCH := .venv-bench
 BENCH_PY := $(BENCH)/bin/python
-BOOK = $(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
+# A page says when the book last changed, not when it was built.
+BOOK = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
 
 # Nothing of the caller's own set-up leaks in: no other environment, no Python path, no matplotlib or IPython profile.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS VIRTUAL_ENV __PYVENV_LAUNCHER__
@@ -39,14 +40,17 @@ book: $(VENV)/installed  ## render the book into _build/html
 test: $(VENV)/installed  ## run the unit tests, every chapter, and the checks of the built site
 	@echo '== Unit tests'
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests
-	@echo '== Every chapter, run again and compared with the outputs it stores'
+	@echo '== Every chapter, as its readers get it, run again and compared with the outputs it stores'
+	@$(PY) book/_tools/editions.py _build/editions
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope --nbval --nbval-current-env \
-		--nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=120 book
+		--nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=120 _build/editions/reader
 	@echo '== The site, built from nothing'
 	@rm -rf _build
 	@$(BOOK) --quiet
 	@echo '== The built pages'
 	@$(PY) book/_tools/check_site.py _build/html
+	@echo '== The built pages in a browser'
+	@$(PY) book/_tools/check_browser.py _build/html
 
 seeds: $(VENV)/installed  ## run the checks of every notebook under other seeds (hours; what has not changed is kept)
 	@nice $(PY) book/_tools/seeds.py run --workers $(WORKERS)

@@ -11,7 +11,7 @@ def test_notebooks_are_copied_and_a_changed_one_stays(tmp_path, monkeypatch, cap
     shipped.mkdir()
     for name in ("00-a.ipynb", "01-b.ipynb"):
         (shipped / name).write_text("as shipped")
-    monkeypatch.setattr(notebooks.copy, "__defaults__", ((tmp_path / "nothing", shipped),))
+    monkeypatch.setattr(notebooks, "PLACES", (tmp_path / "nothing", shipped))
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

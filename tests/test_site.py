@@ -136,3 +136,61 @@ def test_the_api_page_lists_the_public_modules(quiet_pages):
     names = quiet_pages.modules()
     assert {"vaelib.bounds", "vaelib.estimators", "vaelib.models.linear"} <= set(names)
     assert "vaelib.__main__" not in names
+
+
+def test_a_term_is_found_in_american_spelling_too(quiet_pages):
+    terms = ["reparameterisation", "Rao-Blackwellised", "amortisation gap", "noise", "ELBO"]
+    spelt = quiet_pages.american(terms)
+    assert spelt[:3] == ["reparameterization", "Rao-Blackwellized", "amortization gap"] and "ELBO" not in spelt
+
+
+def test_a_page_waits_for_its_formulas_and_draws_its_icons_once(quiet_pages):
+    icons = '<script defer src="../_static/scripts/fontawesome.js?d=1"></script>\n'
+    page = f'<head>\n{icons}<script defer="defer" src="../_static/mathjax/tex-svg.js"></script></head>'
+    assert "fontawesome" not in quiet_pages.lighter(page) and "waiting" in quiet_pages.lighter(page)
+    assert quiet_pages.lighter(f"<head>{icons}</head>").strip() == "<head>\n</head>"
+
+
+MADE_UP = "https://github.com/Someone/some-book"
+
+
+@pytest.mark.parametrize("repository", ["", MADE_UP])
+def test_what_needs_an_address_is_there_only_with_one(quiet_pages, repository):
+    theme = {"logo": {}}
+    config = SimpleNamespace(repository_of_book=repository, html_theme_options=theme, html_baseurl="")
+    quiet_pages._use_addresses(None, config)
+    button = {"type": "javascript"}
+    context = {"header_buttons": [button], "page_source_suffix": ".ipynb"}
+    quiet_pages._launch(SimpleNamespace(config=config), "book/01-a", "page.html", context, None)
+    if not repository:
+        assert config.html_theme_options == theme and context["header_buttons"] == [button]
+        return
+    options = config.html_theme_options
+    assert options["repository_url"] == MADE_UP and options["use_edit_page_button"] and options["use_issues_button"]
+    assert config.html_baseurl == "https://someone.github.io/some-book/"
+    urls = [link["url"] for link in context["header_buttons"][0]["buttons"]]
+    assert urls == [
+        "https://colab.research.google.com/github/Someone/some-book/blob/gh-pages/_sources/book/01-a.ipynb",
+        "https://mybinder.org/v2/gh/Someone/some-book/main?urlpath=lab/tree/work/01-a.ipynb",
+    ]
+
+
+@pytest.mark.parametrize("repository", ["", MADE_UP])
+def test_what_stands_beside_the_pages(quiet_pages, tmp_path, monkeypatch, repository):
+    book = tmp_path / "book"
+    book.mkdir()
+    for name in ("07-flows", "reproductions"):
+        (book / f"{name}.html").write_text("<head></head>")
+    monkeypatch.setattr(quiet_pages.editions, "write", lambda folder, kind, book: folder.mkdir(parents=True))
+    app = SimpleNamespace(
+        outdir=tmp_path, srcdir=quiet_pages.settings.ROOT, builder=SimpleNamespace(format="html"),
+        config=SimpleNamespace(repository_of_book=repository), env=SimpleNamespace(found_docs={"book/reproductions"}),
+    )  # fmt: skip
+    quiet_pages._finish(app, None)
+    assert "url=07-flows.html" in (book / "06-flows.html").read_text() and not (book / "04-inference-lag.html").exists()
+    assert "No such page" in (tmp_path / "404.html").read_text()
+    assert (tmp_path / "sitemap.xml").exists() == bool(repository)
+    if repository:
+        loc = "<loc>https://someone.github.io/some-book/book/reproductions.html</loc>"
+        assert loc in (tmp_path / "sitemap.xml").read_text()
+        assert 'href="https://someone.github.io/some-book/book/index.html"' in (tmp_path / "404.html").read_text()

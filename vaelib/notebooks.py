@@ -12,7 +12,7 @@ PLACES = (HERE / "book", HERE.parent / "_build/editions/reader")
 """Where they are: inside of an installed package, or in a checkout once they were made."""
 
 
-def copy(folder: Path, places: tuple[Path, ...] = PLACES) -> tuple[list[Path], list[Path]]:
+def copy(folder: Path, places: tuple[Path, ...] | None = None) -> tuple[list[Path], list[Path]]:
     """Copy the notebooks into ``folder``; a file that is there already stays as it is.
 
     Returns
@@ -25,7 +25,7 @@ def copy(folder: Path, places: tuple[Path, ...] = PLACES) -> tuple[list[Path], l
     InputError
         if this package came without notebooks; it says how to make them.
     """
-    sources = next((found for place in places if (found := sorted(place.glob("*.ipynb")))), [])
+    sources = next((found for place in places or PLACES if (found := sorted(place.glob("*.ipynb")))), [])
     if not sources:
         raise InputError("this copy of vaelib came without notebooks: make them with `make editions` in the repository")
     folder.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,8 @@ def empty(site: Site, path: Path, soup: BeautifulSoup) -> Iterator[str]:
 def numbered(site: Site, path: Path, soup: BeautifulSoup) -> Iterator[str]:
     chapter = re.match(r"(\d\d)-", path.name)
     number = soup.select_one("h1 .section-number")
+    if soup.find("meta", attrs={"http-equiv": "Refresh"}):
+        return
     if chapter and (number is None or number.text.strip() != f"{int(chapter[1])}."):
         yield f"chapter {int(chapter[1])} is numbered {number.text.strip() if number else 'not at all'}"
 

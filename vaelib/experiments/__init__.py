@@ -50,6 +50,6 @@ def find(name: str) -> Experiment:
     return module.EXPERIMENTS[name]
 
 
-def load(name: str, preset: str | None = None, folder: str | Path = TABLES) -> DataFrame:
+def load(name: str, preset: str | None = None, folder: str | Path | None = None) -> DataFrame:
     """Return what an experiment measured, by name; see :func:`vaelib.experiments.results.load`."""
     return results.load(find(name), preset, folder)

@@ -53,7 +53,7 @@ KINDS = {
 # --- reading and grouping ---------------------------------------------------------------------------------------------
 
 
-def load(experiment: Experiment, preset: str | None = None, folder: str | Path = TABLES) -> DataFrame:
+def load(experiment: Experiment, preset: str | None = None, folder: str | Path | None = None) -> DataFrame:
     """Return the measured numbers of an experiment's whole runs, a line each, in the order of its grid.
 
     Columns are those of the file, with numbers as numbers; where nothing stands it is NaN, or None among words.
@@ -71,6 +71,7 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path =
     InputError
         if there are none; it says how to make them.
     """
+    folder = TABLES if folder is None else folder
     if preset is not None:
         choose(f"preset of '{experiment.name}'", preset, experiment.presets)
     found = read(experiment, Path(folder))
@@ -192,7 +193,7 @@ def path_of(experiment: Experiment, folder: Path) -> Path:
     return folder / f"{experiment.name}.csv"
 
 
-def read(experiment: Experiment, folder: Path = TABLES) -> DataFrame:
+def read(experiment: Experiment, folder: Path) -> DataFrame:
     """Return an experiment's table as it stands there, every field as text; empty if there is no file.
 
     A table of before runs were counted has those runs that it has.
