@@ -52,14 +52,14 @@ CUT = """() => [...document.querySelectorAll("article mjx-container")].filter((f
     if (style.overflowX == "visible" || drawn.right <= frame.right + 1 && drawn.left >= frame.left - 1) continue;
     return !(["auto", "scroll"].includes(style.overflowX) && style.backgroundImage.includes("gradient"));
   }
-  return drawn.right > document.querySelector("article").getBoundingClientRect().right + 8;
+  return drawn.right > innerWidth;
 }).map((formula) => formula.textContent.trim().slice(0, 60) || formula.parentElement.id || "a formula")"""
 STOPS = """() => [...document.querySelectorAll("article mjx-container, article mjx-container *")]
   .filter((e) => e.tabIndex >= 0 && e.scrollWidth <= e.clientWidth + 1).length"""
 HIDDEN = """() => {
   dispatchEvent(new Event("beforeprint"));
   const found = [...document.querySelectorAll("article details, article .admonition > *, article .cell > *, article p")]
-    .filter((e) => !e.closest("[hidden], .d-none, .turn, button") && !e.matches("button, .headerlink")
+    .filter((e) => e.textContent.trim() && !e.closest("[hidden], .d-none, .turn, button, summary, .headerlink")
       && (e.tagName == "DETAILS" ? !e.open : !e.checkVisibility({contentVisibilityAuto: true})));
   dispatchEvent(new Event("afterprint"));
   return found.map((e) => `${e.tagName} ${e.className} ${e.textContent.trim().slice(0, 40)}`);

@@ -51,6 +51,13 @@ def unique_ids(body: str) -> str:
     return _REPEATED_ID.sub("", body)
 
 
+def plain_citations(body: str) -> str:
+    """The page with lists of works that are no ARIA lists: what stands in them are no list items."""
+    return re.sub(
+        r'(<div class="citation-list") role="list"|(<div) role="list"( class="citation-list")', r"\1\2\3", body
+    )
+
+
 def titled_proofs(body: str) -> str:
     """The page with a title on each proof that is to be folded."""
     return _FOLDED_PROOF.sub(r'\1<p class="admonition-title">Proof</p>\n<p>', body)
@@ -189,7 +196,7 @@ def _launch(app: Sphinx, pagename: str, templatename: str, context: dict, doctre
 
 def _repair(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
     if "body" in context:
-        context["body"] = titled_proofs(unique_ids(context["body"]))
+        context["body"] = plain_citations(titled_proofs(unique_ids(context["body"])))
     context["script_files"] = without_thebe(context["script_files"])
 
 
