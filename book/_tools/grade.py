@@ -53,7 +53,7 @@ def verdict(cell) -> str:
 def grade(source, handed_in, seconds: float) -> dict[str, str]:
     """What became of each exercise, by its label."""
     labels, notebook = program(source, handed_in)
-    client = NotebookClient(notebook, timeout=seconds, kernel_name="python3", coalesce_streams=True)
+    client = NotebookClient(notebook, timeout=seconds, iopub_timeout=seconds, kernel_name="python3")
     failed = ""
     try:
         client.execute()
