@@ -14,7 +14,6 @@ from pathlib import Path
 import check_book
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,16 +52,22 @@ def verdict(cell) -> str:
 def grade(source, handed_in, seconds: float) -> dict[str, str]:
     """What became of each exercise, by its label."""
     labels, notebook = program(source, handed_in)
-    client = NotebookClient(notebook, timeout=seconds, iopub_timeout=seconds, kernel_name="python3")
-    failed = ""
+    done = {}
+
+    def note(cell, cell_index, execute_reply) -> None:
+        done[cell.metadata.get("label")] = cell
+
+    client = NotebookClient(
+        notebook, timeout=seconds, iopub_timeout=seconds, kernel_name="python3", on_cell_executed=note
+    )
+    failed = OPEN
     try:
         client.execute()
     except TimeoutError:
         failed = LATE
-    except (DeadKernelError, Exception) as error:  # whatever the student's code did to its process
+    except Exception as error:  # whatever the student's code did to its process
         failed = f"{BROKEN}: {type(error).__name__}"
-    checked = {cell.metadata["label"]: cell for cell in notebook.cells if "label" in cell.metadata}
-    return {label: verdict(checked[label]) if checked[label].execution_count else failed or OPEN for label in labels}
+    return {label: verdict(done[label]) if label in done else failed for label in labels}
 
 
 def main(arguments: list[str]) -> int:
