@@ -274,8 +274,10 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
     ]
 
 
-def code_version(file: Path = Path(__file__)) -> str:
+def code_version(file: Path | None = None) -> str:
     """Return the version of the package, with the commit if it runs from a checkout, which ``file`` then belongs to."""
+
+    file = file or Path(__file__)
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=file.parent)
