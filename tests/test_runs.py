@@ -738,16 +738,16 @@ def test_another_world_is_told(finished, tmp_path):
 def test_a_checkpoint_whose_next_bound_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """Parameters may be finite, and all that comes of them not: the checkpoint of before stays."""
     run_dir = tmp_path / "run"
-    step = training.plain_step
+    step = training.Training.plain_step
 
-    def blown_up(self, x):
-        bound = step(self, x)
+    def blown_up(self, x, eps):
+        bound = step(self, x, eps)
         if self.step == 2 * STEPS - 1:  # the last one: no step comes after it
             for p in self.model.parameters():
                 p.data.fill_(1e30)
         return bound
 
-    monkeypatch.setattr(training, "plain_step", blown_up)
+    monkeypatch.setattr(training.Training, "plain_step", blown_up)
     with pytest.raises(
         training.Diverged, match=f"the bound is not finite after step {2 * STEPS} .*, after step {STEPS}$"
     ):

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from scipy.stats import t as student
 
 from vaelib import data, files, models, plots, runs
 from vaelib.config import Config, Recipe
@@ -182,6 +181,8 @@ def gains(found: DataFrame) -> DataFrame:
 
 def interval(mean: float, error: float, n: int) -> tuple[float, float]:
     """Return the interval of Student's t around a mean over n seeds."""
+    from scipy.stats import t as student  # it warns on import
+
     width = error * student.ppf((1 + LEVEL) / 2, n - 1) if n > 1 else np.inf
     return mean - width, mean + width
 
