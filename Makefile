@@ -26,7 +26,7 @@ endif
 # JupyterLab asks root, as whom a container runs, to say that it is meant.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help book test notebooks editions lab lab-source seeds seeds-fresh bench clean distclean anew
+.PHONY: help book test notebooks editions lab lab-source seeds seeds-fresh bench fuzz storm clean distclean anew
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -75,6 +75,15 @@ bench:  ## measure speed beside Pyro, NumPyro and pythae (its own environment; m
 	@$(PYTHON) book/_tools/environment.py $(BENCH)
 	@$(BENCH_PY) -m pip install -c constraints.txt -r benchmarks/requirements.txt -e .
 	@$(BENCH_PY) benchmarks/steps.py
+
+MINUTES ?= 15
+
+fuzz: $(VENV)/installed  ## try the command line, files and tables with examples that nobody thought of (MINUTES=15)
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
+		FUZZ=1 $(PY) -m pytest -n $(WORKERS) -q tests/test_fuzz.py || exit 1; done
+
+storm: $(VENV)/installed  ## kill runs of every kind at random moments, and see that nothing is lost (MINUTES=15)
+	@OMP_NUM_THREADS=1 $(PY) tests/storm.py $(MINUTES)
 
 clean:  ## remove what was built
 	@rm -rf _build .pytest_cache .hypothesis .ruff_cache

@@ -41,7 +41,8 @@ GROUPS = (app, data_app, experiment_app)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; what the user can put right is one sentence on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be text
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no need of it
+        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be text
     warnings.showwarning = lambda message, *_: print(f"vaelib: warning: {message}", file=sys.stderr)
     names = OPTIONS.set(options())
     try:
