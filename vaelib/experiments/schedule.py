@@ -119,8 +119,8 @@ def train_together(
         who = list(dict.fromkeys((task.config["estimator"], task.seed) for task in stages))
         stack = StackedTraining([alone(stages, images, *one) for one in who], compile=device == "cuda")
         place = folder / "trained" / f"{name}-{model}-k{k}-{len(who)}-together.pt"
-        if place.exists():
-            stack.load_state(torch.load(io.BytesIO(place.read_bytes()), map_location="cpu", weights_only=True))
+        if (content := files.read(place)) is not None:
+            stack.load_state(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         for epochs, stage in itertools.groupby(stages, lambda task: task.config["epochs"]):
             stack.recipe = replace(stack.recipe, epochs=epochs)
             if stack.step > stack.total_steps:
