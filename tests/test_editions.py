@@ -199,4 +199,4 @@ def test_the_addresses_follow_from_one():
     assert settings.site("") == ""
     assert settings.site(MADE_UP) == settings.site(MADE_UP + ".git") == "https://someone.github.io/some-book"
     assert settings.colab(MADE_UP, "01-a").endswith("/Someone/some-book/blob/gh-pages/_sources/book/01-a.ipynb")
-    assert [settings.prefix(page) for page in ("00-vae", "08-choosing", "reproductions")] == ["0", "7", "R"]
+    assert [settings.prefix(page) for page in ("00-vae", "08-choosing", "reproductions")] == ["0", "8", "R"]
