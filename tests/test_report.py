@@ -142,8 +142,8 @@ def test_the_page_is_whole_or_as_it_was(image, monkeypatch):
 
 
 def test_every_bound_of_the_history_is_drawn():
-    history = [{"epoch": e, "bound": -e, "held_out_bound": -2.5 * e, "lr": 1.0} for e in (1, 2)]
-    assert "bound ends at -2.00 nats, held out bound ends at -5.00 nats" in report.curves(history)
+    history = [{"epoch": e, "bound": -e, "held_out": -2.5 * e, "lr": 1.0} for e in (1, 2)]
+    assert "training ends at -2.00 nats, held out ends at -5.00 nats" in report.curves(history)
     assert report.curves([]) == ""
 
 

@@ -93,17 +93,18 @@ class Usage:
 
 
 @torch.no_grad()
-def usage(model: nn.Module, x: Tensor, generator: torch.Generator, batch_size: int = 100) -> Usage:
-    """Return how much of z ``model`` uses on ``x`` ``[N, ...]``."""
+def usage(model: nn.Module, x: Tensor, generator: torch.Generator, draws: int = 8, batch_size: int = 50) -> Usage:
+    """Return how much of z ``model`` uses on ``x`` ``[N, ...]``, by some draws of each."""
     joint, knows_prior = model.joint, hasattr(model.joint, "log_prior")
     kl, told, units = [], [], []
     with evaluation.evaluating(model.joint, model.encoder):
         order = torch.randperm(len(x), generator=generator, device=x.device)
         for part in x[order].split(batch_size):
             q = as_posterior(model.encoder(part))
-            eps = q.noise(q.strata, generator)
+            k = -(-draws // q.strata) * q.strata
+            eps = q.noise(k, generator)
             z, log_q = ready(q, eps).sample_and_log_prob(eps)
-            share = torch.as_tensor(q.log_share(q.strata)).exp()
+            share = torch.as_tensor(q.log_share(k)).exp()
             other = map_latent(lambda layer: layer.roll(1, 1), z)
             if knows_prior:
                 kl.append((share * (log_q - joint.log_prior(z))).mean(0))

@@ -27,6 +27,9 @@ from vaelib.posteriors import as_posterior
 from vaelib.runs import Run
 from vaelib.training import stream
 
+BOUNDS = {"bound": "training", "held_out": "held out"}
+"""The bounds in a run's history."""
+
 SHOWN, MAPPED = 24, 2000
 """Observations that are shown, and that are put on the map."""
 
@@ -180,7 +183,7 @@ def section(title: str, picture: str) -> list[str]:
 
 def curves(history: Sequence[dict[str, Any]]) -> str:
     """Draw every bound of the history over its epochs."""
-    names = [name for name in (history[-1] if history else {}) if "bound" in name]
+    names = [name for name in (history[-1] if history else {}) if name in BOUNDS]
     if not names:
         return ""
     epochs = [record["epoch"] for record in history]
@@ -188,12 +191,12 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for name, color in zip(names, (plots.SKY, plots.ORANGE, plots.GREEN, plots.PURPLE), strict=False):
-            label = "training" if name == "bound" else name.replace("_", " ")
+            label = BOUNDS[name]
             axes.plot(epochs, [record.get(name) for record in history], color=color, label=label, marker="o", ms=3)
         axes.set(xlabel="epoch", ylabel="bound (nats)")
         axes.legend()
 
-    ends = ", ".join(f"{name.replace('_', ' ')} ends at {history[-1][name]:.2f} nats" for name in names)
+    ends = ", ".join(f"{BOUNDS[name]} ends at {history[-1][name]:.2f} nats" for name in names)
     return picture(draw, f"Curves over {len(history)} epochs: {ends}.", (7, 3.2))
 
 
