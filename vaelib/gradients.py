@@ -396,7 +396,7 @@ def advise(
 ) -> Advice:
     """Measure which gradient estimator a model is best trained with, whether it uses z, and whether its encoder lags.
 
-    The model is copied, and stays as it is. Introduced in book/08-choosing.ipynb.
+    The model is copied, and stays as it is. Shown in book/your-own-model.ipynb.
 
     Parameters
     ----------
