@@ -1,7 +1,7 @@
 r"""What a model says of itself when it is asked: is z used, is the encoder late, and which gradient is worth its time.
 
-:func:`usage` and :func:`lag` are the questions of book/05-inference-lag.ipynb, :func:`cost_of_rows` and :data:`CHART`
-those of book/08-choosing.ipynb, put to a model that is given; :func:`vaelib.gradients.advise` asks all of them, and
+:func:`usage` and :func:`lag` are the questions of the chapter on inference lag, :func:`cost_of_rows` and :data:`CHART`
+those of the chapter on choosing, put to a model that is given; :func:`vaelib.gradients.advise` asks all of them, and
 :class:`Advice` is what it hands back. Every number has its standard error, and a verdict is "yes" or "no" only where
 the number is :data:`SURE` of them away from what matters; otherwise it is "cannot tell".
 """
@@ -514,7 +514,7 @@ CHART = (
     ("iwae", "z has a path, K draws, the bound", "iwae-dreg"),
     ("iwae", "z is discrete, K draws, the bound", "iwae-vimco"),
 )
-"""The leaves of the chart of book/08-choosing.ipynb: the aim, the leaf, its row; the first that fits counts."""
+"""The leaves of the chart of the chapter on choosing: the aim, the leaf, its row; the first that fits counts."""
 
 WANTED = {
     "elbo": "for q itself or a reported ELBO",
