@@ -16,7 +16,7 @@ from vaelib.checks import KINDS
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(BOOK.glob("*.ipynb"))
-COURSE = ["00-vae"]  # the chapters that have the second edition's shape and its course of exercises
+COURSE = ["00-vae", "01-elbo-forms"]  # the chapters that have the second edition's shape and its course of exercises
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -200,6 +200,7 @@ def course(levels=LEVELS):
     notebook = chapter()
     for cell in notebook.cells[CHECK : FIGURE + 1]:
         cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+    notebook.cells[0] = new_code_cell("x = 1")
     notebook.cells[TASK:] = [
         cell
         for place, level in enumerate(levels)

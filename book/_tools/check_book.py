@@ -292,9 +292,10 @@ def course(notebook) -> Iterator[str]:
     if "predict, then run" not in kinds:
         yield "no exercise asks to predict, then run"
     own = [cell for cell in code_cells(notebook) if not set(ANSWER_TAGS) & set(tags(cell))]
-    lines = median(len(cell.source.splitlines()) for cell in own)
+    shown = [cell.source.split("\n") for cell in own if "hide-input" not in tags(cell)]
+    lines = median(sum(bool(line.strip()) for line in source) for source in shown)
     if len(own) > MAX_CELLS or lines > MAX_MEDIAN:
-        yield f"{len(own)} code cells with a median of {lines} lines, beside those of exercises"
+        yield f"{len(own)} code cells, those that are not folded with a median of {lines} lines; exercises apart"
     if (words := len(prose(notebook).split())) > MAX_WORDS:
         yield f"{words} words, beside those of exercises"
     for cell in own:
