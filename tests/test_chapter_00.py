@@ -19,4 +19,3 @@ def test_a_wrong_derivative_of_the_second_moment_is_refused(eps):
     for wrong in (z**2 * (1 - z), z**2 * (z - 1) ** 2, z, 0 * z):
         with pytest.raises(AssertionError):
             checks.unbiased(wrong, 2.0)
-
