@@ -661,6 +661,28 @@ def test_a_posterior_of_your_own_needs_three_methods():
         Nameless().stop_gradient()
 
 
+def exact_moments(q, weight):
+    """Return mean and variance of W z from the covariance of z: of Gaussians by torch, of classes by enumeration."""
+    if isinstance(q, Mixture):  # the law of total variance
+        shares = q.logits.softmax(0).unsqueeze(-1)
+        means, variances = map(torch.stack, zip(*(exact_moments(part, weight) for part in q.components), strict=True))
+        mean = (shares * means).sum(0)
+        return mean, (shares * (variances + means.square())).sum(0) - mean.square()
+    scale = torch.diag_embed(q.log_std.exp()) if isinstance(q, DiagonalGaussian) else q.scale_tril.tril()
+    covariance = MultivariateNormal(q.mean, scale_tril=scale.expand(*q.mean.shape, -1)).covariance_matrix
+    return q.mean @ weight.mT, torch.einsum("xd,bde,xe->bx", weight, covariance, weight)
+
+
+def test_moments_of_linear_functions_are_those_of_the_covariance(diagonal, full, generator):
+    """Of a mixture too, whose components must have moments that differ."""
+    (diagonal, _), (full, _) = diagonal, full
+    weight = torch.randn(5, 3, generator=generator).double()
+    mixture = Mixture((full, DiagonalGaussian(full.mean + 1, 0.3 * full.mean)), torch.randn(2, len(full.mean)).double())
+    for q in (diagonal, full, mixture):
+        for found, expected in zip(q.linear_moments(weight), exact_moments(q, weight), strict=True):
+            torch.testing.assert_close(found.double(), expected.double())
+
+
 def test_the_stopped_gaussian_has_the_same_density():
     q = DiagonalGaussian(torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True))
     z = q.sample(q.noise(4)).detach().requires_grad_()
