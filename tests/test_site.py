@@ -125,6 +125,7 @@ def test_thebe_is_taken_out_and_other_scripts_stay(quiet_pages):
 
 def test_back_links_become_links(quiet_pages):
     assert quiet_pages.linked_chapters("Introduced in book/01-a-b.ipynb.") == "Introduced in :doc:`/book/01-a-b`."
+    assert quiet_pages.linked_chapters("f(start, *, latent=8), *so*") == "f(start, \\*, latent=8), *so*"
 
 
 def test_the_examples_of_a_command_are_shown_as_code(quiet_pages):

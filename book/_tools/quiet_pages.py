@@ -69,8 +69,8 @@ def without_thebe(scripts: list[Any]) -> list[Any]:
 
 
 def linked_chapters(line: str) -> str:
-    """A line of a docstring with "book/01-name.ipynb" made a link to that chapter."""
-    return _CHAPTER.sub(r":doc:`/book/\1`", line)
+    """A line of a docstring with "book/01-name.ipynb" made a link to that chapter, and the star of a signature kept."""
+    return _CHAPTER.sub(r":doc:`/book/\1`", re.sub(r"(?<=, )\*(?=, )", r"\\*", line))
 
 
 def examples_as_code(lines: list[str]) -> list[str]:
