@@ -642,6 +642,85 @@ def test_a_cluster_that_is_not_there_is_one_sentence_at_once(listens, monkeypatc
     assert time.monotonic() - start < 10 and "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="left out: Windows has no process groups")
+@pytest.mark.parametrize("moment", ["at once", "a worker has begun"])
+def test_ctrl_c_at_any_moment_is_one_line(tmp_path, moment):
+    """As a terminal does it: all processes of the group hear it, the fork server among them."""
+    folders = ("--results", tmp_path / "results", "--runs", tmp_path / "runs", "--device", "cpu", "--jobs", "1")
+    words = [
+        sys.executable,
+        "-m",
+        "vaelib",
+        "experiment",
+        "run",
+        "stl-table-2",
+        "--preset",
+        "smoke",
+        *map(str, folders),
+    ]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
+    if moment == "at once":
+        time.sleep(2)
+    else:
+        wait_for(lambda: list(tmp_path.glob("runs/*/*/*/.lock")), seconds=300)
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err and err.count("\n") <= 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="left out: Windows stops no processes")
+def test_a_worker_that_was_stopped_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    (job,) = jobs_of([training_task(epochs=9)], tmp_path)
+    pool = grid.OnThisMachine(1)
+    pool.start(job)
+    wait_for(lambda: under_way(job), seconds=300)
+    process, _ = pool.processes[job]
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(process, "kill", lambda: None)  # it ends by itself, with a checkpoint
+    monkeypatch.setattr(grid, "PATIENCE", 300)
+    pool.stop()
+    assert process.exitcode == 130
+
+
+def test_a_grid_on_a_full_disk_says_so(tmp_path, small_disk):
+    """A real one, on which the workers cannot write: the reason comes back, and nothing is tried three times."""
+    disk = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(b"x" * (disk.f_bavail * disk.f_bsize))
+    with pytest.raises(InputError, match="runs failed, the first in .*No space left on device") as caught:
+        where = {"results_folder": tmp_path / "results", "runs_folder": small_disk / "runs"}
+        grid.run("stl-figure-1", "smoke", device="cpu", jobs=1, **where)
+    assert "died" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_that_gather_at_once_keep_what_both_have(tmp_path):
+    """The table of points is read and written under its lock: each adds its own preset."""
+    script = (
+        "import sys; from pathlib import Path; from vaelib.experiments import lag\n"
+        "for _ in range(20): lag.gather_space(sys.argv[1], [Path(sys.argv[2]) / sys.argv[1]], Path(sys.argv[2]))\n"
+    )
+    line = "method,kind,step,point,model_mean,encoder_mean\nplain,stage,1,0,0.5,0.25\n"
+    for preset in ("short", "long"):
+        (tmp_path / preset).mkdir()
+        (tmp_path / preset / "space.csv").write_text(line)
+    both = [subprocess.Popen([sys.executable, "-c", script, preset, tmp_path]) for preset in ("short", "long")]
+    assert [process.wait() for process in both] == [0, 0]
+    assert sorted((tmp_path / "lag-toy-space.csv").read_text().splitlines()[1:]) == [
+        "long,plain,stage,1,0,0.5,0.25", "short,plain,stage,1,0,0.5,0.25"
+    ]  # fmt: skip
+
+
+def test_a_cluster_that_dies_in_mid_grid_is_one_sentence(cluster, monkeypatch):
+    """Its head is killed while nothing of it is left to wait for; Ray itself says so in C++, after a minute."""
+    monkeypatch.setattr(grid, "ANSWER", 1)
+    monkeypatch.setattr(grid, "SILENCE", 3)
+    pool = grid.OnRay(cluster.address, "cpu", 1.0)
+    cluster.head_node.kill_gcs_server(check_alive=False)
+    with pytest.raises(InputError, match="the Ray cluster at '.*' does not answer any more .*goes on from"):
+        wait_for(lambda: pool.ended() == [None], seconds=30)
+    pool.stop()  # at once: there is nobody to ask
+
+
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ def test_a_configuration_is_one_or_is_refused(folder, options):
 def test_names_of_any_type_are_found_or_refused(name):
     for look in (
         data.load, estimators.get, experiments.find, lambda name: models.build(name, 4), runs.find_device,
-        lambda value: models.build("linear", 4, latent=value if value not in (1, 2, 3) else "3"),
+        lambda value: models.build("linear", 4, latent=str(value) if isinstance(value, int) else value),
         lambda value: data.load("digits", valid=value if not isinstance(value, int) else -1),
     ):  # fmt: skip
         if name in ("digits", "auto", "cpu"):

@@ -192,7 +192,7 @@ def read_table(path: Path, *headers: Sequence[str]) -> dict[int, dict[str, str]]
     first = lines.pop(next(iter(lines), None), [])
     if first not in [list(header) for header in headers]:
         raise InputError(
-            f"'{path}' has the columns {', '.join(first)}, but should have {', '.join(headers[0])}: "
+            f"'{path}' has the columns {' '.join(', '.join(first).split())}, but should have {', '.join(headers[0])}: "
             "move that file out of the way; nothing was written"
         )
     for number, line in lines.items():

@@ -649,13 +649,9 @@ def read_result(path: Path) -> dict[str, dict[str, Any]]:
     """
     found = read_json(path) or {}
     for name, part in found.items():
-        if (
-            name not in ("training", "evaluation")
-            or not isinstance(part, dict)
-            or not isinstance(part.get("step"), int)
-        ):
+        if name not in ("training", "evaluation") or not isinstance(part, dict) or not type(part.get("step")) is int:
             raise InputError(
-                f"'{path}' is not the result of a run ('{name}'): delete it, or put a whole copy in its place"
+                f"'{path}' is not the result of a run ({name!r}): delete it, or put a whole copy in its place"
             )
     return found
 

@@ -213,7 +213,7 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
     for name, (kind, fits) in kinds(experiment).items():
         for number, text in found[name].items():
             if not fits.fullmatch(text):
-                raise InputError(f"line {number} of '{path}' has {name} '{text}', not {kind}: {advice}")
+                raise InputError(f"line {number} of '{path}' has {name} {text!r}, not {kind}: {advice}")
     again = found.duplicated(["preset", *experiment.keys, "seed", "metric", "at"])
     if again.any():
         raise InputError(f"line {again.idxmax()} of '{path}' repeats a number of the same run: {advice}")
