@@ -251,7 +251,7 @@ def test_data_files_are_read_or_refused(folder, data):
 def some_of(name: str, runs_of_it: int) -> bytes:
     """Return the first runs in a table that is in the repository."""
     experiment = experiments.find(name)
-    found = results.read(experiment)
+    found = results.read(experiment, Path(__file__).parents[1] / "results")
     keys = results.keys(found, experiment)
     kept = set(list(dict.fromkeys(keys))[:runs_of_it])
     return found[[key in kept for key in keys]].to_csv(index=False, lineterminator="\n").encode()

@@ -649,7 +649,7 @@ def read_result(path: Path) -> dict[str, dict[str, Any]]:
     """
     found = read_json(path) or {}
     for name, part in found.items():
-        if name not in ("training", "evaluation") or not isinstance(part, dict) or not type(part.get("step")) is int:
+        if name not in ("training", "evaluation") or not isinstance(part, dict) or type(part.get("step")) is not int:
             raise InputError(
                 f"'{path}' is not the result of a run ({name!r}): delete it, or put a whole copy in its place"
             )
