@@ -1,6 +1,6 @@
 """Models of one's own by name: ``FILE.py:FUNCTION``, or ``package.module:FUNCTION``.
 
-The function is a builder like those of :data:`vaelib.models.MODELS`::
+The function is a builder like those of ``vaelib.models.MODELS``::
 
     def build(start, *, latent=8):
         encoder = MyEncoder(start.pixels, latent)  # encoder(x) returns a posterior
