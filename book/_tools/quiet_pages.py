@@ -168,8 +168,8 @@ def _use_addresses(app: Sphinx, config: Any) -> None:
         options = {"repository_url": repository, "repository_branch": "main", "path_to_docs": "", **buttons}
         config.html_theme_options = {**config.html_theme_options, **options}
         config.html_baseurl = config.ogp_site_url = f"{site}/"
-        config.ogp_image = f"{site}/_static/card.png"
-        config.ogp_image_alt = "Quiet Gradients: a textbook in notebooks. A noisy line that falls quiet."
+        config.ogp_image = f"{site}/_static/figures/elbo-forms.png"
+        config.ogp_image_alt = "The noise of the gradient falls to zero where q is the exact posterior."
 
 
 def launchers(repository: str, page: str) -> dict[str, Any]:
