@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("book", deadline=None, derandomize=True, database=None)
-settings.register_profile("fuzz", deadline=None, max_examples=2000, database=None, print_blob=True)
+settings.register_profile("fuzz", deadline=None, max_examples=500, database=None, print_blob=True)
 settings.load_profile("fuzz" if "FUZZ" in os.environ else "book")
 
 
