@@ -31,6 +31,7 @@ def elbo(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
     :math:`s_k`, which is 1 unless draws are stratified (:class:`vaelib.posteriors.Mixture`; algorithm 3 of "Sticking
     the Landing"). Introduced in book/01-elbo-forms.ipynb.
     """
+    log_w = possible(log_w)
     return (times(log_share.exp(), log_w) if isinstance(log_share, Tensor) else log_w).mean(0)
 
 
@@ -47,11 +48,12 @@ def iwae(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
 
 def log_sum_exp(log_w: Tensor) -> Tensor:
     r"""Return :math:`\log \sum_k w_k`, ``[K, B] -> [B]``, whose derivatives are 0 where all w are."""
-    if not log_w.requires_grad:
-        return log_w.logsumexp(0)
-    least = torch.finfo(log_w.dtype).min
-    found = log_w.clamp_min(least).logsumexp(0)
-    return found.masked_fill(found < 0.5 * least, -math.inf)
+    return possible(log_w).logsumexp(0)
+
+
+def possible(log_w: Tensor) -> Tensor:
+    """Return ``log_w`` with no gradient where it is minus infinity: what is impossible teaches nothing."""
+    return log_w.masked_fill(log_w == -math.inf, -math.inf) if log_w.requires_grad else log_w
 
 
 def normalised(log_w: Tensor) -> Tensor:

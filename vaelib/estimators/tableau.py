@@ -104,11 +104,10 @@ class Row(Estimator):
     def differentiate(self, joint: Callable[..., Tensor], q: Posterior, x: Tensor, eps: Latent) -> Tensor:
         r"""Return ``-bound``, ``[B]``, with the three channels as its gradient, in one pass through the model.
 
-        A row with a path evaluates :math:`\log w` with q held constant and differentiates
-        :math:`\sum_k a_k \log w_k`: that is the theta channel, and :math:`a_k\, \partial_z \log w_k` arrives at the
-        sample, where it is scaled by :math:`b_k / a_k` on its way to the encoder. The score channel is :math:`\log q`
-        at a stopped sample with weight :math:`c_k`. A row that is what automatic differentiation gives anyway has
-        nothing to hold constant.
+        A row that differentiates its bound as a whole is that bound, of :math:`\log w` with q held constant (path) or
+        not (total). Any other differentiates :math:`\sum_k a_k \log w_k`: that is the theta channel, and
+        :math:`a_k\, \partial_z \log w_k` arrives at the sample, where it is scaled by :math:`b_k / a_k` on its way to
+        the encoder. The score channel is :math:`\log q` at a stopped sample with weight :math:`c_k`.
         """
         if eps is None:
             raise InputError(f"estimator '{self.name}' needs draws: give it eps = q.noise(k, generator)")
@@ -128,13 +127,12 @@ class Row(Estimator):
             else:
                 z, log_q = still, score.detach()
         log_w = log_weight(joint, x, z, log_q)
-        if isinstance(log_share, Tensor):
-            return -self.value(log_w, log_share)  # through which the shares get their gradient too
+        if self.whole:
+            return -self.value(log_w, log_share)  # through which the shares of a mixture get their gradient too
 
         seen = log_w.detach()
         a, b, c = self.rule(seen)
-        possible = log_w.clamp_min(torch.finfo(log_w.dtype).min)  # what is impossible teaches nothing
-        total = torch.linalg.vecdot(a, possible, dim=0)
+        total = torch.linalg.vecdot(a, log_w.masked_fill(seen == -math.inf, 0.0), dim=0)  # else 0 times infinity
         if self.scales:
             if inside_vmap():
                 raise InputError(
