@@ -102,20 +102,21 @@ def test_blocks_are_compared_per_unit_and_not_per_batch(monkeypatch):
     assert steps == 6
 
 
-def test_joint_clipping_shortens_the_encoder_s_step():
+def test_joint_clipping_shortens_the_encoder_s_step(monkeypatch):
     torch_model = nn.Module()
     torch_model.joint, torch_model.encoder = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
 
-    def backward(estimator, model, x, eps):
-        model.joint.weight.grad, model.encoder.weight.grad = torch.full((1, 1), 40.0), torch.full((1, 1), 30.0)
+    def backward(estimator, joint, q, x, eps):
+        joint.weight.grad, torch_model.encoder.weight.grad = torch.full((1, 1), 40.0), torch.full((1, 1), 30.0)
         return torch.zeros(1)
 
-    found = {}
+    monkeypatch.setattr(training.objectives, "backward", backward)
+    x, found = torch.zeros(1, 1), {}
     for joint_clip in (True, False):
         torch_model.zero_grad()
-        training.gradient(torch_model, None, None, None, 5.0, joint_clip, backward)
+        training.gradient(torch_model, None, x, None, 5.0, joint_clip)
         found[joint_clip] = torch_model.encoder.weight.grad.item(), torch_model.joint.weight.grad.item()
-    training.gradient(torch_model, None, None, None, clip=None, backward=backward)
+    training.gradient(torch_model, None, x, None, clip=None)
     assert found[True] == pytest.approx((3.0, 4.0), rel=1e-5) and found[False] == pytest.approx((5.0, 5.0), rel=1e-5)
     assert torch_model.encoder.weight.grad.item() == 30.0
 

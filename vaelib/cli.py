@@ -191,7 +191,7 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     typer.echo(
         f"{trained['epoch']} epochs, {trained['step']} steps, {trained['seconds']:.0f} s on {trained['device']}; "
         f"mean bound in the last epoch: {trained['bound']:.2f} nats{held_out}\n"
-        "next: " + ", ".join(f"vaelib {command} {in_shell(run_dir)}" for command in ("show", "advise", "evaluate"))
+        "next, any of:" + "".join(f"\n  vaelib {what} {in_shell(run_dir)}" for what in ("show", "advise", "evaluate"))
     )
 
 
