@@ -9,12 +9,12 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from torch import nn
-from toys import DTYPE, TWO_LAYERS, DetachedTwoLayerEncoder, TwoLayerEncoder, TwoLayerJoint
+from toys import DTYPE, TWO_LAYERS, ChainJoint, DetachedTwoLayerEncoder, TwoLayerEncoder, TwoLayerJoint
 
-from vaelib import checks, gradients, objectives, plots
+from vaelib import checks, experiments, gradients, models, objectives, plots
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU, Row, Weights, elbo_scaled
-from vaelib.posteriors import DiagonalGaussian, standard_normal_log_prob
+from vaelib.posteriors import DiagonalGaussian, HierarchicalGaussian, standard_normal_log_prob
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_tools"))
 interactive = pytest.importorskip("interactive")
@@ -195,6 +195,55 @@ def test_detached_outputs_fail_the_checks_that_stopped_parameters_pass():
             checks.unbiased(g**2, 0.5)
             with pytest.raises(AssertionError):
                 checks.unbiased(g**2, 1.5)  # the total gradient's
+
+
+def exact_chain(depth, kind):
+    """The exact posterior of a :class:`ChainJoint` at x = 1; layer l has the prior variance depth + 1 - l."""
+
+    def link(below):  # from prior variance `below` to one less
+        slope = (below - 1) / below
+        return lambda z: DiagonalGaussian(slope * z, 0.5 * math.log(slope) + 0 * z)
+
+    s2 = depth / (depth + 1)
+    first = DiagonalGaussian(numbers(s2), numbers(0.5 * math.log(s2)))
+    return kind(first, tuple(link(below) for below in range(depth, 1, -1)))
+
+
+@pytest.mark.parametrize("depth", [2, 4, 7])
+def test_the_price_of_the_trap_at_depth_and_one_link_alone(depth):
+    def first_mean(row, kind):
+        posterior = exact_chain(depth, kind)
+        return gradients.draws(row, ChainJoint().double(), posterior, numbers(1.0), draws=5000, generator=seeded())[:, 0]
+
+    checks.no_variance(first_mean("elbo-path", HierarchicalGaussian), scale=1.0)
+    checks.unbiased(first_mean("elbo-total", HierarchicalGaussian) ** 2, 1 + 1 / depth)
+    trapped = first_mean("elbo-path", models.DetachedOutputs)
+    checks.unbiased(trapped**2, (depth**2 - 1) / (3 * depth))
+    if depth > 2:
+        with pytest.raises(AssertionError, match="standard errors"):
+            checks.unbiased(trapped**2, (depth - 1) / depth)
+
+
+def test_a_gain_that_is_not_there_or_does_not_fall_is_refused():
+    """The checks on the rows of the schedule, with the faults planted that they are to find."""
+    found = experiments.load("stl-schedule", "paper").query("metric == 'nll' and model == 'mlp-1'")
+    nll = found.pivot(index=["epochs", "seed"], columns="estimator", values="value")
+    gain = nll["elbo-total"] - nll["elbo-path"]
+    late, early = (torch.tensor(gain[epochs].to_numpy()) for epochs in (40, 4))
+    checks.below(0 * late, late)
+    checks.below(late, early)
+    for low, high in ((0 * late, -late), (0 * late, late - late.mean()), (late, late.flip(0)), (0 * late[:3], late[:3])):
+        with pytest.raises(AssertionError, match="standard errors"):
+            checks.below(low, high)
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0])
+def test_a_floor_that_is_not_proportional_to_the_step_is_refused(power):
+    noise = 0.1 * torch.randn(80, generator=seeded(), dtype=DTYPE)
+    small = torch.randn(80, generator=seeded(1), dtype=DTYPE) * 0.1
+    checks.equivalent(small + math.log(2) + noise, small + math.log(2), 0.25)
+    with pytest.raises(AssertionError, match=r"different|undecided"):
+        checks.equivalent(small + power * math.log(2) + noise, small + math.log(2), 0.25)
 
 
 def test_the_bias_test_of_the_chapter_needs_a_bias():
