@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "lag-toy": "lag",
     "lag-text": "lag",
     "lag-omniglot": "lag",
+    "flow-ring": "flow",
 }
 """The experiments by name, and the module each is in."""
 
