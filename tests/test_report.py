@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from vaelib import cli, models, report, runs
 from vaelib.config import Config
@@ -145,6 +146,13 @@ def test_every_bound_of_the_history_is_drawn():
     history = [{"epoch": e, "bound": -e, "held_out": -2.5 * e, "lr": 1.0} for e in (1, 2)]
     assert "training ends at -2.00 nats, held out ends at -5.00 nats" in report.curves(history)
     assert report.curves([]) == ""
+
+
+def test_the_map_names_each_label(image, monkeypatch):
+    run, figure = runs.load(image, "cpu"), Figure()
+    monkeypatch.setattr(report, "picture", lambda draw, *_: draw(figure))
+    report.latent_map(run, report.observations(run, "test", report.MAPPED))
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list("0123456789")
 
 
 def test_the_commands_write_what_they_say(image, capsys):

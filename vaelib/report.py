@@ -229,12 +229,18 @@ def latent_map(run: Run, x: Tensor) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         across = places[:, 1] if places.shape[1] > 1 else torch.zeros(len(places))
-        points = axes.scatter(
-            places[:, 0], across, c=colours, s=9, cmap="tab10" if what == "label" else "viridis", alpha=0.8
-        )
+        dots = {"s": 9, "alpha": 0.8}
+        names = colours.unique().tolist() if what == "label" else []
+        if 0 < len(names) <= 10:
+            for name in names:
+                here = colours == name
+                axes.scatter(places[here, 0], across[here], label=str(name), **dots)
+            axes.legend(title=what, loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            points = axes.scatter(places[:, 0], across, c=colours, cmap="viridis", **dots)
+            if what:
+                figure.colorbar(points, label=what)
         axes.set(xlabel="first principal direction", ylabel="second")
-        if what:
-            figure.colorbar(points, label=what)
 
     told = f", coloured by {what}" if what else ""
     return picture(
