@@ -155,7 +155,7 @@ def test_no_difference_is_a_claim_that_noise_does_not_show():
         checks.equivalent(DRAWS[:, 0], other + 0.009, within=0.01)
     with pytest.raises(AssertionError, match="different"):
         checks.equivalent(DRAWS[:, 0], other + 0.02, within=0.01)
-    for within in (0.0, -1.0, float("nan")):
+    for within in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(AssertionError, match="the smallest difference that would matter"):
             checks.equivalent(DRAWS[:, 0], other, within=within)
 
@@ -198,6 +198,19 @@ def test_nothing_passes_by_a_shape_that_broadcasts():
         lambda: checks.biased(DRAWS, float("inf")),
         lambda: checks.same(torch.zeros(0), torch.zeros(0)),
         lambda: checks.same(torch.tensor([float("nan")]), torch.tensor([float("nan")])),
+    ):
+        with pytest.raises(AssertionError):
+            bad()
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, torch.tensor([1.0, float("nan")])])
+def test_nothing_passes_by_a_scale_that_is_none(scale):
+    for bad in (
+        lambda: checks.no_variance(DRAWS[:, :2], scale=scale),
+        lambda: checks.same(torch.zeros(2), torch.ones(2), scale=scale),
+        lambda: checks.no_variance(torch.complex(DRAWS * 0, DRAWS)),
+        lambda: checks.less_variance(DRAWS, DRAWS / 2, factor=-1.0),
+        lambda: checks.less_variance(DRAWS, DRAWS / 2, factor=0.0),
     ):
         with pytest.raises(AssertionError):
             bad()

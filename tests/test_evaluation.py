@@ -319,7 +319,9 @@ def test_active_units_counts_layers_and_sees_collapse(toy):
     assert evaluation.active_units(model.encoder, x) == [1]
     assert evaluation.active_units(model.encoder, x, batch_size=7) == [1]
     deep = models.build("mlp-2", 6, latent=5, latent2=3).double()
-    assert evaluation.active_units(deep.encoder, x, threshold=-1.0) == [5, 3]
+    assert evaluation.active_units(deep.encoder, x, threshold=0.0) == [5, 3]
+    with pytest.raises(InputError, match="threshold must be a number of at least 0"):  # nothing is above it
+        evaluation.active_units(deep.encoder, x, threshold=math.nan)
     assert evaluation.active_units(deep.encoder, x, threshold=1e9) == [0, 0]
 
 

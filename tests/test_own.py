@@ -69,6 +69,34 @@ def test_a_table_has_an_observation_a_line(tmp_path, header):
         assert images.shape == (1, 3) and np.allclose(found, rows[found[:, 0].round().astype(int)])
 
 
+@pytest.mark.parametrize(
+    "header", ["0,1,2", '"a, b",Label ,c', "# label,a,b", "x,y,label"], ids=["counted", "quoted", "savetxt", "y"]
+)
+def test_the_names_of_columns_are_read_as_programs_write_them(tmp_path, header):
+    """What a data frame, a spreadsheet, np.savetxt give; y is a coordinate."""
+    rows = RANDOM.normal(size=(20, 3)).round(3)
+    label = (
+        [name.strip(" #").lower() for name in header.replace(", b", "").split(",")].index("label")
+        if ("abel" in header)
+        else None
+    )
+    if label is not None:
+        rows[:, label] = np.arange(20)
+    (tmp_path / "a.csv").write_text(header + "\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    images = data.load(str(tmp_path / "a.csv"))
+    assert sum(len(split) for split in (images.train, images.valid, images.test)) == 20
+    assert images.shape == (1, 3 if label is None else 2)
+    if label is not None:
+        assert np.allclose(images.train.grey, np.delete(rows, label, 1)[images.train.labels])
+
+
+def test_names_of_classes_have_one_number_in_all_parts(tmp_path):
+    names = np.array(["b", "c"] * 5)
+    np.savez(tmp_path / "a.npz", train=BYTES[:3], y_train=["c", "a", "b"], test=BYTES[:10], y_test=names)
+    images = data.load(str(tmp_path / "a.npz"))
+    assert images.train.labels.tolist() == [2, 0, 1] and images.test.labels.tolist() == [1, 2] * 5
+
+
 def save(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
@@ -181,6 +209,15 @@ WRONG = {
     ),
     "ragged lines": ("a.csv", lambda path: path.write_text("1,2\n3\n"), "not lines of as many numbers each"),
     "words": ("a.csv", lambda path: path.write_text("a,b\n1,two\n"), "not lines of as many numbers each"),
+    "too few names": ("a.csv", lambda path: path.write_text("label,a\n1,2,3\n"), "2 names of columns over 3"),
+    "row numbers": ("a.csv", lambda path: path.write_text(",a,b\n0,2,3\n"), "has no name, as where row numbers stand"),
+    "two labels": ("a.csv", lambda path: path.write_text("label,a,label\n0,2,3\n"), "2 columns of labels"),
+    "a line put out": ("a.csv", lambda path: path.write_text("1,2\n#3,4\n"), "not lines of as many numbers each"),
+    "an empty part": (
+        "a.npz",
+        lambda path: np.savez(path, train=BYTES, test=BYTES, valid=BYTES[:0]),
+        "has nothing in its part valid",
+    ),
     "an empty table": ("a.csv", lambda path: path.write_text("a,b\n"), "has no line of numbers"),
     "no text": ("a.csv", lambda path: path.write_bytes(b"\xff\xfe"), "is not text in UTF-8"),
     "an empty folder": ("a", lambda path: path.mkdir(), "has no pictures: their names must end in .bmp"),
@@ -330,6 +367,23 @@ def test_a_file_that_changed_is_told_and_refused_where_it_no_longer_fits(run, fi
     assert (folder / "checkpoint.pt").read_bytes() == kept
     file.write_text(before)
     assert runs.load(folder).history
+
+
+def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path, monkeypatch):
+    """As a program of the kind would find it: a new process has not read it before."""
+    (tmp_path / "beside.py").write_text("NOISE = 0.3")
+    file.write_text(
+        file.read_text()
+        .replace("0.3", "NOISE")
+        .replace("import torch\n", "import torch\nfrom beside import NOISE\n", 1)
+    )
+    config = Config(model=f"{file}:build", epochs=1, batch_size=100, device="cpu")
+    runs.train(tmp_path / "run", config)
+    assert "beside.py" in json.loads((tmp_path / "run" / "sources.json").read_text())
+    (tmp_path / "beside.py").write_text("NOISE = 0.4")
+    with pytest.warns(UserWarning, match="beside.py' has changed since this run began$"):
+        runs.load(tmp_path / "run")
+    monkeypatch.delitem(sys.modules, "beside")
 
 
 def test_data_that_changed_are_refused(tmp_path):

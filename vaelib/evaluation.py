@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from vaelib.bounds import divergence
-from vaelib.errors import InputError, whole_number
+from vaelib.errors import InputError, between, whole_number
 from vaelib.estimators.base import check_observations, log_joint, log_posterior, log_weight
 from vaelib.posteriors import (
     DiagonalGaussian,
@@ -208,6 +208,7 @@ def active_units(encoder: nn.Module, x: Tensor, threshold: float = 0.01, *, batc
     over ``x`` ``[N, ...]``, gathered in batches; of a single observation it is 0.
     Introduced in book/01-elbo-forms.ipynb.
     """
+    between("threshold", threshold, 0, math.inf)
     return [int((variance > threshold).sum()) for variance in activity(encoder, x, batch_size=batch_size)]
 
 

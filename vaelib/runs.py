@@ -5,7 +5,7 @@
 ``checkpoint.pt``       the record of the :class:`vaelib.training.Training`, after each epoch and now and then
 ``metrics.jsonl``       the history in that state, one JSON object an epoch, for people and plots
 ``result.json``         what the finished training gave, and its evaluation
-``sources.json``        the SHA-256 of data and model of one's own, where they are that
+``sources.json``        the SHA-256 of data and model of one's own, and of what its file imports from beside it
 ``model.py``            a copy of the file of such a model: a record, which is never run
 ``tensorboard/``        the curves, if it is asked for
 ======================  ============================================================================================
@@ -431,13 +431,14 @@ def seen(images: Images | Text, training: Training) -> Images | Text:
 
 
 def sources(config: Config) -> dict[str, str]:
-    """Return the SHA-256 of what has no name here, and so may change: data, or the file of a model."""
-    found = {}
-    if data.own.is_own(config.data):
-        found["data"] = data.own.digest(Path(config.data))
-    if (path := models.own.file_of(config.model)) is not None:
-        found["model"] = hashlib.sha256(read(path) or b"").hexdigest()
-    return found
+    """Return the SHA-256 of what has no name here, and so may change: data, and the files of a model that is loaded."""
+    found = {name: hashlib.sha256(read(path) or b"").hexdigest() for name, path in code(config).items()}
+    return found | ({"data": data.own.digest(Path(config.data))} if data.own.is_own(config.data) else {})
+
+
+def code(config: Config) -> dict[str, Path]:
+    """Return the files of a model of one's own, see :func:`vaelib.models.own.code`."""
+    return models.own.code(config.model) if ":" in config.model else {}
 
 
 def check_place(config: Config, folder: Folder) -> None:
@@ -456,7 +457,7 @@ def check_place(config: Config, folder: Folder) -> None:
 def restore_own(training: Training, config: Config, folder: Folder) -> None:
     """Put ``training`` where its checkpoint is, if data and model of one's own are still those that it is of.
 
-    A changed file of a model is warned of where the checkpoint still fits.
+    A changed file of a model, or beside it, is warned of where the checkpoint still fits.
 
     Raises
     ------
@@ -468,8 +469,9 @@ def restore_own(training: Training, config: Config, folder: Folder) -> None:
         raise InputError(
             f"'{config.data}' has changed since this run began: put it back as it was, or train anew in another folder"
         )
-    changed = "model" in then and then["model"] != now.get("model")
-    what = f"'{models.own.file_of(config.model)}' has changed since this run began (it was '{folder.model}')"
+    changed = [name for name in now if name != "data" and then.get(name, now[name]) != now[name]]
+    what = f"'{code(config)[changed[0]]}' has changed since this run began" if changed else ""
+    what += f" (it was '{folder.model}')" if changed[:1] == ["model"] else ""
     try:
         restore(training, folder.checkpoint)
     except InputError as error:
@@ -488,7 +490,7 @@ def write_sources(config: Config, folder: Folder) -> None:
     if found and not lexists(folder.sources):
         write_json(folder.sources, found)
         if "model" in found:
-            write(folder.model, read(models.own.file_of(config.model)))
+            write(folder.model, read(code(config)["model"]))
 
 
 def tensorboard(folder: Folder, training: Training) -> Callable[[Training], None]:

@@ -134,6 +134,7 @@ def noisy(draws: Tensor, what: str) -> Tensor:
 
 def _draws(draws: Tensor, what: str) -> Tensor:
     draws = torch.as_tensor(draws).detach()
+    assert not draws.is_complex(), f"{what}: draws must be real numbers, but are {draws.dtype}"
     draws = draws if draws.is_floating_point() else draws.double()
     assert draws.ndim and len(draws) > 1, (
         f"{what}: a standard error needs at least 2 draws, not shape {list(draws.shape)}"
@@ -310,6 +311,7 @@ def less_variance(quiet: Tensor, noisier: Tensor, factor: float = 1.0, what: str
     assert quiet.shape[1:] == noisier.shape[1:], (
         f"{what}: draws of the shapes {list(quiet.shape)} and {list(noisier.shape)} have other coordinates"
     )
+    assert 0 < factor < math.inf, f"{what}: the factor must be a positive number, but is {factor}"
     assert min(len(quiet), len(noisier)) >= 10, f"{what}: the error of a variance needs at least 10 draws"
     low, high = _variance(quiet), _variance(noisier)
     scaled = low._replace(mean=factor * low.mean, error=factor * low.error)
@@ -349,7 +351,7 @@ def no_variance(draws: Tensor, what: str = "variance", scale: Tensor | float = 0
     """
     draws = _draws(draws, what)
     spread = (draws - draws.mean(0)).abs().amax(0)
-    size = torch.maximum(draws.abs().amax(0), torch.as_tensor(scale, dtype=draws.dtype))
+    size = torch.maximum(draws.abs().amax(0), _size(scale, what).to(draws.dtype))
     wide = spread > 1e4 * torch.finfo(draws.dtype).eps * size
     if wide.any():
         return Verdict(False, None, f"{what}: draws differ by {spread[wide].max():.3g}{_CANCELLED}")
@@ -365,11 +367,18 @@ def same(first: Tensor, second: Tensor, what: str = "values", scale: float = 0.0
     first, second = torch.as_tensor(first).detach(), torch.as_tensor(second).detach()
     assert first.numel(), f"{what}: there is nothing to compare"
     assert first.isfinite().all() and second.isfinite().all(), f"{what}: a number is not finite"
-    relative = max(_RELATIVE.get(first.dtype, 0.0), _RELATIVE.get(second.dtype, 0.0))
+    relative, scale = max(_RELATIVE.get(each.dtype, 0.0) for each in (first, second)), _size(scale, what).item()
     torch.testing.assert_close(
         first, second, rtol=relative, atol=relative * scale, msg=lambda message: f"{what}: {message}{_CANCELLED}"
     )
     return Verdict(True, None, f"{what} agree")
+
+
+def _size(scale: Tensor | float, what: str) -> Tensor:
+    """Return ``scale`` as a tensor; what is not finite would let everything pass."""
+    scale = torch.as_tensor(scale).detach()
+    assert scale.isfinite().all() and (scale >= 0).all(), f"{what}: scale must be finite and not below 0: {scale}"
+    return scale
 
 
 _CANCELLED = " (where larger terms cancel, say how large: scale=...)"
@@ -384,7 +393,7 @@ def equivalent(first: Tensor, second: Tensor, within: float, what: str = "mean")
     difference that would matter: noise alone does not show that two things are the same.
     """
     first, second = _pairs(first, second, what)
-    assert within > 0, f"{what}: the margin is the smallest difference that would matter, and not {within}"
+    assert 0 < within < math.inf, f"{what}: the margin is the smallest difference that would matter, and not {within}"
     gap = estimate(noisy(first - second, what))
     inside = torch.minimum(*(normal_equivalent(within + sign * gap.mean, _turned(gap, sign), what) for sign in (1, -1)))
     margin = inside.min().item() - SIGMAS

@@ -15,6 +15,7 @@ by a fixed seed: a tenth for validation, a tenth for testing, the rest for train
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from vaelib.files import read, read_text
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 PARTS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 IMAGES, LABELS = ("images", "x", "data"), ("labels", "label", "y", "targets")
+COLUMNS = ("label", "labels")  # of a table, where y may be a coordinate
 
 Part = tuple[np.ndarray, np.ndarray | None]
 
@@ -72,7 +74,10 @@ def whole(path: Path) -> dict[str, Part]:
 
 def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
     """Return the parts, as levels; part by a fixed seed what came in one piece."""
-    arrays = {name: levels(*part, path) for name, part in parts.items()}
+    if empty := [name for name, (images, _) in parts.items() if images.ndim and not len(images)]:
+        raise InputError(f"'{path}' has nothing in its part {empty[0]}: put observations there, or leave it out")
+    known = classes([labels for _, labels in parts.values() if labels is not None])
+    arrays = {name: (levels(images, path), known(labels)) for name, (images, labels) in parts.items()}
     shapes = {name: images.shape[1:] for name, (images, _) in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"the parts of '{path}' have images of different shapes ({shapes}): give them all one")
@@ -89,8 +94,16 @@ def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
     return arrays
 
 
-def levels(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Part:
-    """Return images as float32 and labels as whole numbers, with the names of classes numbered in their order."""
+def classes(labels: list[np.ndarray]) -> Callable[[np.ndarray | None], np.ndarray | None]:
+    """Return what makes labels whole numbers: names of classes are numbered in their order, in all parts alike."""
+    if all(part.dtype.kind in "iu" for part in labels):
+        return lambda part: part
+    names = np.unique(np.concatenate([part.ravel() for part in labels]))
+    return lambda part: None if part is None else np.searchsorted(names, part)
+
+
+def levels(images: np.ndarray, path: Path) -> np.ndarray:
+    """Return images as float32."""
     if images.dtype == np.uint8:
         images = images / np.float32(255)
     elif images.dtype.kind not in "fb":
@@ -98,9 +111,8 @@ def levels(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Part:
             f"'{path}' has images of {images.dtype}, expected bytes (0 to 255) or floating-point numbers: "
             "save them as one of these, such as (x / x.max()).astype('float32')"
         )
-    if labels is not None:
-        labels = np.unique(labels, return_inverse=True)[1] if labels.dtype.kind not in "iu" else labels
-    return np.ascontiguousarray(as_images(images), np.float32), labels
+    with np.errstate(over="ignore"):  # infinity is told of later
+        return np.ascontiguousarray(as_images(images), np.float32)
 
 
 def loaded(path: Path) -> Any:
@@ -155,18 +167,37 @@ def table(path: Path) -> dict[str, Part]:
     """Read lines of numbers."""
     if (text := read_text(path)) is None:
         raise InputError(f"there is no file '{path}': see where you are, or give the whole path")
-    first = text.partition("\n")[0].strip().split(",")
-    header = [] if all(map(is_number, first)) else [name.strip().strip('"').lower() for name in first]
+    header, lines = names_of_columns(text)
     try:
-        rows = np.loadtxt(io.StringIO(text), delimiter=",", skiprows=len(header[:1]), ndmin=2)
+        rows = np.loadtxt(io.StringIO(text), delimiter=",", comments=None, skiprows=lines, ndmin=2)
     except ValueError as error:
         raise InputError(f"'{path}' is not lines of as many numbers each, parted by commas ({error})") from None
     if not rows.size:
         raise InputError(f"'{path}' has no line of numbers")
-    label = next((header.index(name) for name in LABELS if name in header), None)
-    if label is None:
-        return {"train": (rows, None)}
-    return {"train": (np.delete(rows, label, 1), rows[:, label])}
+    if header and len(header) != rows.shape[1]:
+        raise InputError(f"'{path}' has {len(header)} names of columns over {rows.shape[1]} columns: name each of them")
+    if "" in header:
+        raise InputError(
+            f"column {header.index('') + 1} of '{path}' has no name, as where row numbers stand: leave them out, such "
+            "as by to_csv(path, index=False), or name the column"
+        )
+    found = [number for number, name in enumerate(header) if name in COLUMNS]
+    if len(found) > 1:
+        raise InputError(f"'{path}' has {len(found)} columns of labels: keep one")
+    return {"train": (np.delete(rows, found, 1), rows[:, found[0]] if found else None)}
+
+
+def names_of_columns(text: str) -> tuple[list[str], int]:
+    """Return the names in the first line, none if it is an observation, and how many lines they take.
+
+    ``0, 1, 2 ...`` are the names that a data frame gives.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""))
+    first = next(reader, [])
+    counted = len(first) > 2 and first == [str(i) for i in range(len(first))]
+    if all(map(is_number, first)) and not counted:
+        return [], 0
+    return [name.strip(" #").lower() for name in first], reader.line_num
 
 
 def is_number(word: str) -> bool:

@@ -69,6 +69,28 @@ def builder(name: str) -> Callable[..., nn.Module]:
     return choose(f"function of '{place}'", function, found)
 
 
+def code(name: str) -> dict[str, Path]:
+    """Return the files that the code of a model is in, once it is loaded: ``model``, and what it imports from beside.
+
+    Those go by their paths from the folder that the import started from.
+    """
+    place, path = name.rpartition(":")[0], file_of(name)
+    if path is None:
+        path = Path(sys.modules[place].__file__).resolve()
+        folder = path.parents[place.count(".") + (path.name == "__init__.py")]
+    else:
+        folder = path.resolve().parent
+    found = {"model": path}
+    if folder.name not in ("site-packages", "dist-packages"):
+        for key, module in list(sys.modules.items()):
+            file = Path(getattr(module, "__file__", None) or "").resolve()
+            if file != path.resolve() and file.is_relative_to(folder) and not key.startswith("vaelib"):
+                inside, top = file.relative_to(folder), key.partition(".")[0]
+                if inside.parts[:1] in ((top,), (f"{top}.py",)):
+                    found[str(inside)] = file
+    return found
+
+
 def imported(place: str):
     """Return a module, also one in the folder where we are."""
     sys.path.insert(0, os.getcwd())
