@@ -237,7 +237,8 @@ def latent_map(run: Run, x: Tensor) -> str:
                 axes.scatter(places[here, 0], across[here], label=str(name), **dots)
             axes.legend(title=what, loc="center left", bbox_to_anchor=(1, 0.5))
         else:
-            points = axes.scatter(places[:, 0], across, c=colours, cmap="viridis", **dots)
+            shade = {"c": colours, "cmap": "viridis"} if what else {}
+            points = axes.scatter(places[:, 0], across, **shade, **dots)
             if what:
                 figure.colorbar(points, label=what)
         axes.set(xlabel="first principal direction", ylabel="second")
