@@ -212,8 +212,8 @@ def exact_chain(depth, kind):
 @pytest.mark.parametrize("depth", [2, 4, 7])
 def test_the_price_of_the_trap_at_depth_and_one_link_alone(depth):
     def first_mean(row, kind):
-        posterior = exact_chain(depth, kind)
-        return gradients.draws(row, ChainJoint().double(), posterior, numbers(1.0), draws=5000, generator=seeded())[:, 0]
+        chain, posterior = ChainJoint().double(), exact_chain(depth, kind)
+        return gradients.draws(row, chain, posterior, numbers(1.0), draws=5000, generator=seeded())[:, 0]
 
     checks.no_variance(first_mean("elbo-path", HierarchicalGaussian), scale=1.0)
     checks.unbiased(first_mean("elbo-total", HierarchicalGaussian) ** 2, 1 + 1 / depth)
@@ -232,7 +232,8 @@ def test_a_gain_that_is_not_there_or_does_not_fall_is_refused():
     late, early = (torch.tensor(gain[epochs].to_numpy()) for epochs in (40, 4))
     checks.below(0 * late, late)
     checks.below(late, early)
-    for low, high in ((0 * late, -late), (0 * late, late - late.mean()), (late, late.flip(0)), (0 * late[:3], late[:3])):
+    none = 0 * late
+    for low, high in ((none, -late), (none, late - late.mean()), (late, late.flip(0)), (none[:3], late[:3])):
         with pytest.raises(AssertionError, match="standard errors"):
             checks.below(low, high)
 
