@@ -35,6 +35,7 @@ EXPERIMENTS = {
     "lag-text": "lag",
     "lag-omniglot": "lag",
     "flow-ring": "flow",
+    "flow-vae": "flow",
 }
 """The experiments by name, and the module each is in."""
 

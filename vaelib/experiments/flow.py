@@ -1,6 +1,6 @@
-r"""Fits of a flow to a density, with the total and with the path derivative: our own, for the chapter on flows.
+r"""What a flow gains by the path derivative, fitted to a density and in an autoencoder: our own, for chapter 7.
 
-All seeds train at once: their parameters are stacked, and ``vmap`` maps the gradient over the stack. Adam works on each
+All seeds of a fit train at once: their parameters are stacked, and ``vmap`` maps the gradient over the stack. Adam works on each
 number alone, so these are the runs that each seed would make by itself.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ from pandas import DataFrame
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from vaelib import flows, plots
+from vaelib import data, evaluation, flows, models, plots, stacked
 from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report, Task
-from vaelib.experiments.results import differences, over_seeds
+from vaelib.experiments.results import differences, over_seeds, plus_minus
+from vaelib.models import VAE
 from vaelib.training import stream
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -123,10 +125,10 @@ def ring() -> LogDensity:
     return lambda z: unnormalised(z) - log_mass
 
 
-# --- the experiment ---------------------------------------------------------------------------------------------------
+# --- a ring -----------------------------------------------------------------------------------------------------------
 
 
-def measure(config: Cell, seeds: Sequence[int], report: Report) -> list[list[Measured]]:
+def fit_ring(config: Cell, seeds: Sequence[int], report: Report) -> list[list[Measured]]:
     """Fit the ring with each seed; return what was measured of each."""
     path = config["estimator"] == "elbo-path"
     found = fit(ring(), path, seeds, config["steps"], config["every"], config["draws"], config["lr"], report)
@@ -137,23 +139,6 @@ def measure(config: Cell, seeds: Sequence[int], report: Report) -> list[list[Mea
         ]
         for kl, effective in zip(found.kl, found.effective, strict=True)
     ]
-
-
-def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
-    """Make the run of one seed; it takes seconds, and keeps nothing."""
-    return measure(config, [seed], report)[0]
-
-
-def together(
-    tasks: Sequence[Task], folder: Path, device: str, add: Callable[[Task, list[Measured], float], None]
-) -> None:
-    """Make the runs of each configuration as one."""
-    configs = {tuple(task.config.items()): task.config for task in tasks}
-    for config in configs.values():
-        these, begin = [task for task in tasks if task.config == config], time.monotonic()
-        measured = measure(config, [task.seed for task in these], lambda fraction: None)
-        for task, numbers in zip(these, measured, strict=True):
-            add(task, numbers, (time.monotonic() - begin) / len(these))
 
 
 WINDOW = 4
@@ -168,7 +153,7 @@ def ends(found: DataFrame, at: int | None = None) -> DataFrame:
     return near.groupby(["estimator", "seed"], sort=False, as_index=False)["value"].mean()
 
 
-def table(found: DataFrame) -> Lines:
+def table_of_fits(found: DataFrame) -> Lines:
     """Return the KL of each estimator early and at the end, and the path's lead, paired by seed."""
     lines = [("step", "total", "path", "total - path", "path is ahead", "seeds")]
     for at in sorted({600, *found["steps"]} & set(found["at"])):
@@ -190,7 +175,7 @@ def table(found: DataFrame) -> Lines:
     return lines
 
 
-def figure(found: DataFrame, figure: Figure) -> None:
+def figure_of_fits(found: DataFrame, figure: Figure) -> None:
     """Draw the KL on the way, with a band of two standard errors."""
     ax = figure.add_subplot()
     for name in ("elbo-total", "elbo-path"):
@@ -208,14 +193,139 @@ def cells(steps: int, every: int = 30) -> list[Cell]:
     ]
 
 
+# --- an autoencoder ---------------------------------------------------------------------------------------------------
+
+
+def autoencoder(posterior: str, hidden: int, latent: int, seed: int) -> VAE:
+    """Return a small VAE for the digits before its first step; its posterior is a Gaussian, or a flow behind it."""
+    mean, generator = data.load("digits", "dynamic").train.grey.mean(0), stream("init", seed)
+    vae = models.build("mlp-1", len(mean), mean, generator, hidden=hidden, latent=latent)
+    if posterior == "flow":
+        layers = [flows.AffineCoupling(latent, (32,), 2 * latent, generator) for _ in range(4)]
+        vae.encoder = flows.FlowEncoder(vae.encoder, layers, conditional=True, one_pass=True)
+    return vae
+
+
+def train_autoencoders(config: Cell, seeds: Sequence[int], report: Report) -> list[list[Measured]]:
+    """Train one autoencoder a seed, side by side; return the ELBO and the log-likelihood of test digits for each."""
+    vaes = [autoencoder(config["posterior"], config["hidden"], config["latent"], seed) for seed in seeds]
+    digits = data.load("digits", "dynamic")
+    recipe = {key: config[key] for key in ("epochs", "batch_size", "lr")}
+    stacked.fit(vaes, digits.train, config["estimator"], seeds, **recipe)
+    x = digits.test.batch(slice(None), stream("test", 1))
+    return [judged(vae, x) for vae in vaes]
+
+
+def judged(vae: VAE, x: Tensor) -> list[Measured]:
+    """Return the mean ELBO, by 100 draws, and the mean log-likelihood, by 500."""
+    generator = stream("test", 2)
+    with torch.no_grad():
+        q = vae.encoder(x)
+        z, log_q = q.sample_and_log_prob(q.noise(100, generator))
+        elbo = (vae.joint(x, z) - log_q).mean().item()
+    return [
+        Measured("elbo", elbo),
+        Measured("log-likelihood", evaluation.log_likelihood(vae, x, 500, 100, generator).mean().item()),
+    ]
+
+
+def gains(found: DataFrame, over: str, reference: str) -> DataFrame:
+    """Return the lead over ``reference``, in the column ``over``, of what else stands there, paired by seed."""
+    by = ["epochs", "metric", "posterior", "estimator"]
+    lead = differences(found, by, **{over: reference})
+    return over_seeds(lead[lead[over] != reference], by)
+
+
+def table_of_gains(found: DataFrame) -> Lines:
+    """Return what the flow gains over the Gaussian, and the path over the total, in nats."""
+    lines = [("epochs", "gain of", "with", "ELBO", "log p(x)", "seeds")]
+    for over, reference, other in [("posterior", "gaussian", "estimator"), ("estimator", "elbo-total", "posterior")]:
+        lead = gains(found, over, reference)
+        words = plus_minus(lead).unstack("metric")
+        for (epochs, *key), line in words.iterrows():
+            names = dict(zip(("posterior", "estimator"), key, strict=True))
+            lines.append(
+                (
+                    str(epochs),
+                    names[over],
+                    names[other],
+                    line["elbo"],
+                    line["log-likelihood"],
+                    str(lead["n"].max()),
+                )
+            )
+    return [lines[0], *sorted(lines[1:], key=lambda line: int(line[0]))]
+
+
+def figure_of_gains(found: DataFrame, figure: Figure) -> None:
+    """Draw the ELBO and the log-likelihood of each arm at the end, with two standard errors."""
+    last = found[found["epochs"] == found["epochs"].max()]
+    for ax, metric in zip(figure.subplots(1, 2), ("elbo", "log-likelihood"), strict=True):
+        means = over_seeds(last[last["metric"] == metric], ["posterior", "estimator"])
+        for place, ((posterior, estimator), line) in enumerate(means.iterrows()):
+            look, full = plots.LOOKS[estimator], posterior == "flow"
+            ax.errorbar(
+                place, line["mean"], 2 * line["standard_error"], color=look.color, capsize=3,
+                marker="o" if full else "s", mfc=look.color if full else "white", ls="",
+                label=f"{posterior}, {look.label}",
+            )  # fmt: skip
+        ax.set(title=metric, xticks=[], xlim=(-0.5, len(means) - 0.5))
+    figure.axes[0].set_ylabel("nats")
+    figure.axes[1].legend(loc="lower right", fontsize=8)
+
+
+# --- the experiments --------------------------------------------------------------------------------------------------
+
+Measure = Callable[[Cell, Sequence[int], Report], list[list[Measured]]]
+
+
+def alone(measure: Measure, config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
+    """Make the run of one seed; it takes seconds or minutes, and keeps nothing."""
+    return measure(config, [seed], report)[0]
+
+
+def together(
+    measure: Measure,
+    tasks: Sequence[Task],
+    folder: Path,
+    device: str,
+    add: Callable[[Task, list[Measured], float], None],
+) -> None:
+    """Make the runs of each configuration as one."""
+    configs = {tuple(task.config.items()): task.config for task in tasks}
+    for config in configs.values():
+        these, begin = [task for task in tasks if task.config == config], time.monotonic()
+        measured = measure(config, [task.seed for task in these], lambda fraction: None)
+        for task, numbers in zip(these, measured, strict=True):
+            add(task, numbers, (time.monotonic() - begin) / len(these))
+
+
+def vaes(epochs: int, hidden: int = 100) -> list[Cell]:
+    sizes = {"hidden": hidden, "latent": 8, "batch_size": 100, "lr": 4e-3}
+    return [
+        {"posterior": posterior, "estimator": estimator, "epochs": epochs, **sizes}
+        for posterior in ("gaussian", "flow")
+        for estimator in ("elbo-total", "elbo-path")
+    ]
+
+
 EXPERIMENTS = {
     "flow-ring": Experiment(
         name="flow-ring",
         reproduces="A flow fitted to a ring that it can only bend to, by the total and by the path derivative",
-        presets={"smoke": Preset(cells(120), 2, 0.1), "short": Preset(cells(1500), 32, 15)},
-        run=run,
-        table=table,
-        figure=figure,
-        together=together,
-    )
+        presets={"smoke": Preset(cells(120), 2, 0.1), "short": Preset(cells(1500), 64, 4)},
+        run=partial(alone, fit_ring),
+        table=table_of_fits,
+        figure=figure_of_fits,
+        together=partial(together, fit_ring),
+    ),
+    "flow-vae": Experiment(
+        name="flow-vae",
+        reproduces="Small autoencoders of the digits: a flow or a Gaussian as posterior, total or path, early and late",
+        presets={"smoke": Preset(vaes(1, 10), 2, 0.1), "short": Preset([*vaes(20), *vaes(150)], 10, 5)},
+        run=partial(alone, train_autoencoders),
+        table=table_of_gains,
+        figure=figure_of_gains,
+        together=partial(together, train_autoencoders),
+    ),
 }
