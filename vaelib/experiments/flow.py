@@ -1,7 +1,7 @@
 r"""What a flow gains by the path derivative, fitted to a density and in an autoencoder: our own, for chapter 7.
 
-All seeds of a fit train at once: their parameters are stacked, and ``vmap`` maps the gradient over the stack. Adam works on each
-number alone, so these are the runs that each seed would make by itself.
+All seeds of a fit train at once: their parameters are stacked, and ``vmap`` maps the gradient over the stack. Adam
+works on each number alone, so these are the runs that each seed would make by itself.
 """
 
 from __future__ import annotations
