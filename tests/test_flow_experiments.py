@@ -1,0 +1,70 @@
+"""The experiments of the chapter on flows: fits side by side are those of each seed, and tables say what was won."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from vaelib import checks, experiments, flows
+from vaelib.experiments import flow, grid
+
+
+def test_seeds_side_by_side_are_the_fits_of_each():
+    both = flow.fit(flow.ring(), True, [0, 1], steps=20, every=10)
+    alone = flow.fit(flow.ring(), True, [1], steps=20, every=10)
+    torch.testing.assert_close(both.kl[1], alone.kl[0], rtol=1e-3, atol=0)
+    assert both.kl.shape == (2, 3) and (both.kl[:, -1] < both.kl[:, 0]).all()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(both.kl[0], alone.kl[0], rtol=1e-3, atol=0)
+
+
+def test_the_ring_is_normalised_and_the_divergence_is_that_of_many_draws():
+    log_p = flow.ring()
+    cells = torch.cartesian_prod(*[torch.linspace(-5.98, 6.02, 601)] * 2)  # other points than it was normalised with
+    assert abs(log_p(cells).exp().sum() * 0.02**2 - 1) < 1e-3
+    q = flow.start(0)(torch.zeros(1, 1))
+    z, log_q = q.sample_and_log_prob(torch.randn(100_000, 1, 2, generator=torch.Generator().manual_seed(0)))
+    exact = flow.fit(log_p, False, [0], steps=0).kl[0, 0]
+    checks.unbiased((log_q - log_p(z)).double()[:, 0], exact, "KL")
+    with pytest.raises(AssertionError):
+        checks.unbiased((log_q - log_p(z)).double()[:, 0], 1.05 * exact, "KL")
+
+
+def test_path_and_total_have_one_value_and_two_gradients():
+    eps = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0))
+    value, slope = {}, {}
+    for path in (False, True):
+        encoder = flow.start(0)
+        torch.nn.init.normal_(encoder.layers[0].network[-1].weight, generator=torch.Generator().manual_seed(1))
+        loss = flow.Loss(encoder, flow.ring(), path)(eps).mean()
+        value[path] = loss.detach()
+        slope[path] = torch.autograd.grad(loss, encoder.layers[-1].network[-1].bias)[0]
+    torch.testing.assert_close(value[True], value[False])
+    assert (slope[True] - slope[False]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["flow-ring", "flow-vae"])
+def test_one_command_makes_the_table_alone_or_together(name, tmp_path):
+    grid.run(name, "smoke", device="cpu", together=True, results_folder=tmp_path, runs_folder=tmp_path / "runs")
+    found, experiment = experiments.load(name, "smoke", tmp_path), experiments.find(name)
+    lines = experiment.table(found)
+    assert len(lines) > 1 and all(len(line) == len(lines[0]) and "nan" not in line for line in lines)
+    figure = Figure()
+    experiment.figure(found, figure)
+    assert figure.axes
+    task = experiment.tasks("smoke")[1]
+    again = {m.metric: m.value for m in experiment.run(task.config, task.seed, Path(), "cpu", lambda fraction: None)}
+    stored = found[(found["seed"] == task.seed) & (found["estimator"] == task.config["estimator"])]
+    if "posterior" in stored:
+        stored = stored[stored["posterior"] == task.config["posterior"]]
+    last = stored.groupby("metric", sort=False)["value"].last()
+    for metric, value in again.items():
+        assert value == pytest.approx(last[metric], rel=1e-2), metric
+
+
+def test_a_posterior_that_is_a_flow_is_one():
+    assert isinstance(flow.autoencoder("flow", 5, 4, 0).encoder, flows.FlowEncoder)
+    assert not isinstance(flow.autoencoder("gaussian", 5, 4, 0).encoder, flows.FlowEncoder)
