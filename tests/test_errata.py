@@ -124,7 +124,7 @@ def test_a_difference_in_the_table_is_seen(page):
 def test_the_papers_adam_is_not_the_released_one(page):
     p = page("released_adam", "adam")
     noisy = torch.randn(20, generator=p.generator).tolist()
-    checks.same(p.follow(p.training.ReleasedAdam, noisy), p.released_adam(noisy))
+    checks.same(p.follow(p.optimizers.ReleasedAdam, noisy), p.released_adam(noisy))
     with refused:
         checks.same(p.adam(noisy), p.released_adam(noisy))
     with refused:

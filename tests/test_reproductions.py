@@ -25,17 +25,23 @@ def cells_of(notebook: str) -> list:
 
 
 CELLS = cells_of("reproductions.ipynb")
+SOURCES = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
 CHECKS = {cell.id: cell.source for cell in CELLS if "check" in cell.metadata.get("tags", [])}
 DEFINITIONS = [cell.source for cell in CELLS if cell.id not in CHECKS and re.search("^def ", cell.source, re.MULTILINE)]
 stored = functools.cache(experiments.load)
 
 ONE_LAYER = {"metric": "nll", "recipe": "paper", "data": "mnist", "model": "mlp-1"}
+SCHEDULE = {"metric": "nll", "model": "mlp-1", "samples": 1000}
 RELEASED = {**ONE_LAYER, "recipe": "released"}
-ELBO, LOG_P, SAMPLED = {"metric": "elbo"}, {"metric": "log-likelihood"}, "linear, sampled"
-DIGITS, FASHION = ({"data": data, "latent": "gaussian"} for data in ("digits", "fashion-mnist"))
+ELBO, LOG_P = {"metric": "elbo"}, {"metric": "log-likelihood"}
+DIGITS = {"data": "digits", "latent": "gaussian"}
 LAST = {"metric": "mi_all", "at": None}
 
 FAULTS = {
+    "schedule-check": [
+        ("one draw: path is ahead", {**SCHEDULE, "epochs": 40, "estimator": "elbo-path"}, lambda nll: nll + 0.5),
+        ("and the gain falls", {**SCHEDULE, "epochs": 121, "estimator": "elbo-path"}, lambda nll: nll - 1),
+    ],
     "figure-1-check": [
         ("total ends above", {"metric": "final kl", "estimator": "elbo-total", "seed": 3}, lambda kl: 0.2),
         ("path ends over a thousand", {"metric": "final kl", "estimator": "elbo-path"}, lambda kl: 1e4 * kl),
@@ -47,31 +53,23 @@ FAULTS = {
     "table-2-check": [
         ("one draw", {**ONE_LAYER, "estimator": "elbo-path", "k": 1, "seed": 0}, lambda nll: nll + 1),
         ("five draws", {**ONE_LAYER, "estimator": "iwae-dreg", "k": 5}, lambda nll: nll + 1),
-        ("fifty draws: the ELBO", {**ONE_LAYER, "estimator": "elbo-path", "k": 50}, lambda nll: nll + 0.3),
         ("the importance-weighted", {**ONE_LAYER, "estimator": "iwae-path", "k": 50}, lambda nll: nll + 0.6),
-        ("path and DReG", {**ONE_LAYER, "estimator": "iwae-dreg", "k": 5}, lambda nll: nll - 0.5),
     ],
     "table-2-behind": [
         ("two layers", {**ONE_LAYER, "model": "mlp-2", "estimator": "iwae-total", "k": 50}, lambda nll: nll - 1),
     ],
-    "table-2-detached": [
-        ("detached outputs", {**ONE_LAYER, "model": "mlp-2-detached", "k": 1}, lambda nll: nll + 0.3),
-    ],
     "table-2-released": [
         ("released recipe, .*mlp-1.*total", {**RELEASED, "estimator": "elbo-total", "seed": 0}, lambda nll: nll - 3),
-        ("mlp-1: path's gain is the same", {**RELEASED, "estimator": "elbo-path"}, lambda nll: nll + 0.7),
     ],
     "silent-linear-check": [
         ("silent: the highest", {**ELBO, **DIGITS, "estimator": "elbo-path", "at": 15}, lambda elbo: elbo + 1),
-        ("but no lead", {**ELBO, **FASHION, "estimator": "elbo-total", "at": 15}, lambda elbo: elbo - 50),
         ("silent: ahead early", {**ELBO, **DIGITS, "estimator": "elbo-path", "at": 3}, lambda elbo: elbo + 2),
         ("silent: least lost", {**ELBO, **DIGITS, "estimator": "elbo-silent", "lr": 0.001}, lambda elbo: elbo - 20),
     ],
     "silent-annealed-check": [
         ("the guided start lower", {**ELBO, "method": "linear", "at": 3}, lambda elbo: elbo + 90),
         ("four of them end lower", {**LOG_P, "data": "omniglot", "method": "plain"}, lambda log_p: log_p - 9),
-        ("four end higher", {**LOG_P, "data": "omniglot", "method": "linear"}, lambda log_p: log_p + 3),
-        ("no higher than sampled", {**LOG_P, "data": "fashion-mnist", "method": SAMPLED}, lambda log_p: log_p - 9),
+        ("and none ends higher", {**LOG_P, "data": "fashion-mnist", "method": "linear"}, lambda log_p: log_p + 9),
     ],
     "silent-control-variate-check": [
         ("a tenth of the variance", {"metric": "variance ratio"}, lambda ratio: ratio + 0.05),
@@ -79,8 +77,7 @@ FAULTS = {
     ],
     "lag-toy-check": [
         ("toy: over a fifth of a nat", {**LAST, "method": "anneal", "seed": 1}, lambda mi: 0.6),
-        ("worse than no z", {"metric": "nll", "method": "sa-vae"}, lambda nll: nll - 0.2),
-        ("by 0.6 nats", {"metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.3),
+        ("worse than no z's", {"metric": "nll", "method": "sa-vae"}, lambda nll: nll - 0.2),
     ],
     "lag-toy-long-check": [
         ("toy, long", {"metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.2),
@@ -88,24 +85,20 @@ FAULTS = {
     "lag-text-check": [
         ("Treebank: the cures alone", {"metric": "au", "at": None, "method": "plain", "seed": 3}, lambda au: 1),
         ("aggressive: one unit", {"metric": "kl", "at": None, "method": "aggressive"}, lambda kl: kl + 0.3),
-        ("SA-VAE: most units", {"metric": "nll", "method": "sa-vae"}, lambda nll: nll + 1),
     ],
     "lag-text-kept": [
         ("over half of it is lost", {"metric": "mi_all", "at": 12, "method": "aggressive"}, lambda mi: mi + 0.2),
-        ("SA-VAE is ahead", {"metric": "nll", "method": "no-z"}, lambda nll: nll - 0.3),
-        ("first three seeds", {"metric": "nll", "method": "aggressive-anneal", "seed": 0}, lambda nll: nll + 1),
     ],
     "lag-omniglot-check": [
         ("images: aggressive", {"metric": "kl", "at": None, "method": "aggressive", "seed": 0}, lambda kl: kl / 3),
-        ("images: no z, plain", {"metric": "nll", "method": "plain"}, lambda nll: nll + 1),
         ("as long as SA-VAE", {"metric": "training_seconds", "method": "aggressive"}, lambda seconds: 2 * seconds),
     ],
 }
 """For each check cell what its lines say, and a fault to be found: rows of one kind, and what stands there instead."""
 
 NEEDS = {
-    "table-2-detached": ["table-2-behind"],
-    "table-2-released": ["table-2-check", "table-2-behind"],
+    "schedule-check": ["schedule-table"],
+    "table-2-released": ["table-2-behind"],
     "lag-text-kept": ["lag-text-check"],
 }
 """What a check takes names from."""
@@ -137,7 +130,6 @@ CHAPTER_FAULTS = {
     ],
     "08-choosing.ipynb": [
         ("lead all others", {**PAPER, "model": "mlp-1", "estimator": "iwae-dreg", "k": 50}, lambda nll: nll + 1),
-        ("path is ahead", {**PAPER, "model": "mlp-1", "estimator": "elbo-path", "k": 5}, lambda nll: nll - 0.1),
         ("two layers", {**PAPER, "model": "mlp-2", "estimator": "iwae-total", "k": 50}, lambda nll: nll + 0.3),
     ],
 }
@@ -148,7 +140,7 @@ def sources_of(name: str) -> list[str]:
     if name in READING:
         sources = {cell.id: cell.source for cell in cells_of(name)}
         return [IMPORTS, *(sources[cell] for cell in READING[name])]
-    return [*DEFINITIONS, *(CHECKS[cell] for cell in (*NEEDS.get(name, ()), name))]
+    return [*DEFINITIONS, *(SOURCES[cell] for cell in (*NEEDS.get(name, ()), name))]
 
 
 def with_fault(where: dict, fault) -> Callable[[DataFrame], DataFrame]:
@@ -166,7 +158,9 @@ def with_fault(where: dict, fault) -> Callable[[DataFrame], DataFrame]:
 def run(name: str, monkeypatch, change=lambda found: found) -> None:
     """Run one check of the reproductions, or a chapter's, on results that are not what was measured."""
     monkeypatch.setattr(
-        experiments, "load", lambda experiment, preset, folder=None: change(stored(experiment, preset, ROOT / "results"))
+        experiments,
+        "load",
+        lambda experiment, preset, folder=None: change(stored(experiment, preset, ROOT / "results")),
     )
     space: dict = {}
     with mpl.rc_context():
