@@ -117,7 +117,7 @@ def page(run: Run, name: str) -> str:
     parts = [
         f"<h1>{_words(name)}</h1>",
         f'<p class="faint">{_words(config.model)} on {_words(config.data)}, {_words(config.estimator)} with k = '
-        f"{config.k}, {len(run.history)} epochs</p>",
+        f"{config.k}, {len(run.history)} epoch{'s' * (len(run.history) != 1)}</p>",
         f'<div class="verdict">{"".join(f"<p>{_words(line)}</p>" for line in verdict(used, elbo))}</div>',
         *section("Training", curves(run.history)),
         *made(run, x),
@@ -194,6 +194,7 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
             label = BOUNDS[name]
             axes.plot(epochs, [record.get(name) for record in history], color=color, label=label, marker="o", ms=3)
         axes.set(xlabel="epoch", ylabel="bound (nats)")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend()
 
     ends = ", ".join(f"{BOUNDS[name]} ends at {history[-1][name]:.2f} nats" for name in names)
