@@ -386,3 +386,26 @@ def test_captured_steps_are_the_steps(side_by_side, monkeypatch):
             nn.utils.parameters_to_vector(captured.model.parameters()), weights, rtol=1e-3, atol=1e-4
         )
         assert [record["step"] for record in captured.history] == [14, 28, 42]
+
+
+def test_tracing_leaves_the_running_means_of_batch_normalisation_alone():
+    """A trace is made anew when a run is taken up again, which must not show."""
+
+    def after(compiled):
+        torch.manual_seed(0)
+        head = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+        forward = {"forward": lambda self, x: posteriors.DiagonalGaussian(*self.head(x).chunk(2, -1))}
+        encoder = type("Encoder", (torch.nn.Module,), forward)()
+        encoder.head = head
+        joint = type("Joint", (torch.nn.Module,), {"forward": lambda self, x, z: -z.square().sum(-1) - x.sum(-1)})()
+        model = models.VAE(joint, encoder, binary=False)
+        split, recipe = data.Split.of(torch.rand(32, 6)), Recipe(epochs=2, batch_size=8)
+        made = training.Training(model, split, "elbo-path", recipe, compile=compiled)
+        if compiled:
+            made.whole = fast.WholeSteps(made, "eager")
+        made.run()
+        return head[1]
+
+    plain, traced = after(False), after(True)
+    assert traced.num_batches_tracked == plain.num_batches_tracked == 8
+    assert torch.allclose(traced.running_mean, plain.running_mean, atol=1e-6)

@@ -707,3 +707,14 @@ def test_the_density_of_a_mixture_moves_if_one_component_s_does(generator):
         q = Mixture(components, logits)
         eps = q.noise(2, generator)
         assert q.density_moves(q.sample(eps).detach(), eps) is moves
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2), (4, 1), (4, 2)])
+def test_a_scale_that_is_shared_has_coordinates_of_each_observation(shape):
+    """Or what is measured an observation at a time would take its dimensions for observations."""
+    q = DiagonalGaussian(torch.zeros(4, 2), torch.rand(shape))
+    seen = []
+    same = q.map_parameters(lambda p: seen.append(p.shape) or p)
+    assert seen == [(4, 2), (4, 2)]
+    z = torch.randn(3, 4, 2)
+    assert torch.equal(same.log_prob(z), q.log_prob(z)) and torch.equal(q.stop_gradient().log_prob(z), q.log_prob(z))

@@ -130,7 +130,8 @@ class Trace:
         if None in ages.values():
             return
         with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
-            objective(*batches[0])  # what is wrong with the model is told here, and not by the compiler
+            buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}  # no batch counts twice
+            functional_call(objective, buffers, batches[0])  # tells what is wrong with the model, before the compiler
             try:
                 self.function = self.compiled(steps, backend, batches)
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong

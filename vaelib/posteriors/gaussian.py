@@ -111,6 +111,10 @@ class DiagonalGaussian(Gaussian):
         """
         return self.mean @ weight.mT, (2 * self.log_std).exp() @ weight.square().mT
 
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> DiagonalGaussian:
+        """As for every posterior; a scale that observations or dimensions share is first given to each."""
+        return replace(self, mean=function(self.mean), log_std=function(self.log_std.expand_as(self.mean)))
+
 
 @dataclass(frozen=True)
 class FullGaussian(Gaussian):
