@@ -32,7 +32,7 @@ from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
 STEPS_ON_GPU = 50  # drawn for, and captured, at once
-STEPS_COMPILED = 4  # in one traced function
+STEPS_COMPILED = 1  # in one traced function: four take hardly less, and four times as long to compile
 
 # --- schedules --------------------------------------------------------------------------------------------------------
 
