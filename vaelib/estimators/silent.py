@@ -288,7 +288,7 @@ def annealed(base: Estimator, weight: float, guide: Estimator = ELBO) -> LossEst
     model's bound unless :math:`\lambda = 0`; then the linear decoder rests, and this is ``base``.
     Train with it by giving :func:`vaelib.training.fit` in the place of an estimator
     ``lambda progress: annealed(base, SCHEDULES["linear"](2 * progress.done))``.
-    Introduced in book/03-silent-gradients.ipynb.
+    Introduced in book/04-silent-and-nonlinear.ipynb.
 
     Parameters
     ----------
@@ -338,7 +338,7 @@ def taylor_control(
     :math:`H(\mu)\, \delta` in :math:`\mu` and :math:`\partial f(\mu)\, \delta` in :math:`\log \sigma`, up to a sign,
     whose means are 0. (Miller et al. 2017; the part of second order in the scale would need the diagonal of H, and is
     left out.) It asks nothing of the likelihood but two derivatives, and costs about two more passes through the
-    decoder. Introduced in book/03-silent-gradients.ipynb.
+    decoder. Introduced in book/04-silent-and-nonlinear.ipynb.
     """
     if not isinstance(q, DiagonalGaussian):
         raise InputError(
@@ -361,7 +361,7 @@ def controlled(base: Estimator, scale: float, control: Control = linear_control)
     The two gradients of the linear decoder, one estimated from the same draws and the other exact, have the same mean,
     so that the encoder's gradient is unbiased for every scale c that does not depend on these draws, whatever the
     linear decoder is. The linear decoder learns its own bound meanwhile; the model's own gradient is that of ``base``.
-    Introduced in book/03-silent-gradients.ipynb.
+    Introduced in book/04-silent-and-nonlinear.ipynb.
 
     Parameters
     ----------
@@ -418,7 +418,7 @@ class TrackedScale:
     the scale a running average of looks: of these ratios, since their two parts shrink by orders of magnitude while
     training goes on. It does not depend on the draws that it scales, so that the gradient stays unbiased; the price is
     two more gradients every few steps. Give it to :func:`vaelib.training.fit` in the place of an estimator. Introduced
-    in book/03-silent-gradients.ipynb.
+    in book/04-silent-and-nonlinear.ipynb.
 
     Parameters
     ----------

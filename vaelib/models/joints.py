@@ -133,7 +133,7 @@ class Guided(nn.Module):
 
     Called, it is the model, log p(x, z). What the guide is for is up to the estimator:
     :func:`vaelib.estimators.silent.annealed` or :func:`vaelib.estimators.silent.controlled`. Introduced in
-    book/03-silent-gradients.ipynb.
+    book/04-silent-and-nonlinear.ipynb.
 
     Parameters
     ----------
