@@ -1,12 +1,15 @@
 """The negative controls of chapter 8, "Choosing": what its checks must refuse, each on the chapter's own quantity."""
 
 import math
+import re
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from torch import nn
 
-from vaelib import checks, discrete, gradients, models, objectives
+from vaelib import checks, data, discrete, gradients, models, objectives, silent
 from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, OneHotCategorical
 
@@ -140,17 +143,82 @@ def test_an_unbiased_row_is_accused_where_a_class_never_comes_up_and_a_biased_on
     assert accused("elbo-gumbel-softmax", common)
 
 
-# --- orders
+# --- the chart
+
+BOOK = Path(__file__).parent.parent / "book"
+CELLS = nbformat.read(BOOK / "08-choosing.ipynb", as_version=4).cells
+CHART = next(cell.source for cell in CELLS if "## The chart" in cell.source)
+LEAF = re.compile(
+    r"^::::\{dropdown\}[^`]*`([a-z-]+)`.*?```python\n(.*?)```\n`(vaelib train .*?)`", re.MULTILINE | re.DOTALL
+)
+LEAVES = {row: (code, command) for row, code, command in LEAF.findall(CHART)}
 
 
-def test_a_rank_correlation_of_seven_rows_is_rarely_over_nine_tenths():
-    """At most 1 in 200 of all orders of seven; so is the chance that the chapter's claim holds by luck."""
+class Keeps:
+    """An optimiser that does nothing."""
 
-    def ranks(values):
-        return values.argsort().argsort().double()
+    def step(self):
+        pass
 
-    order = torch.arange(7.0)
-    shuffled = torch.stack([torch.randperm(7, generator=seeded(s)) for s in range(2000)])
-    found = torch.stack([torch.corrcoef(torch.stack([ranks(order), ranks(s)]))[0, 1] for s in shuffled])
-    assert (found > 0.9).double().mean() < 0.01
-    assert torch.corrcoef(torch.stack([ranks(order), ranks(order.exp())]))[0, 1] > 0.9
+
+def gradient(code: str, kind: str, sizes: dict) -> torch.Tensor:
+    """The gradient that a leaf's lines leave, in all weights."""
+    split = data.load("digits", None if kind == "linear" else "dynamic").train
+    vae = models.build(kind, 64, split.grey.mean(0), seeded(), **sizes).double()
+    x = split.batch(torch.arange(10), seeded(1)).double()
+    q = vae.encoder(x)
+    z = q.sample(q.noise(4, seeded(2)))
+    space = {"joint": vae.joint, "encoder": vae.encoder, "q": q, "x": x, "z": z, "still": q.stop_gradient()}
+    code = code if "backward" in code else code + "loss.backward()"
+    exec(code, {**space, "objectives": objectives, "silent": silent, "generator": seeded(2), "optimizer": Keeps()})
+    return torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None])
+
+
+GAUSSIAN = ("mlp-1", {"hidden": 9, "latent": 3})
+CHOICES = ("mlp-1-categorical", {"hidden": 9, "latent": 2, "classes": 3})
+KINDS = {
+    "elbo-silent": ("linear", {"latent": 3}),
+    "elbo-path": GAUSSIAN,
+    "elbo-exact": ("mlp-1-bernoulli", {"hidden": 9, "latent": 4}),
+    "elbo-disarm": ("mlp-1-bernoulli", {"hidden": 9, "latent": 4}),
+    "elbo-score-loo": CHOICES,
+    "iwae-dreg": GAUSSIAN,
+    "rws": CHOICES,
+}
+
+
+def of_package(row: str) -> str:
+    k = 2 if row == "elbo-disarm" else 4
+    noise = "None" if row in ("elbo-silent", "elbo-exact") else f"q.noise({k}, generator)"
+    return f"objectives.backward({row!r}, joint, q, x, {noise})"
+
+
+def test_every_leaf_of_the_chart_is_the_row_that_it_names():
+    assert LEAVES.keys() == KINDS.keys()
+    for row, (code, command) in LEAVES.items():
+        torch.testing.assert_close(gradient(code, *KINDS[row]), gradient(of_package(row), *KINDS[row]), msg=row)
+        assert f"--estimator {row}" in command
+    code, kind = LEAVES["iwae-dreg"][0], KINDS["iwae-dreg"]
+    wake = code.replace("lambda g: w[..., None] * g", "lambda g: (1 - w)[..., None] * g")
+    assert "rws-dreg: (1 - w)[..., None] * g" in code
+    torch.testing.assert_close(gradient(wake, *kind), gradient(of_package("rws-dreg"), *kind))
+
+
+@pytest.mark.parametrize(
+    ("row", "right", "wrong"),
+    [("iwae-dreg", "z.register_hook", "0 #"), ("elbo-path", "still", "q"), ("elbo-score-loo", ".mean(0)).d", ").d")],
+)
+def test_a_leaf_without_its_point_is_another_row(row, right, wrong):
+    code = LEAVES[row][0].replace(right, wrong)
+    with refused:
+        torch.testing.assert_close(gradient(code, *KINDS[row]), gradient(of_package(row), *KINDS[row]))
+
+
+def test_the_commands_of_the_chart_are_read():
+    from vaelib import estimators
+
+    for _, command in LEAVES.values():
+        options = dict(re.findall(r"--([a-z]+) (\S+)", command))
+        assert options["estimator"] in estimators.ESTIMATORS
+        assert options["model"] in models.MODELS
+        assert options["data"] in data.DATASETS
