@@ -161,17 +161,13 @@ def table_of_fits(found: DataFrame) -> Lines:
         mean = over_seeds(kl, ["estimator"])["mean"]
         gap = differences(kl, ["estimator"], estimator="elbo-path")
         gap = gap[gap["estimator"] == "elbo-total"]
-        lead = over_seeds(gap, ["estimator"]).iloc[0]
-        lines.append(
-            (
-                f"{at:g}",
-                f"{mean['elbo-total']:.3f}",
-                f"{mean['elbo-path']:.3f}",
-                f"{lead['mean']:.3f} ± {lead['standard_error']:.3f}",
-                f"{(gap['value'] > 0).sum()} of {len(gap)}",
-                str(len(gap)),
-            )
-        )
+        kls = [f"{mean[name]:.3f}" if name in mean else "-" for name in ("elbo-total", "elbo-path")]
+        lead, ahead = "-", "-"  # as long as no seed has both
+        if len(gap):
+            won = over_seeds(gap, ["estimator"]).iloc[0]
+            lead = f"{won['mean']:.3f} ± {won['standard_error']:.3f}"
+            ahead = f"{(gap['value'] > 0).sum()} of {len(gap)}"
+        lines.append((f"{at:g}", *kls, lead, ahead, str(len(gap))))
     return lines
 
 
@@ -180,6 +176,8 @@ def figure_of_fits(found: DataFrame, figure: Figure) -> None:
     ax = figure.add_subplot()
     for name in ("elbo-total", "elbo-path"):
         curves = found[(found["metric"] == "kl") & (found["estimator"] == name)]
+        if curves.empty:
+            continue
         grid = curves.pivot(index="seed", columns="at", values="value")
         plots.band(ax, torch.tensor(grid.columns), torch.tensor(grid.to_numpy()).log10(), plots.LOOKS[name])
     ax.set(xlabel="step", ylabel="log10 KL(q || p)")
