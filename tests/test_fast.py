@@ -279,6 +279,16 @@ def test_a_parameter_that_is_thawed_gets_its_memories_by_a_plain_step():
     assert [trace.function is None for trace in whole.traces] == [False, True, False]
 
 
+def test_a_parameter_that_the_loss_does_not_reach_stays_and_hinders_nothing():
+    def with_a_spare(model):
+        model.joint.spare = nn.Parameter(torch.ones(2))
+
+    plain, traced, whole, batches = begun(change=with_a_spare)
+    torch.testing.assert_close(whole(batches[:3]), plainly(plain)(batches[:3]))
+    assert_same_values(plain, traced)
+    assert [trace.function is None for trace in whole.traces] == [False]
+
+
 def test_a_decoder_thawed_after_an_epoch_learns_in_a_compiled_training_too():
     runs = [tiny_training(False), with_backend(tiny_training(False))]
     for run in runs:

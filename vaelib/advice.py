@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from vaelib import evaluation
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS, Estimator
-from vaelib.estimators.base import log_weight
 from vaelib.posteriors import as_posterior, map_latent, ready
 
 SURE = 3.0
@@ -180,17 +179,11 @@ def weights_of(part: Any) -> list[nn.Parameter]:
     return [p for p in part.parameters() if p.requires_grad] if isinstance(part, nn.Module) else []
 
 
-@torch.no_grad()
 def elbo(model: nn.Module, x: Tensor, generator: torch.Generator, draws: int = 8, batch_size: int = 100) -> Tensor:
     """Return the ELBO of each observation by some draws, ``[N]``."""
-    values = []
-    for part in x.split(batch_size):
-        q = as_posterior(model.encoder(part))
-        k = -(-draws // q.strata) * q.strata
-        eps = q.noise(k, generator)
-        log_w = log_weight(model.joint, part, *ready(q, eps).sample_and_log_prob(eps))
-        values.append(ESTIMATORS["elbo-total"].value(log_w, q.log_share(k)))
-    return torch.cat(values)
+    strata = as_posterior(model.encoder(x[:1])).strata
+    k = -(-draws // strata) * strata
+    return evaluation.bound_by_draws(model, ESTIMATORS["elbo-total"], x, k, generator, batch_size=batch_size)
 
 
 # --- what does a row cost? --------------------------------------------------------------------------------------------

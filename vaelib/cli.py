@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -105,7 +104,7 @@ def named(place: str, name: str) -> Callable[[str], list[str]]:
     """Return what completes a word by the names in a registry, which is looked up when it is asked for."""
 
     def complete(incomplete: str) -> list[str]:
-        return [key for key in getattr(import_module(place), name) if key.startswith(incomplete)]
+        return [key for key in getattr(importlib.import_module(place), name) if key.startswith(incomplete)]
 
     return complete
 

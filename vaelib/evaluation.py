@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vaelib.bounds import divergence
 from vaelib.errors import InputError, between, whole_number
-from vaelib.estimators.base import check_observations, log_joint, log_posterior, log_weight
+from vaelib.estimators.base import Estimator, check_observations, log_joint, log_posterior, log_weight
 from vaelib.posteriors import (
     DiagonalGaussian,
     Discrete,
@@ -197,6 +197,23 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
     """Return the mean of independent ``values`` ``[N]`` and its standard error."""
     return values.mean().item(), values.std().item() / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def bound_by_draws(
+    model: nn.Module, estimator: Estimator, x: Tensor, k: int, generator: torch.Generator, *, batch_size: int = 500
+) -> Tensor:
+    """Return the bound of ``k`` draws that ``estimator`` reports, for each observation of ``x`` ``[N, ...]``, ``[N]``.
+
+    From draws whatever its loss makes of it, so that the bounds of all estimators are estimated alike.
+    """
+    values = []
+    for batch in x.split(batch_size):
+        q = as_posterior(model.encoder(batch))
+        eps = q.noise(k, generator)
+        log_w = log_weight(model.joint, batch, *ready(q, eps).sample_and_log_prob(eps))
+        values.append(estimator.value(log_w, q.log_share(k)))
+    return torch.cat(values)
 
 
 @torch.no_grad()

@@ -99,9 +99,10 @@ class Trace:
         self.objective = objective = Objective(training.estimator, training.model.joint, training.model.encoder)
         self.optimizer, self.settings = training.optimizer, Settings(objective)
         self.rule, (self.group,) = RULES[type(self.optimizer)], self.optimizer.param_groups
-        values = dict(objective.named_parameters())
-        self.learning = {name: p for name, p in values.items() if p.requires_grad}
-        self.rest = {name: p for name, p in values.items() if not p.requires_grad} | dict(objective.named_buffers())
+        with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
+            self.learning = what_learns(objective, batches[0])
+        values = dict(objective.named_parameters()) | dict(objective.named_buffers())
+        self.rest = {name: value for name, value in values.items() if name not in self.learning}
         self.constants = self.read_constants(batches)
         ages = dict(zip(self.learning, self.ages(), strict=True))
         self.of_age = {age: name for name, age in reversed(ages.items())}  # a parameter of each age, for all of them
@@ -112,12 +113,11 @@ class Trace:
             for i, (x, eps) in enumerate(batches):
                 leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
                 loss = functional_call(objective, leaves | rest, (x, eps))
-                gradients = torch.autograd.grad(loss.mean(), list(leaves.values()), allow_unused=True) if leaves else ()
-                for leaf, leaf.grad in zip(leaves.values(), gradients, strict=True):
-                    pass
-                moving = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
-                training.limit(list(moving.values()))
-                for name, leaf in moving.items():
+                slopes = torch.autograd.grad(loss.mean(), list(leaves.values())) if leaves else ()
+                for leaf, slope in zip(leaves.values(), slopes, strict=True):
+                    leaf.grad = slope
+                training.limit(list(leaves.values()))
+                for name, leaf in leaves.items():
                     numbers = factors[i, which[name]].unbind()
                     step = values[name], leaf.grad, kept[name], numbers, self.group
                     values[name], kept[name] = self.rule.update(*step)
@@ -130,8 +130,6 @@ class Trace:
         if None in ages.values():
             return
         with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
-            buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}  # no batch counts twice
-            functional_call(objective, buffers, batches[0])  # tells what is wrong with the model, before the compiler
             try:
                 self.function = self.compiled(steps, backend, batches)
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
@@ -195,6 +193,17 @@ class Trace:
     def holds(self, batches: Batches) -> bool:
         """Whether all is still as it was traced."""
         return self.settings.hold() and self.constants == self.read_constants(batches)
+
+
+def what_learns(objective: Objective, batch: tuple[Tensor, Latent]) -> Named:
+    """Return the parameters that a batch has a gradient for; what is wrong with the model is told here."""
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}  # no batch counts twice
+    loss = functional_call(objective, buffers, batch)
+    asked = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    if not loss.requires_grad:
+        return {}
+    slopes = torch.autograd.grad(loss.mean(), list(asked.values()), allow_unused=True)
+    return {name: p for (name, p), slope in zip(asked.items(), slopes, strict=True) if slope is not None}
 
 
 class Settings:

@@ -23,6 +23,7 @@ from torch import Tensor
 from vaelib import advice, evaluation, files, gradients, plots, runs
 from vaelib.advice import Advice, Estimate, Usage
 from vaelib.data import Text
+from vaelib.errors import InputError
 from vaelib.posteriors import as_posterior
 from vaelib.runs import Run
 from vaelib.training import stream
@@ -155,7 +156,7 @@ def made(run: Run, x: Tensor) -> list[str]:
     shown = x[:SHOWN]
     try:
         again, samples = run.reconstruct(shown), run.sample(SHOWN)
-    except runs.InputError as error:
+    except InputError as error:
         return [f'<p class="faint">No reconstructions and samples: {_words(str(error))}.</p>']
     if isinstance(run.data, Text):
         words = run.data.vocabulary.decode

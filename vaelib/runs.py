@@ -575,9 +575,7 @@ def save(training: Training, path: Path) -> None:
 
     Good is one whose parameters are finite, and have a finite bound.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **training.state(), "history": training.metrics()}, buffer)
-    write(path, buffer.getbuffer())
+    write_state({**training.state(), "history": training.metrics()}, path)
 
 
 def restore(training: Training, path: Path) -> None:
@@ -588,8 +586,39 @@ def restore(training: Training, path: Path) -> None:
     InputError
         if the file is damaged, of another format, or of a longer training than asked for.
     """
-    if (content := read(path)) is None:
+    if (state := read_state(path)) is None:
         return
+    try:
+        training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
+    except Exception as error:  # whatever a record of another kind does to what reads it
+        raise InputError(
+            f"'{path}' is not a checkpoint of this run's model and data ({str(error).partition(chr(10))[0]}): "
+            "put a whole copy in its place, or train anew in another folder"
+        ) from error
+    if training.step > training.total_steps:
+        done = training.step / training.steps_per_epoch
+        raise InputError(
+            f"'{path}' has done {done:g} epochs, but only {training.recipe.epochs} are asked for: ask for more"
+        )
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Write the record of a training, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write(path, buffer.getbuffer())
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return the record in a file, numbers and words alone; None if there is no such file.
+
+    Raises
+    ------
+    InputError
+        if the file is damaged, or of another format.
+    """
+    if (content := read(path)) is None:
+        return None
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch does not look at the checksums
             if damaged := archive.testzip():
@@ -609,18 +638,7 @@ def restore(training: Training, path: Path) -> None:
             f"'{path}' has format {version!r}, but vaelib {__version__} reads format {FORMAT}: "
             f"use {reader}, or train anew in another folder"
         )
-    try:
-        training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
-    except Exception as error:  # whatever a record of another kind does to what reads it
-        raise InputError(
-            f"'{path}' is not a checkpoint of this run's model and data ({str(error).partition(chr(10))[0]}): "
-            "put a whole copy in its place, or train anew in another folder"
-        ) from error
-    if training.step > training.total_steps:
-        done = training.step / training.steps_per_epoch
-        raise InputError(
-            f"'{path}' has done {done:g} epochs, but only {training.recipe.epochs} are asked for: ask for more"
-        )
+    return state
 
 
 def read_config(path: Path) -> Config | None:

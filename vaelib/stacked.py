@@ -25,7 +25,7 @@ from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator, Row, Weights
 from vaelib.posteriors import Latent
-from vaelib.training import STEPS_COMPILED, Diverged, Progress, Training, drawing_from, stream
+from vaelib.training import Diverged, Progress, Training, drawing_from, stream
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class StackedTraining(Training):
         self.recipe, self.device, self.hooks, self.update = first.recipe, first.device, [], None
         self.model = stack([training.model for training in self.trainings])
         self.parameters = list(self.model.parameters())
-        self.compile, self.most = compile, first.most if self.device.type == "cuda" or not compile else STEPS_COMPILED
+        self.compile, self.most = compile, first.most
         self.steps_per_epoch, self.seconds, self.stopped = first.steps_per_epoch, 0.0, False
         self.streams = {"layers": stream("layers", self.recipe.seed, self.device)}
         self.restart_optimizer()

@@ -230,15 +230,12 @@ def folder(path: Path) -> dict[str, Part]:
             )
     colour = any(image_mode(file) for found in files.values() for file in found)
     images = {part: np.stack(list(same_size(found, colour))) for part, found in files.items()}
-    classes = {
-        part: [file.relative_to(parts[part]).parts[0] if file.parent != parts[part] else "" for file in found]
+    labels = {
+        part: np.array([file.relative_to(parts[part]).parts[0] if file.parent != parts[part] else "" for file in found])
         for part, found in files.items()
     }
-    known = {name: number for number, name in enumerate(sorted({name for part in classes.values() for name in part}))}
-    named = len(known) > 1
-    return {
-        part: (images[part], np.array([known[name] for name in classes[part]]) if named else None) for part in files
-    }
+    named = len(np.unique(np.concatenate(list(labels.values())))) > 1
+    return {part: (images[part], labels[part] if named else None) for part in files}
 
 
 def opened(file: Path) -> Any:

@@ -10,7 +10,6 @@ seeds say, is *undecided*.
 
 from __future__ import annotations
 
-import io
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,16 +17,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from vaelib import data, files, models, plots, runs
+from vaelib import data, models, plots, runs
 from vaelib.config import Config, Recipe
 from vaelib.errors import InputError
+from vaelib.experiments import stl
 from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report, Task
 from vaelib.experiments.results import differences, over_seeds, plus_minus, select
-from vaelib.experiments.stl import PAIRS, RECIPES, in_nats, published_gain
+from vaelib.experiments.stl import PAIRS, in_nats, published_gain
 from vaelib.stacked import StackedTraining
 from vaelib.training import BURDA_EPOCHS, Training, stream
 
@@ -62,18 +61,7 @@ FIVE_DRAWS = [(m, e, 5) for m in ("mlp-1", "mlp-2") for e in ("iwae-total", "iwa
 
 def config_of(cell: Cell, seed: int, device: str) -> Config:
     """Return the run that a cell is a stage of, up to that stage."""
-    return Config(
-        data=cell["data"],
-        binarisation="dynamic",
-        model=cell["model"],
-        estimator=cell["estimator"],
-        k=cell["k"],
-        epochs=cell["epochs"],
-        seed=seed,
-        device=device,
-        compile=True,
-        **RECIPES["paper"],
-    )
+    return stl.config_of(cell, seed, device, "paper", compile=True)
 
 
 def trained_in(folder: Path, cell: Cell, seed: int) -> Path:
@@ -92,14 +80,7 @@ def train_and_evaluate(cell: Cell, seed: int, folder: Path, device: str, report:
 
 def measured(found: dict, training_bound: float, seconds: float) -> list[Measured]:
     """Return the numbers of a stage."""
-    active = [Measured(f"active units, layer {i}", n) for i, n in enumerate(found["active_units"], start=1)]
-    return [
-        Measured("nll", found["nll"], found["nll_error"]),
-        Measured("bound", found["bound"]),
-        Measured("training bound", training_bound),
-        *active,
-        Measured("training seconds", seconds),
-    ]
+    return [*stl.measured(found, seconds), Measured("training bound", training_bound)]
 
 
 # --- many runs as one, on a GPU ---------------------------------------------------------------------------------------
@@ -119,8 +100,8 @@ def train_together(
         who = list(dict.fromkeys((task.config["estimator"], task.seed) for task in stages))
         stack = StackedTraining([alone(stages, images, *one) for one in who], compile=device == "cuda")
         place = folder / "trained" / f"{name}-{model}-k{k}-{len(who)}-together.pt"
-        if (content := files.read(place)) is not None:
-            stack.load_state(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        if (state := runs.read_state(place)) is not None:
+            stack.load_state(state)
         for epochs, stage in itertools.groupby(stages, lambda task: task.config["epochs"]):
             stack.recipe = replace(stack.recipe, epochs=epochs)
             if stack.step > stack.total_steps:
@@ -148,10 +129,8 @@ def alone(tasks: Sequence[Task], images: data.Images, estimator: str, seed: int)
 
 def save(stack: StackedTraining, place: Path) -> None:
     """Write the state of a stack, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(stack.state(), buffer)
     place.parent.mkdir(parents=True, exist_ok=True)
-    files.write(place, buffer.getbuffer())
+    runs.write_state(stack.state(), place)
 
 
 def saved_now_and_then(place: Path, seconds: float = 120.0) -> Callable[[StackedTraining], None]:

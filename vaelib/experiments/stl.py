@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -99,9 +100,9 @@ def cell(data: str, model: str, estimator: str, k: int, epochs: int, samples: in
     }
 
 
-def train_and_evaluate(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
-    """Train one cell of Table 2 and estimate -log p(x) of the test images."""
-    run = Config(
+def config_of(config: Cell, seed: int, device: str, recipe: str, compile: bool) -> Config:
+    """Return the run that trains a cell by a recipe."""
+    return Config(
         data=config["data"],
         binarisation="dynamic",
         model=config["model"],
@@ -110,17 +111,26 @@ def train_and_evaluate(config: Cell, seed: int, folder: Path, device: str, repor
         epochs=config["epochs"],
         seed=seed,
         device=device,
-        compile=config["epochs"] >= COMPILED_FROM,
-        **RECIPES[config["recipe"]],
+        compile=compile,
+        **RECIPES[recipe],
     )
+
+
+def train_and_evaluate(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
+    """Train one cell of Table 2 and estimate -log p(x) of the test images."""
+    run = config_of(config, seed, device, config["recipe"], compile=config["epochs"] >= COMPILED_FROM)
     training = runs.train(folder / "model", run, report=lambda fraction: report(0.9 * fraction))["training"]
-    found = runs.evaluate(folder / "model", samples=config["samples"], device=device)
+    return measured(runs.evaluate(folder / "model", samples=config["samples"], device=device), training["seconds"])
+
+
+def measured(found: Mapping[str, Any], seconds: float) -> list[Measured]:
+    """Return the numbers of a trained cell: what was ``found`` by :func:`vaelib.runs.measure`, and its cost."""
     active = [Measured(f"active units, layer {i}", n) for i, n in enumerate(found["active_units"], start=1)]
     return [
         Measured("nll", found["nll"], found["nll_error"]),
         Measured("bound", found["bound"]),
         *active,
-        Measured("training seconds", training["seconds"]),
+        Measured("training seconds", seconds),
     ]
 
 
