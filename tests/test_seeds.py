@@ -123,6 +123,27 @@ def test_rows_that_are_missing_stale_or_few_are_found(tmp_path):
     assert seeds.missing(found, [path]) == ["a: run with other code"]
 
 
+def test_a_run_depends_on_what_the_notebook_comes_to_import(tmp_path, monkeypatch):
+    modules = {
+        "vaelib": "",
+        "vaelib.a": "'Says what it does.'\ndef f():\n    from vaelib.b import g\n    return g()",
+        "vaelib.b": "import importlib\ng = importlib.import_module('vaelib.c').g",
+        "vaelib.c": "def g():\n    'Return one.'\n    return 1",
+        "vaelib.d": "h = 1",
+    }
+    path = notebook(tmp_path, "from vaelib import a")
+
+    def digest(**changed):
+        package = {name: seeds.parsed(changed.get(name[-1], source)) for name, source in modules.items()}
+        monkeypatch.setattr(seeds, "modules", lambda: package)
+        return seeds.digest(path)
+
+    before = digest()
+    assert before == digest(d="h = 2") == digest(c="def g():\n    return 1  # a comment")
+    for name in "abc":
+        assert digest(**{name: f"{modules[f'vaelib.{name}']}\nmore = 1"}) != before, name
+
+
 def test_no_stored_rate_exceeds_what_its_check_states():
     """Rows that are missing or stale are listed here, and fail ``make seeds-fresh``."""
     print("\n".join(seeds.missing(seeds.read(), NOTEBOOKS)))

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -112,18 +113,55 @@ def run_one(path: Path, seed: int) -> list[dict]:
 # --- many runs --------------------------------------------------------------------------------------------------------
 
 
+class Code(NamedTuple):
+    """What the syntax of a source says, without docstrings, comments and layout, and every module it may name."""
+
+    says: str
+    names: set[str]
+
+
 def digest(path: Path) -> str:
-    """What a run depends on: the code of the notebook and of the package, without comments and layout."""
-    return hashlib.sha256((syntax(*code(path)) + package()).encode()).hexdigest()[:12]
-
-
-def syntax(*sources: str) -> str:
-    return "\n".join(ast.dump(ast.parse(source)) for source in sources)
+    """What a run depends on: the code of the notebook and of the modules of the package that it comes to import."""
+    cells, package = [parsed(source) for source in code(path)], modules()
+    used, found = set(), list(cells)
+    while found:
+        new = found.pop().names & set(package) - used
+        used |= new
+        found += [package[name] for name in new]
+    says = "\n".join(part.says for part in [*cells, *(package[name] for name in sorted(used))])
+    return hashlib.sha256(says.encode()).hexdigest()[:12]
 
 
 @functools.cache
-def package() -> str:
-    return syntax(*(file.read_text("utf-8") for file in sorted((ROOT / "vaelib").rglob("*.py"))))
+def modules() -> dict[str, Code]:
+    """The modules of the package by their dotted names."""
+    files = sorted((ROOT / "vaelib").rglob("*.py"))
+    names = (file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in files)
+    return {
+        name.removesuffix(".__init__"): parsed(file.read_text("utf-8")) for name, file in zip(names, files, strict=True)
+    }
+
+
+def parsed(source: str) -> Code:
+    """Read a source; a module is named by an import, at the top or in a function, or by a string."""
+    tree, named = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named.add(node.value)
+    parts = (name.split(".") for name in named)
+    return Code(ast.dump(Bare().visit(tree)), {".".join(part[:i]) for part in parts for i in range(1, len(part) + 1)})
+
+
+class Bare(ast.NodeTransformer):
+    """Takes out what stands as a sentence of its own: docstrings."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        sentence = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if sentence else node
 
 
 def kept(path: Path, seed: int) -> Path:
