@@ -293,35 +293,54 @@ def test_the_laboratory_can_be_drawn():
         plt.close(figure)
 
 
-def notebook(tmp_path, **metadata):
-    output = {"output_type": "display_data", "data": {interactive.MIME: {"data": [{"x": "<b>"}], "layout": {}}}}
+TURN, SLIDE = interactive.PARTS
+
+
+def notebook(tmp_path, kind=TURN, **metadata):
+    output = {"output_type": "display_data", "data": {kind: {"data": [{"x": "<b>"}], "layout": {}}}}
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps({"cells": [{"metadata": metadata, "outputs": [output]}, {"metadata": {}}]}))
     return path
 
 
-def test_a_figure_to_turn_gets_a_button_in_its_own_place(tmp_path):
-    figures = interactive.turning_figures(notebook(tmp_path, mystnb={"figure": {"name": "fig-b"}}))
+@pytest.mark.parametrize(("kind", "part"), [(TURN, "turn-button"), (SLIDE, 'type="range"')])
+def test_a_figure_to_move_gets_its_part_in_its_own_place(tmp_path, kind, part):
+    figures = interactive.moving_figures(notebook(tmp_path, kind, mystnb={"figure": {"name": "fig-b"}}))
     page = '<figure id="fig-a"><img alt="a"><figcaption>A</figcaption></figure>'
     page += '<figure class="c" id="fig-b"><img><figcaption>'
-    body = interactive.add_buttons(page, figures, "../_static/plotly.min.js")
-    assert body.count("turn-button") == 1 and body.index("turn-button") > body.index("fig-b")
-    assert 'data-script="../_static/plotly.min.js"' in body and "<b>" not in body and "http" not in body
+    body = interactive.add_parts(page, figures, "../_static/plotly.min.js")
+    assert body.count(part) == 1 and body.index(part) > body.index("fig-b")
+    assert ('data-script="../_static/plotly.min.js"' in body) == (kind == TURN)
+    assert "<b>" not in body and "http" not in body
 
 
 def test_a_figure_without_a_name_or_a_page_without_the_figure_stops_the_build(tmp_path):
     with pytest.raises(Exception, match=r"needs a mystnb\.figure\.name"):
-        interactive.turning_figures(notebook(tmp_path))
+        interactive.moving_figures(notebook(tmp_path))
     with pytest.raises(Exception, match="0 figures called fig-b"):
-        interactive.add_buttons("<figure id='other'>", {"fig-b": {}}, "")
+        interactive.add_parts("<figure id='other'>", {"fig-b": (TURN, {})}, "")
 
 
-def test_the_numbers_of_a_figure_to_turn_are_small_and_plain(monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+@pytest.fixture
+def shown(monkeypatch):
+    found = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: found.append(data))
+    yield found
+    assert all(set(data) - {TURN, SLIDE} == {"image/png", "text/plain"} for data in found)
+    json.dumps(found)
+    assert not plt.get_fignums()
+
+
+def test_the_numbers_of_a_figure_to_turn_are_small_and_plain(shown):
     figure, _ = plt.subplots()
     plots.rotatable(figure, [{"type": "surface", "z": torch.full((2, 2), 1 / 3)}], ("x", "y", "z"))
-    assert shown[0][interactive.MIME]["data"][0]["z"] == [[0.333, 0.333], [0.333, 0.333]]
-    assert shown[0][interactive.MIME]["layout"]["scene"]["xaxis"] == {"title": {"text": "x"}}
-    assert set(shown[0]) == {"image/png", "text/plain", interactive.MIME}
-    json.dumps(shown[0])
+    assert shown[0][TURN]["data"][0]["z"] == [[0.333, 0.333], [0.333, 0.333]]
+    assert shown[0][TURN]["layout"]["scene"]["xaxis"] == {"title": {"text": "x"}}
+
+
+def test_a_figure_to_slide_through_holds_each_picture_and_shows_one(shown):
+    frames = {f"{k}": plt.figure(figsize=(k, 1)) for k in (1, 2, 3)}
+    plots.sliding(frames, "draws K", start=1)
+    slides = shown[0][SLIDE]
+    assert slides["label"] == "draws K" and slides["values"] == ["1", "2", "3"] and slides["start"] == 1
+    assert len(set(slides["pictures"])) == 3 and shown[0]["image/png"] == slides["pictures"][1]

@@ -201,19 +201,45 @@ def rotatable(figure: Figure, traces: Sequence[Mapping[str, Any]], axes: tuple[s
     axes
         the names of the three axes.
     """
-    from IPython.display import display
-
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    pyplot.close(figure)
     scene = {f"{letter}axis": {"title": {"text": name}} for letter, name in zip("xyz", axes, strict=True)}
     scene |= {"aspectmode": "cube", "camera": {"eye": {"x": 1.4, "y": -1.7, "z": 1.1}}}
     layout = {"scene": scene, "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "showlegend": False, "height": 460}
     turning = {"data": [_plain(trace) for trace in traces], "layout": _plain(layout)}
-    still = base64.b64encode(picture.getvalue()).decode()
-    display(
-        {"image/png": still, "application/vnd.plotly.v1+json": turning, "text/plain": "<a figure to turn>"}, raw=True
-    )
+    _show(_png(figure), "application/vnd.plotly.v1+json", turning)
+
+
+def sliding(frames: Mapping[str, Figure], label: str, start: int = 0) -> None:
+    """Show one of several figures as a picture, where the book's site lets the reader slide through them all.
+
+    The output holds the PNG of the one and, beside it, those of all; JupyterLab and a printed page show the one.
+
+    Parameters
+    ----------
+    frames
+        the figures, of one size, by the value of what changes from one to the next.
+    label
+        what changes.
+    start
+        which of them is the picture.
+    """
+    pictures = [_png(figure) for figure in frames.values()]
+    slides = {"label": label, "values": list(frames), "pictures": pictures, "start": start}
+    _show(pictures[start], "application/vnd.vaelib.sliding+json", slides)
+
+
+def _png(figure: Figure) -> str:
+    """Return the picture of a figure, which is closed, in base 64."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    pyplot.close(figure)
+    return base64.b64encode(picture.getvalue()).decode()
+
+
+def _show(picture: str, kind: str, more: Mapping[str, Any]) -> None:
+    """Display a picture with more beside it, for who can show that."""
+    from IPython.display import display
+
+    display({"image/png": picture, kind: more, "text/plain": "<a figure to move>"}, raw=True)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Let the reader turn the figures that a notebook stores with plotly's numbers beside the picture.
+"""Let the reader move the figures that a notebook stores with more than their picture: turn them, or slide through.
 
-Such a figure is shown as its picture, with a button below it. The button puts plotly's view in its place; the numbers
-are in the page, and the script is a copy of the one in the installed plotly, beside the book's other static files. So a
-reader who does not press it loads nothing, and one who does needs no network. Without scripts, and in print, the
-picture stays.
+A figure to turn has plotly's numbers beside the picture. It is shown as its picture, with a button below it that puts
+plotly's view in its place; the script is a copy of the one in the installed plotly, beside the book's other static
+files. A figure to slide through has a picture for each value of what changes, and gets a slider, which the arrow keys
+move too. All of it is in the page: a reader who moves nothing loads nothing, and one who does needs no network. Without
+scripts, and in print, the picture stays.
 """
 
 from __future__ import annotations
@@ -18,16 +19,38 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-MIME = "application/vnd.plotly.v1+json"
-
-_PART = """
+PARTS = {
+    "application/vnd.plotly.v1+json": """
 <div class="turn" data-script="{script}">
 <button type="button" class="turn-button">Turn this figure by hand</button>
 <script type="application/json">{numbers}</script>
 </div>
-"""
+""",
+    "application/vnd.vaelib.sliding+json": """
+<div class="turn slide" hidden>
+<label><span></span> <input type="range" min="0"></label> <output></output>
+<script type="application/json">{numbers}</script>
+</div>
+""",
+}
+"""What a figure gets below its picture, by the type of what is stored beside it."""
 
 _SCRIPT = """
+for (const part of document.querySelectorAll(".slide")) {
+  const {label, values, pictures, start} = JSON.parse(part.querySelector("script").textContent);
+  const picture = part.closest("figure").querySelector("img");
+  const slider = part.querySelector("input"), output = part.querySelector("output");
+  const say = () => { slider.ariaValueText = output.textContent = values[slider.value]; };
+  part.querySelector("span").textContent = label;
+  slider.max = values.length - 1;
+  slider.value = start;
+  slider.addEventListener("input", () => {
+    picture.src = "data:image/png;base64," + pictures[slider.value];
+    say();
+  });
+  say();
+  part.hidden = false;
+}
 document.addEventListener("click", (event) => {
   if (!event.target.matches(".turn-button")) return;
   const part = event.target.closest(".turn"), picture = part.closest("figure").querySelector("img");
@@ -55,28 +78,30 @@ _STYLE = """
 .turn { text-align: center; margin: 0.3rem 0 0.6rem; }
 .turn-button { font: inherit; font-size: 0.9em; padding: 0.35em 0.9em; cursor: pointer; border-radius: 0.3em;
   border: 1px solid var(--pst-color-border); background: var(--pst-color-surface); color: var(--pst-color-text-base); }
+.slide input { width: min(20rem, 60%); vertical-align: middle; accent-color: var(--pst-color-primary); }
+.slide output { display: inline-block; min-width: 5em; text-align: left; font-variant-numeric: tabular-nums; }
 @media print { .turn { display: none; } figure img[hidden] { display: inline !important; } }
 """
 
 
-def turning_figures(notebook: Path) -> dict[str, Any]:
-    """The numbers of each figure that can be turned, by the figure's name."""
+def moving_figures(notebook: Path) -> dict[str, tuple[str, Any]]:
+    """What is stored beside the picture of each figure that can be moved, and its type, by the figure's name."""
     found = {}
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         for output in cell.get("outputs", []):
-            if MIME in output.get("data", {}):
+            for kind in PARTS.keys() & output.get("data", {}).keys():
                 name = cell["metadata"].get("mystnb", {}).get("figure", {}).get("name")
                 if name is None:
-                    raise ExtensionError(f"{notebook.name}: a figure to turn needs a mystnb.figure.name")
-                found[name] = output["data"][MIME]
+                    raise ExtensionError(f"{notebook.name}: a figure to move needs a mystnb.figure.name")
+                found[name] = kind, output["data"][kind]
     return found
 
 
-def add_buttons(body: str, figures: dict[str, Any], script: str) -> str:
-    """The page with a button inside each of the figures, below its picture."""
-    for name, numbers in figures.items():
+def add_parts(body: str, figures: dict[str, tuple[str, Any]], script: str) -> str:
+    """The page with a button or a slider inside each of the figures, below its picture."""
+    for name, (kind, numbers) in figures.items():
         text = json.dumps(numbers, separators=(",", ":")).replace("<", "\\u003c")
-        part = _PART.format(script=script, numbers=text)
+        part = PARTS[kind].format(script=script, numbers=text)
         opening = re.compile(rf'(<figure\b[^>]*\bid="{re.escape(name)}"[^>]*>.*?)(<figcaption>)', re.DOTALL)
         body, count = opening.subn(lambda match, part=part: match[1] + part + match[2], body)
         if count != 1:
@@ -86,9 +111,9 @@ def add_buttons(body: str, figures: dict[str, Any], script: str) -> str:
 
 def _on_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
     source = Path(app.env.doc2path(pagename)) if doctree is not None else Path()
-    if source.suffix != ".ipynb" or not (figures := turning_figures(source)):
+    if source.suffix != ".ipynb" or not (figures := moving_figures(source)):
         return
-    context["body"] = add_buttons(context["body"], figures, context["pathto"]("_static/plotly.min.js", resource=True))
+    context["body"] = add_parts(context["body"], figures, context["pathto"]("_static/plotly.min.js", resource=True))
     app.add_js_file(None, body=_SCRIPT)
     context["metatags"] = context.get("metatags", "") + f"<style>{_STYLE}</style>"
     copy = Path(app.outdir) / "_static" / "plotly.min.js"
@@ -99,7 +124,7 @@ def _on_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctr
 
 
 def _on_config(app: Sphinx, config: Any) -> None:
-    config.suppress_warnings = [*config.suppress_warnings, "mystnb.unknown_mime_type"]  # this file knows plotly's
+    config.suppress_warnings = [*config.suppress_warnings, "mystnb.unknown_mime_type"]  # this file knows them
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
