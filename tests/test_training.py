@@ -514,6 +514,11 @@ def test_a_frozen_encoder_lets_the_decoder_learn_by_every_row(split, row):
     assert all(move == name.startswith("joint") for name, move in moved.items())
 
 
+def test_a_model_of_which_nothing_learns_is_refused(split):
+    with pytest.raises(InputError, match="no parameter of this model learns: set requires_grad"):
+        training.fit(small_model().requires_grad_(False), split, "elbo-path", epochs=1)
+
+
 # Random layers
 
 

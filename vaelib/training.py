@@ -26,13 +26,11 @@ from vaelib.config import Recipe
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, enough_memory, positive, true_or_false, typed, whole_number
 from vaelib.estimators import Estimator
-from vaelib.estimators.base import log_weight
 from vaelib.optimizers import build_optimizer
 from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
 STEPS_ON_GPU = 50  # drawn for, and captured, at once
-STEPS_COMPILED = 1  # in one traced function: four take hardly less, and four times as long to compile
 
 # --- schedules --------------------------------------------------------------------------------------------------------
 
@@ -208,19 +206,10 @@ class HeldOut(Hook):
             training.stopped = True
 
 
-@torch.no_grad()
 def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:
-    """Return the bound of K samples that the estimator climbs, in nats, averaged over ``x`` ``[N, D]``.
-
-    From samples whatever its loss makes of it, so that the bounds of all estimators are estimated alike.
-    """
-    model, k, total = training.model, training.recipe.k, 0.0
-    for batch in x.split(500):
-        q = posteriors.as_posterior(model.encoder(batch))
-        eps = q.noise(k, noise)
-        log_w = log_weight(model.joint, batch, *posteriors.ready(q, eps).sample_and_log_prob(eps))
-        total += training.estimator.value(log_w, q.log_share(k)).double().sum().item()
-    return total / len(x)
+    """Return the bound of K samples that the estimator climbs, in nats, averaged over ``x`` ``[N, D]``."""
+    found = evaluation.bound_by_draws(training.model, training.estimator, x, training.recipe.k, noise)
+    return found.double().mean().item()
 
 
 def random_order(training: Training) -> Tensor:
@@ -316,7 +305,7 @@ class Training:
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
         self.compile = compile and self.update is None
         on_gpu = self.device.type == "cuda" and self.fixed and self.update is None and isinstance(split, Split)
-        self.most = STEPS_ON_GPU if on_gpu else STEPS_COMPILED if self.compile else 1  # steps that are taken at once
+        self.most = STEPS_ON_GPU if on_gpu else 1  # steps taken at once; four traced as one save next to nothing
         self.noises: dict[Any, Any] = {}
         self.restart_optimizer()
 
@@ -634,6 +623,8 @@ def check_fit(training: Training) -> None:
         raise InputError(
             f"{typed('batch_size')} is {recipe.batch_size}, but there are only {len(split)} training {what}"
         )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("no parameter of this model learns: set requires_grad of those that shall, or do not train it")
     if isinstance(split, Split) and getattr(model, "binary", False):
         check_levels(split)
     noise = stream("test", 0, training.device)
