@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import check_site
+import matplotlib.pyplot as plt
 import pytest
 
 GOOD = """<!DOCTYPE html><html><head>
@@ -150,6 +151,18 @@ def test_a_page_waits_for_its_formulas_and_draws_its_icons_once(quiet_pages):
     page = f'<head>\n{icons}<script defer="defer" src="../_static/mathjax/tex-svg.js"></script></head>'
     assert "fontawesome" not in quiet_pages.lighter(page) and "waiting" in quiet_pages.lighter(page)
     assert quiet_pages.lighter(f"<head>{icons}</head>").strip() == "<head>\n</head>"
+
+
+def test_pictures_come_later_and_have_their_places(quiet_pages, tmp_path):
+    figure = plt.figure(figsize=(3, 2), dpi=100)
+    figure.savefig(tmp_path / "a.png", dpi=100)
+    plt.close(figure)
+    page = (
+        '<img alt="x &gt; 0" src="a.png"><img src="lost.png"><img src="https://b.org/a.png"><img width="3" src="a.png">'
+    )
+    found = quiet_pages.later(page, tmp_path)
+    assert found.startswith('<img loading="lazy" width="300" height="200" alt="x &gt; 0" src="a.png">')
+    assert found.endswith(page.partition("<img src")[2]) and found.count("lazy") == 1
 
 
 MADE_UP = "https://github.com/Someone/some-book"

@@ -75,7 +75,9 @@ function show() {
 
 document.addEventListener("DOMContentLoaded", makeFiguresLarge);
 window.addEventListener("load", () => Promise.resolve(window.MathJax?.startup?.promise).then(show, show));
+document.fonts.ready.then(mark);
 window.addEventListener("resize", mark);
 window.addEventListener("toggle", mark, true);
+window.matchMedia("print").addEventListener("change", mark);
 window.addEventListener("beforeprint", unfold);
 window.addEventListener("afterprint", foldAgain);

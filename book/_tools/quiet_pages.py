@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def lighter(page: str) -> str:
     return page
 
 
+_PICTURE = re.compile(r'<img\b(?![^>]*\b(?:loading|width|height)=)([^>]*?\bsrc="([^":]+\.png)")')
+
+
+def later(page: str, folder: Path) -> str:
+    """A page of that folder whose pictures come when they are scrolled to, and have their places before."""
+
+    def sized(match: re.Match) -> str:
+        path = folder / match[2]
+        if not path.exists():
+            return match[0]
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # where a PNG has them
+        return f'<img loading="lazy" width="{width}" height="{height}"{match[1]}'
+
+    return _PICTURE.sub(sized, page)
+
+
 def _finish(app: Sphinx, exception: Exception | None) -> None:
     """The reader's notebooks behind the download buttons, the pages that moved, and what search engines ask for."""
     if exception is not None or app.builder.format != "html":
@@ -142,7 +159,7 @@ def _finish(app: Sphinx, exception: Exception | None) -> None:
     out = Path(app.outdir)
     editions.write(out / "_sources/book", "reader", editions.Book(Path(app.srcdir), app.config.repository_of_book))
     for path in out.rglob("*.html"):
-        path.write_text(lighter(path.read_text("utf-8")), "utf-8")
+        path.write_text(later(lighter(path.read_text("utf-8")), path.parent), "utf-8")
     site = settings.site(app.config.repository_of_book)
     for old, new in MOVED.items():
         here, there = out / f"book/{old}.html", out / f"book/{new}.html"
