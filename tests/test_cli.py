@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -305,3 +306,10 @@ def test_data_are_listed_with_what_takes_them(vaelib):
     entries = re.split(r"\n(?=\S)", vaelib("data", "list")[1])
     uses = {entry.split()[0]: entry for entry in entries}
     assert "`vaelib train` with any other model" in uses["mnist"] and "--model lstm" in uses["ptb"]
+
+
+@pytest.mark.parametrize("set_up", [{"PYTHONOPTIMIZE": "2"}, {"PYTHONIOENCODING": "iso8859-5"}])
+def test_the_lists_are_printed_without_docstrings_and_in_other_alphabets(set_up):
+    for command in (["models"], ["estimators"], ["experiment", "show", "stl-figure-1"]):
+        done = subprocess.run([sys.executable, "-m", "vaelib", *command], env=os.environ | set_up, capture_output=True)
+        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr

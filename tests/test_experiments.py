@@ -932,5 +932,34 @@ def test_a_stage_goes_on_from_the_one_before_and_together_is_alone(tmp_path, mon
         experiment.run(tasks[0].config, 0, tmp_path / "smoke" / tasks[0].name, "cpu", lambda done: None)
 
 
+def in_stacks(folder, seeds, epochs=(1, 4)):
+    """The training bounds of some seeds' stages, made together in a folder that may hold stacks already."""
+    tasks = [task for task in experiments.find("stl-schedule").tasks("smoke", 3) if task.config["model"] == "mlp-2"]
+    chosen = [task for task in tasks if task.seed in seeds and task.config["epochs"] in epochs]
+    found = {}
+    schedule.train_together(chosen, folder, "cpu", lambda task, numbers, _: found.update({task.key: numbers}))
+    return {key: [m.value for m in numbers if m.metric == "training bound"] for key, numbers in found.items()}
+
+
+def test_a_stack_is_of_its_members_and_goes_on_for_some_of_them(tmp_path, monkeypatch):
+    """As after a kill among the rows of a stage, or with another number of seeds."""
+    monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
+    whole, other = in_stacks(tmp_path / "whole", {0, 1}), in_stacks(tmp_path / "other", {2})
+    assert in_stacks(tmp_path / "again", {0, 1}, epochs=(1,)).items() <= whole.items()
+    again = in_stacks(tmp_path / "again", {1}, epochs=(4,))
+    assert again and again.items() <= whole.items()
+    assert in_stacks(tmp_path / "again", {2}) == other
+
+
+@pytest.mark.parametrize("state", [b"cut", {"step": 1}, {"who": 3}, {"who": [("elbo-path", 0), ("elbo-total", 0)]}])
+def test_a_stack_that_is_cut_or_of_another_kind_is_named(tmp_path, monkeypatch, state):
+    monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
+    path = tmp_path / "trained" / "digits-mlp-2-k1-together-0.pt"
+    path.parent.mkdir()
+    path.write_bytes(state) if isinstance(state, bytes) else runs.write_state(state, path)
+    with pytest.raises(InputError, match="together-0.pt' is (cut or altered|not a checkpoint)"):
+        in_stacks(tmp_path, {0}, epochs=(1,))
+
+
 def without_compiler(real, *arguments):
     return replace(real(*arguments), compile=False)

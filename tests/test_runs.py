@@ -600,6 +600,17 @@ def test_an_evaluation_is_shown_before_it_is_written(finished, tmp_path, monkeyp
     assert shown[0]["nll"] > 0 and (run_dir / "result.json").read_bytes() == (finished / "result.json").read_bytes()
 
 
+def test_an_evaluation_that_nobody_can_see_is_written_all_the_same(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+
+    def closed(found):
+        raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(BrokenPipeError):
+        runs.evaluate(run_dir, samples=2, limit=2, show=closed)
+    assert contents(run_dir)["result"]["evaluation"]["samples"] == 2
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "null", '{"training": 3}', '{"training": {}}', '{"other": {"step": 1}}', "[" * 99999]
 )

@@ -41,7 +41,8 @@ GROUPS = (app, data_app, experiment_app)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; what the user can put right is one sentence on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no need of it
-        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be text
+        text = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        sys.stdout.reconfigure(errors="surrogateescape" if text else "backslashreplace")  # a folder may have any name
     warnings.showwarning = lambda message, *_: print(f"vaelib: warning: {message}", file=sys.stderr)
     names = OPTIONS.set(options())
     try:
@@ -62,8 +63,9 @@ def options() -> dict[str, str]:
 
 def explain(error: Exception) -> str:
     """Return the sentence for ``error``."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot use '{error.filename}': {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        what = "the output" if error.filename is None else f"'{error.filename}'"
+        return f"cannot use {what}: {error.strerror}"
     return str(error)
 
 
@@ -290,7 +292,7 @@ def models() -> None:
         (
             name,
             " ".join(f"{size}={width}" for size, width in builder.__kwdefaults__.items()),
-            inspect.getdoc(builder),
+            inspect.getdoc(builder) or "",
         )
         for name, builder in MODELS.items()
     ]

@@ -305,7 +305,8 @@ def evaluate(
     seed
         of the noise, and of the binarisation if that is dynamic: the same seed, the same images.
     show
-        is given what is returned before anything is written: a disk that is full loses no computation.
+        is given what is returned before anything is written, so that a full disk loses no computation; what is found
+        is written even if this fails.
 
     Returns
     -------
@@ -330,8 +331,10 @@ def evaluate(
         known = read_result(folder.result)
         training, images = trained(folder, device)
         found = measure(training, images, samples, chunk, limit, seed, progress)
-        show(found)
-        write_json(folder.result, {**known, "evaluation": found})
+        try:
+            show(found)
+        finally:
+            write_json(folder.result, {**known, "evaluation": found})
     return found
 
 
@@ -588,18 +591,25 @@ def restore(training: Training, path: Path) -> None:
     """
     if (state := read_state(path)) is None:
         return
-    try:
+    with fitting(path):
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
-    except Exception as error:  # whatever a record of another kind does to what reads it
-        raise InputError(
-            f"'{path}' is not a checkpoint of this run's model and data ({str(error).partition(chr(10))[0]}): "
-            "put a whole copy in its place, or train anew in another folder"
-        ) from error
     if training.step > training.total_steps:
         done = training.step / training.steps_per_epoch
         raise InputError(
             f"'{path}' has done {done:g} epochs, but only {training.recipe.epochs} are asked for: ask for more"
         )
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Say of whatever a record of another kind does to what reads it that the file is not the one that belongs here."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"'{path}' is not a checkpoint of this run's model and data ({str(error).partition(chr(10))[0]}): "
+            "put a whole copy in its place, or train anew in another folder"
+        ) from error
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:

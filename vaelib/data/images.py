@@ -155,7 +155,7 @@ def as_images(images: Any) -> Any:
     Raises
     ------
     InputError
-        for any other shape.
+        for any other shape, and where there is no pixel.
     """
     shape = tuple(images.shape)
     if len(shape) == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
@@ -165,6 +165,8 @@ def as_images(images: Any) -> Any:
             "images must be [N, H, W] or [N, D], or with one or three channels [N, C, H, W] or [N, H, W, C], but their "
             f"shape is {list(shape)}"
         )
+    if not all(shape[1:]):
+        raise InputError(f"there is no pixel in these images: their shape is {list(shape)}")
     return images[:, 0] if len(shape) == 4 and images.shape[1] == 1 else images
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,14 @@ def table(path: Path) -> dict[str, Part]:
     if (text := read_text(path)) is None:
         raise InputError(f"there is no file '{path}': see where you are, or give the whole path")
     header, lines = names_of_columns(text)
+    if header and all(map(is_number, header)):
+        warnings.warn(f"the first line of '{path}', 0, 1, 2 ..., is taken for names of columns", stacklevel=2)
+    if not "".join(text.splitlines()[lines:]).strip():
+        raise InputError(f"'{path}' has no line of numbers")
     try:
         rows = np.loadtxt(io.StringIO(text), delimiter=",", comments=None, skiprows=lines, ndmin=2)
     except ValueError as error:
         raise InputError(f"'{path}' is not lines of as many numbers each, parted by commas ({error})") from None
-    if not rows.size:
-        raise InputError(f"'{path}' has no line of numbers")
     if header and len(header) != rows.shape[1]:
         raise InputError(f"'{path}' has {len(header)} names of columns over {rows.shape[1]} columns: name each of them")
     if "" in header:

@@ -10,11 +10,13 @@ seeds say, is *undecided*.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -97,16 +99,17 @@ def train_together(
     for (name, model, k), group in itertools.groupby(sorted(tasks, key=alike), alike):
         stages = sorted(group, key=lambda task: task.config["epochs"])
         images = data.load(name, "dynamic").to(device)
-        who = list(dict.fromkeys((task.config["estimator"], task.seed) for task in stages))
-        stack = StackedTraining([alone(stages, images, *one) for one in who], compile=device == "cuda")
-        place = folder / "trained" / f"{name}-{model}-k{k}-{len(who)}-together.pt"
-        if (state := runs.read_state(place)) is not None:
-            stack.load_state(state)
+        wanted = list(dict.fromkeys((task.config["estimator"], task.seed) for task in stages))
+        place, who, state = stack_of(wanted, folder / "trained", f"{name}-{model}-k{k}")
+        stack = StackedTraining([alone(stages[0], images, *one) for one in who], compile=device == "cuda")
+        if state is not None:
+            with runs.fitting(place):
+                stack.load_state(state)
         for epochs, stage in itertools.groupby(stages, lambda task: task.config["epochs"]):
             stack.recipe = replace(stack.recipe, epochs=epochs)
             if stack.step > stack.total_steps:
                 raise InputError(f"'{place}' is beyond {epochs} epochs: delete it to train anew")
-            stack.run(saved_now_and_then(place))
+            stack.run(saved_now_and_then(place, who))
             for task in stage:
                 training = stack.trainings[who.index((task.config["estimator"], task.seed))]
                 start = time.monotonic()
@@ -114,12 +117,30 @@ def train_together(
                 seconds = stack.seconds / len(who)
                 numbers = measured(found, training.history[-1]["bound"], seconds)
                 add(task, numbers, seconds + time.monotonic() - start)
-            save(stack, place)
+            save(stack, who, place)
 
 
-def alone(tasks: Sequence[Task], images: data.Images, estimator: str, seed: int) -> Training:
-    """Return one run before its first step."""
-    cell = next(task.config for task in tasks if task.config["estimator"] == estimator)
+Member = tuple[str, int]
+"""One of the trainings of a stack: its estimator and its seed."""
+
+
+def stack_of(wanted: list[Member], folder: Path, name: str) -> tuple[Path, list[Member], dict[str, Any] | None]:
+    """Return the file, the members and the state of the stack that has all who are wanted, or else of a new one.
+
+    Members who are not wanted train along, since a stack of others would end in other digits.
+    """
+    for place in sorted(folder.glob(f"{name}-together-*.pt")):
+        state = runs.read_state(place)
+        with runs.fitting(place):
+            who = [tuple(member) for member in state.pop("who")]
+        if set(wanted) <= set(who):
+            return place, who, state
+    return folder / f"{name}-together-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]}.pt", wanted, None
+
+
+def alone(task: Task, images: data.Images, estimator: str, seed: int) -> Training:
+    """Return one run before its first step, of the model and k of ``task``."""
+    cell = task.config | {"estimator": estimator}
     config = replace(config_of(cell, seed, "auto"), compile=False, epochs=STAGES[-1])
     split = images.train
     model = models.build(config.model, split.grey.shape[1], split.grey.mean(0).cpu(), stream("init", seed))
@@ -127,20 +148,20 @@ def alone(tasks: Sequence[Task], images: data.Images, estimator: str, seed: int)
     return Training(model.to(split.grey.device), split, estimator, recipe)
 
 
-def save(stack: StackedTraining, place: Path) -> None:
-    """Write the state of a stack, whole or not at all."""
+def save(stack: StackedTraining, who: list[Member], place: Path) -> None:
+    """Write the state of a stack and its members, whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_state(stack.state(), place)
+    runs.write_state({**stack.state(), "who": who}, place)
 
 
-def saved_now_and_then(place: Path, seconds: float = 120.0) -> Callable[[StackedTraining], None]:
+def saved_now_and_then(place: Path, who: list[Member], seconds: float = 120.0) -> Callable[[StackedTraining], None]:
     """Return what saves a stack at the end of an epoch, if the last time is long ago."""
     due = time.monotonic() + seconds
 
     def after_step(stack: StackedTraining) -> None:
         nonlocal due
         if time.monotonic() >= due and stack.step % stack.steps_per_epoch == 0:
-            save(stack, place)
+            save(stack, who, place)
             due = time.monotonic() + seconds
 
     return after_step
