@@ -8,6 +8,8 @@ import sys
 import textwrap
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from vaelib import data, estimators, models, runs
+from vaelib import cli, data, estimators, gradients, models, runs
 from vaelib.config import Config
 from vaelib.data import Split
 from vaelib.errors import InputError
@@ -355,6 +357,28 @@ def test_a_model_is_found_from_elsewhere(file, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert runs.load("../run").config.model == f"{file}:build"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as in a shell
+def test_the_model_of_the_book_s_page_goes_from_pictures_to_advice(tmp_path, monkeypatch, capsys):
+    page = json.loads((Path(__file__).parent.parent / "book/your-own-model.ipynb").read_text("utf-8"))
+    found = {}
+    (cell,) = [source for cell in page["cells"] if (source := "".join(cell["source"])).startswith("MINE = ")]
+    exec(cell, found)
+    (tmp_path / "mine.py").write_text(found["MINE"])
+    for i in range(150):
+        save(tmp_path / "pictures" / f"{i:03}.png", RANDOM.integers(0, 256, (4, 6), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vaelib.gradients.advise", partial(gradients.advise, seconds=1))
+    train = "train run --data pictures --model mine.py:build --estimator dreg --k 5 --epochs 1"
+    for command in (train, "show run", "advise run"):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command.split(), "--device", "cpu"])
+        assert not end.value.code, command
+    assert "Originals and reconstructions" in (tmp_path / "run/report.html").read_text("utf-8")
+    assert json.loads((tmp_path / "run/advice.json").read_text())["recommendation"]
+    said = capsys.readouterr()
+    assert "also in run/advice.json and run/advice.png" in said.out and said.err == ""
 
 
 def test_a_file_that_changed_is_told_and_refused_where_it_no_longer_fits(run, file):
