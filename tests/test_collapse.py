@@ -63,7 +63,8 @@ class Spy:
         self.events.append(x.item())
         for part in (joint, self.model.encoder):
             part.weight.grad, part.bias.grad = torch.ones(1, 1), torch.ones(1)
-        return -torch.full((4,), float(next(self.losses)))
+        loss, size = pair if isinstance(pair := next(self.losses), tuple) else (pair, 4)
+        return -torch.full((size,), float(loss))
 
     def run(self, **options):
         batches = iter(range(1, 1000))
@@ -100,6 +101,17 @@ def test_blocks_are_compared_per_unit_and_not_per_batch(monkeypatch):
         block=2, most=20, units=lambda x: next(sizes),
     )  # fmt: skip
     assert steps == 6
+
+
+def test_a_block_is_averaged_over_its_units_and_not_over_its_batches(monkeypatch):
+    """1.9 and then 2.0 a unit is worse, though the mean of the batches' means falls from 5.5 to 2."""
+    spy = Spy([(10, 1), (1, 9), (2, 5), (2, 5), 0.0], monkeypatch)
+    sizes = iter([1, 9, 5, 5])
+    _, steps = collapse.aggressive_step(
+        spy.model, None, spy.optimizer, torch.tensor(0), lambda: torch.tensor(1), lambda x: None,
+        block=2, most=20, units=lambda x: next(sizes),
+    )  # fmt: skip
+    assert steps == 4
 
 
 def test_joint_clipping_shortens_the_encoder_s_step(monkeypatch):
