@@ -337,7 +337,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("what", nargs="*")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.command == "one":
         path, seed, out = given.what
         write(Path(out).resolve(), json.dumps(run_one(Path(path).resolve(), int(seed))))
