@@ -160,6 +160,8 @@ BROKEN = [
     ("checks", lambda cells: prints(cells[CHECK], "True\n")),
     ("checks", lambda cells: cells[CHECK].outputs.clear()),
     ("checks", lambda cells: cells[CHECK].metadata.pop("tags")),
+    ("checks", lambda cells: cells[SOLUTION].update(source="checks.holds(all(a < b for a, b in []), 'in order')")),
+    ("checks", lambda cells: cells[SOLUTION].update(source="checks.holds((total > 3).all(), 'over three')")),
     ("exercises", lambda cells: reword(cells[OPENED], "-start} ex-a", "-start} ex-b")),
     ("exercises", lambda cells: reword(cells[OPENED], ":::{solution", "no {solution")),
     ("exercises", lambda cells: reword(cells[TASK], ":label: ex-a\n", "")),

@@ -152,6 +152,14 @@ def test_no_stored_rate_exceeds_what_its_check_states():
     assert seeds.exceeding(current) == []
 
 
+@pytest.mark.parametrize("seed", [101, 102])
+def test_a_chapter_passes_under_other_seeds(tmp_path, seed):
+    done = seeds.launch(ROOT / "book/04-silent-and-nonlinear.ipynb", seed, tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads((tmp_path / "out.json").read_text())
+    assert len(outcomes) > 50 and [o["said"] for o in outcomes if not o["holds"]] == []
+
+
 def test_the_page_shows_a_line_for_each_notebook():
     assert "<!-- seeds -->" in (ROOT / "book/how-this-book-checks-itself.md").read_text("utf-8")
     assert all(f"| {chapter} |" in seeds.summary() for chapter in set(seeds.read()["chapter"]))

@@ -163,6 +163,16 @@ def checks(notebook) -> Iterator[str]:
         lines = printed(cell).splitlines()
         if not lines or not all(line.startswith("ok: ") for line in lines):
             yield f"a check that does not say 'ok: ...': {cell.source[:60]!r} printed {lines}"
+    for cell in code_cells(notebook):
+        for call in ast.walk(parsed(cell) or ast.Module([], [])):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "checks.holds" and call.args and of_all(call):
+                yield f"`holds` takes the statements themselves, since of nothing all is true: {ast.unparse(call)[:60]}"
+
+
+def of_all(call: ast.Call) -> bool:
+    """Whether the first argument of a call asks for all or any of something."""
+    inside = (part.func for part in ast.walk(call.args[0]) if isinstance(part, ast.Call))
+    return any(getattr(f, "id", getattr(f, "attr", "")) in ("all", "any") for f in inside)
 
 
 def exercises(notebook) -> Iterator[str]:
