@@ -240,7 +240,7 @@ def test_a_figure_needs_an_ending(vaelib, tmp_path):
 def test_lists(vaelib):
     for command, names in (
         (("estimators",), estimators.ESTIMATORS),
-        (("models",), models.MODELS),
+        (("models",), [*models.MODELS, "lstm"]),
         (("data", "list"), data.DATASETS),
     ):
         code, out, err = vaelib(*command)

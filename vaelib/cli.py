@@ -287,14 +287,16 @@ def estimators() -> None:
 def models() -> None:
     """List the models and their sizes."""
     from vaelib.models import MODELS
+    from vaelib.models.text import lstm_vae
+    from vaelib.runs import LSTM
 
     lines = [
         (
             name,
             " ".join(f"{size}={width}" for size, width in builder.__kwdefaults__.items()),
-            inspect.getdoc(builder) or "",
+            (inspect.getdoc(builder) or "").partition("\n")[0],
         )
-        for name, builder in MODELS.items()
+        for name, builder in {**MODELS, LSTM: lstm_vae}.items()
     ]
     table(("name", "sizes", ""), *lines)
 
