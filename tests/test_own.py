@@ -459,6 +459,7 @@ def test_a_module_has_models_too(file, tmp_path, monkeypatch):
         ("vae.py:nothing", "must return a module with an encoder and a joint, .* but returned a NoneType"),
         ("vae.py:half_a_model", "must return a module with an encoder and a joint, .* but its encoder is a NoneType"),
         ("nowhere.models:build", "there is no module 'nowhere.models' for the model"),
+        ("..models:build", "'..models' is no name of a module, in the model '..models:build': give FILE.py:FUNCTION"),
         (
             "flow.py:build",
             r"imports 'nozuko', which is not installed here: install it, such as by `pip install nozuko`",
@@ -488,3 +489,10 @@ def test_an_error_in_ones_own_file_reaches_one_as_it_is(tmp_path):
     (tmp_path / "vae.py").write_text("def build(start)\n")
     with pytest.raises(SyntaxError):
         models.build(f"{tmp_path}/vae.py:build", 5)
+
+
+def test_an_empty_name_is_not_the_folder_where_we_are(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", BYTES[0])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="data set"):
+        data.load("")

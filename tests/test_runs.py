@@ -611,6 +611,23 @@ def test_an_evaluation_that_nobody_can_see_is_written_all_the_same(finished, tmp
     assert contents(run_dir)["result"]["evaluation"]["samples"] == 2
 
 
+def test_a_checkpoint_of_another_run_is_named(finished, tmp_path):
+    run_dir, other = copy_of(finished, tmp_path), tmp_path / "other"
+    runs.train(other, replace(TINY, seed=1, lr=0.01))
+    (run_dir / "checkpoint.pt").write_bytes((other / "checkpoint.pt").read_bytes())
+    for use in (lambda: runs.train(run_dir, replace(TINY, epochs=9)), lambda: runs.load(run_dir)):
+        with pytest.raises(InputError, match=r"of another run \(.*its lr is 0.01, not 0.001.*its seed is 1, not 0"):
+            use()
+    assert (run_dir / "result.json").read_bytes() == (finished / "result.json").read_bytes()
+
+
+def test_more_patience_goes_on_where_less_had_stopped(tmp_path):
+    still = replace(TINY, epochs=6, lr=1e-30, validate=True, patience=1)
+    assert runs.train(tmp_path, still)["training"]["epoch"] == 2
+    assert runs.train(tmp_path, replace(still, patience=3))["training"]["epoch"] == 4
+    assert runs.train(tmp_path, replace(still, patience=2))["training"]["epoch"] == 4
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "null", '{"training": 3}', '{"training": {}}', '{"other": {"step": 1}}', "[" * 99999]
 )

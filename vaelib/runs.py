@@ -578,7 +578,12 @@ def save(training: Training, path: Path) -> None:
 
     Good is one whose parameters are finite, and have a finite bound.
     """
-    write_state({**training.state(), "history": training.metrics()}, path)
+    write_state({**training.state(), "history": training.metrics(), "recipe": fixed(training)}, path)
+
+
+def fixed(training: Training) -> dict[str, Any]:
+    """Return what of a training's recipe stays while it goes on; data and model may come to another place."""
+    return {name: value for name, value in asdict(training.recipe).items() if name not in FREE | {"data", "model"}}
 
 
 def restore(training: Training, path: Path) -> None:
@@ -587,12 +592,20 @@ def restore(training: Training, path: Path) -> None:
     Raises
     ------
     InputError
-        if the file is damaged, of another format, or of a longer training than asked for.
+        if the file is damaged, of another format or run, or of a longer training than asked for.
     """
     if (state := read_state(path)) is None:
         return
+    then, now = state.get("recipe", {}), fixed(training)
+    if others := [f"its {name} is {then[name]!r}, not {now[name]!r}" for name in then if then[name] != now.get(name)]:
+        raise InputError(
+            f"'{path}' is a checkpoint of another run ({', '.join(others)}): put the right one, or the right "
+            "config.json, in its place, or train anew in another folder"
+        )
     with fitting(path):
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
+    if waiting := [hook for hook in training.hooks if isinstance(hook, HeldOut)]:
+        training.stopped = any(hook.has_waited(training) for hook in waiting)  # the patience may be another now
     if training.step > training.total_steps:
         done = training.step / training.steps_per_epoch
         raise InputError(

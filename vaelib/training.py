@@ -201,9 +201,12 @@ class HeldOut(Hook):
             record["held_out"] = mean_bound(training, self.split.batch(slice(None), noise), noise)
         if not math.isfinite(record["held_out"]):
             raise training.diverged(f"the held-out bound is {record['held_out']} after epoch {record['epoch']}")
+        training.stopped |= self.has_waited(training)
+
+    def has_waited(self, training: Training) -> bool:
+        """Whether the last ``patience`` epochs had no higher bound than the best before them."""
         bounds = [epoch["held_out"] for epoch in training.history]
-        if self.patience is not None and len(bounds) - 1 - int(np.argmax(bounds)) >= self.patience:
-            training.stopped = True
+        return self.patience is not None and len(bounds) - 1 - int(np.argmax(bounds)) >= self.patience
 
 
 def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:

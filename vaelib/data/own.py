@@ -48,7 +48,7 @@ def image_set(path: Path) -> ImageSet:
 
 def is_own(name: str) -> bool:
     """Whether a data set's name is that of a file or folder of one's own."""
-    return Path(name).suffix.lower() in READERS or "/" in name or "\\" in name or Path(name).is_dir()
+    return Path(name).suffix.lower() in READERS or "/" in name or "\\" in name or bool(name) and Path(name).is_dir()
 
 
 def digest(path: Path) -> str:

@@ -54,6 +54,8 @@ def builder(name: str) -> Callable[..., nn.Module]:
     """
     place, _, function = name.rpartition(":")
     path = file_of(name)
+    if path is None and not all(map(str.isidentifier, place.split("."))):
+        raise InputError(f"'{place}' is no name of a module, in the model '{name}': give FILE.py:FUNCTION")
     try:
         module = imported(place) if path is None else executed(path)
     except ModuleNotFoundError as error:
