@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -313,3 +314,16 @@ def test_the_lists_are_printed_without_docstrings_and_in_other_alphabets(set_up)
     for command in (["models"], ["estimators"], ["experiment", "show", "stl-figure-1"]):
         done = subprocess.run([sys.executable, "-m", "vaelib", *command], env=os.environ | set_up, capture_output=True)
         assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "ro/.lock"), "cannot use 'ro/.lock': Read-only .*: choose a f"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot use the output: No space .*: make room"),
+        (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "cannot use 'a/b': Not a directory$"),
+        (OSError("it is broken"), "it is broken$"),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_what_to_do(error, sentence):
+    assert re.match(sentence, cli.explain(error))

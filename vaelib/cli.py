@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import os
@@ -61,12 +62,20 @@ def options() -> dict[str, str]:
     return {name: f"--{name.replace('_', '-')}" for name in names} | {"sizes": "--size"}
 
 
+ADVICE = {
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "see to its permissions, or choose another place",
+    errno.ENOSPC: "make room, or choose another disk",
+}
+"""What to do about the commonest errors of the system."""
+
+
 def explain(error: Exception) -> str:
     """Return the sentence for ``error``."""
-    if isinstance(error, OSError) and error.strerror:
-        what = "the output" if error.filename is None else f"'{error.filename}'"
-        return f"cannot use {what}: {error.strerror}"
-    return str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    what = "the output" if error.filename is None else f"'{error.filename}'"
+    return ": ".join(filter(None, (f"cannot use {what}", error.strerror, ADVICE.get(error.errno))))
 
 
 def show_version(wanted: bool) -> None:

@@ -71,7 +71,7 @@ def show(run_dir: str | Path, device: str = "auto") -> Path:
     run, path = runs.load(run_dir, device), Path(run_dir) / "report.html"
     text = page(run, str(run_dir))
     with runs.in_use(runs.Folder(Path(run_dir))):
-        files.write(path, text.encode())
+        files.write(path, text.encode(errors="replace"))  # a folder's name need not be text
     return path
 
 

@@ -345,7 +345,12 @@ class OnThisMachine:
         process = self.context.Process(target=in_own_process, args=arguments, daemon=True)
         resource_tracker.ensure_running()  # which lets interrupts through again
         with deaf_to_interrupts():  # and so is the fork server, which this starts
-            process.start()
+            try:
+                process.start()
+            except OSError as error:
+                if "AF_UNIX" not in str(error):
+                    raise
+                raise InputError("the folder of temporary files has too long a path: set TMPDIR to another") from error
         sender.close()
         self.processes[job] = process, receiver
 

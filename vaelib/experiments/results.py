@@ -13,6 +13,7 @@ import functools
 import math
 import re
 import subprocess
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,7 +76,14 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
     if preset is not None:
         choose(f"preset of '{experiment.name}'", preset, experiment.presets)
     found = read(experiment, Path(folder))
-    found = found[whole(found, experiment)]
+    fits = whole(found, experiment)
+    if lacking := set(keys(found[~fits], experiment)):
+        warnings.warn(
+            f"{len(lacking)} runs in '{path_of(experiment, Path(folder))}' lack numbers and are left out; "
+            f"`vaelib experiment run {experiment.name}` makes them anew",
+            stacklevel=2,
+        )
+    found = found[fits]
     if preset is not None:
         found = found[found["preset"] == preset]
     if found.empty:
@@ -180,6 +188,7 @@ def kinds(experiment: Experiment) -> dict[str, tuple[str, re.Pattern]]:
     Where a grid has None, there is nothing.
     """
     found = dict(KINDS)
+    found["preset"] = (" or ".join(experiment.presets), re.compile("|".join(map(re.escape, experiment.presets))))
     for name in experiment.keys:
         values = {config[name] for preset in experiment.presets.values() for config in preset.grid}
         words = sorted(value for value in values if isinstance(value, str))
@@ -221,9 +230,10 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
 
 
 def whole(found: DataFrame, experiment: Experiment) -> Series:
-    """Tell of each line whether its run has all its numbers."""
+    """Tell of each line whether its run has all its numbers, as many as each of its lines says."""
     runs = Series(keys(found, experiment), found.index, dtype=object)
-    return runs.map(runs.value_counts()).astype("int64") == found[COUNT].astype("int64")
+    fits = runs.map(runs.value_counts()).astype("int64") == found[COUNT].astype("int64")
+    return ~runs.isin(set(runs[~fits]))
 
 
 def finished(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
