@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -952,9 +953,30 @@ def test_a_stage_goes_on_from_the_one_before_and_together_is_alone(tmp_path, mon
             if mine.metric == "training bound":
                 assert mine.value == pytest.approx(theirs.value, abs=1e-3)
     path = tmp_path / "trained" / "digits-mlp-2-elbo-path-k1-0"
-    assert runs.load(path, "cpu").history[-1]["epoch"] == 4
-    with pytest.raises(InputError, match="has done 4 epochs, but only 1"):
-        experiment.run(tasks[0].config, 0, tmp_path / "smoke" / tasks[0].name, "cpu", lambda done: None)
+    assert [runs.load(path / stage, "cpu").history[-1]["epoch"] for stage in ("1", "4")] == [1, 4]
+    first = runs.read_state(path / "1" / "checkpoint.pt"), runs.read_state(path / "4" / "checkpoint.pt")
+    assert first[0]["step"] * 4 == first[1]["step"]
+
+
+def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_path, monkeypatch):
+    """The last one first, as with many jobs at once; then the first; the last again ends in the same numbers."""
+    monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
+    experiment = experiments.find("stl-schedule")
+    tasks = [t for t in experiment.tasks("smoke", 1) if (t.config["model"], t.config["estimator"]) == LAST]
+    early, late = sorted(tasks, key=lambda task: task.config["epochs"])
+
+    def made(task, where):
+        found = experiment.run(task.config, 0, tmp_path / where / "smoke" / task.name, "cpu", lambda done: None)
+        return [number.value for number in found if number.metric != "training seconds"]
+
+    alone = made(late, "a")
+    first = made(early, "a")
+    assert made(early, "b") == first and made(late, "b") == alone
+    shutil.rmtree(tmp_path / "b/trained" / "digits-mlp-1-elbo-path-k1-0" / "4")
+    assert made(early, "b") == first and made(late, "b") == alone
+
+
+LAST = ("mlp-1", "elbo-path")
 
 
 def in_stacks(folder, seeds, epochs=(1, 4)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,3 +180,17 @@ def test_sentences_and_images_go_with_their_models(tmp_path):
     ):
         with pytest.raises(InputError, match=sentence):
             runs.train(tmp_path / "run", config)
+
+
+def test_advice_is_shown_before_it_is_written(image, monkeypatch):
+    shown = []
+
+    def full(path, content):
+        raise InputError("no room")
+
+    given = SimpleNamespace(as_dict=dict)
+    monkeypatch.setattr("vaelib.gradients.advise", lambda *_, **__: given)
+    monkeypatch.setattr("vaelib.files.write_json", full)
+    with pytest.raises(InputError, match="no room"):
+        report.advise(image, device="cpu", show=shown.append)
+    assert shown == [given]

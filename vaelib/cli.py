@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
+import io
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import typer
 from vaelib import __version__
 from vaelib.config import Config
 from vaelib.errors import OPTIONS, InputError
-from vaelib.files import in_shell
+from vaelib.files import in_shell, write
 
 app = typer.Typer(
     name="vaelib",
@@ -279,8 +280,8 @@ def advise(
     start("vaelib.report")
     from vaelib import report
 
-    given, paths = report.advise(run_dir, k, device, seed, show_progress(quiet))
-    typer.echo(f"{given}\n\nalso in {' and '.join(map(in_shell, paths))}")
+    _, paths = report.advise(run_dir, k, device, seed, show_progress(quiet), show=typer.echo)
+    typer.echo(f"\nalso in {' and '.join(map(in_shell, paths))}")
 
 
 @app.command()
@@ -486,10 +487,12 @@ def show_experiment(
 
         canvas = Figure(figsize=(7, 4), layout="constrained")
         experiment.figure(found, canvas)
+        drawn = io.BytesIO()
         try:
-            canvas.savefig(figure)
+            canvas.savefig(drawn, format=figure.suffix[1:])
         except ValueError as error:  # a kind of file that matplotlib does not know
             raise InputError(f"--figure '{figure}': {error}") from None
+        write(figure, drawn.getvalue())
         typer.echo(f"\nfigure: {figure}")
 
 

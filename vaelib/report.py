@@ -76,9 +76,16 @@ def show(run_dir: str | Path, device: str = "auto") -> Path:
 
 
 def advise(
-    run_dir: str | Path, k: int = 4, device: str = "auto", seed: int = 0, progress: bool = False
+    run_dir: str | Path,
+    k: int = 4,
+    device: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
+    show: Callable[[Advice], None] = lambda given: None,
 ) -> tuple[Advice, list[Path]]:
     """Measure what :func:`vaelib.gradients.advise` does on a run; write ``advice.json`` and ``advice.png`` beside it.
+
+    ``show`` is given the advice before anything is written, so that a full disk loses no computation.
 
     Raises
     ------
@@ -92,6 +99,7 @@ def advise(
         run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
         progress=progress,
     )  # fmt: skip
+    show(given)
     with runs.in_use(runs.Folder(folder)):
         files.write_json(folder / "advice.json", given.as_dict())
         files.write(folder / "advice.png", png(lambda figure: plots.advice(figure, given), (7.2, 4.4), {}))

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from vaelib import data, models, plots, runs
+from vaelib import data, files, models, plots, runs
 from vaelib.config import Config, Recipe
 from vaelib.errors import InputError
 from vaelib.experiments import stl
@@ -66,18 +66,31 @@ def config_of(cell: Cell, seed: int, device: str) -> Config:
     return stl.config_of(cell, seed, device, "paper", compile=True)
 
 
-def trained_in(folder: Path, cell: Cell, seed: int) -> Path:
-    """Return the folder of a run whose stages have the folder ``folder`` and others beside it."""
-    return folder.parent.parent / "trained" / f"{cell['data']}-{cell['model']}-{cell['estimator']}-k{cell['k']}-{seed}"
-
-
 def train_and_evaluate(cell: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
-    """Train on from the stage before, and estimate -log p(x) of the test images."""
-    place = trained_in(folder, cell, seed)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    """Train on from the last stage before that has ended, and estimate -log p(x) of the test images."""
+    arm = f"{cell['data']}-{cell['model']}-{cell['estimator']}-k{cell['k']}-{seed}"
+    place = folder.parent.parent / "trained" / arm / f"{cell['epochs']}"
+    begin(place)
     training = runs.train(place, config_of(cell, seed, device), report=lambda done: report(0.9 * done))["training"]
     found = runs.evaluate(place, samples=cell["samples"], device=device)
     return measured(found, training["bound"], training["seconds"])
+
+
+def begin(place: Path) -> None:
+    """Let a stage that has no checkpoint begin with that of the last one before it that has ended.
+
+    Each stage has a run folder of its own, so that whoever trains a later one leaves it as it is.
+    """
+    there = runs.Folder(place)
+    if there.checkpoint.exists():
+        return
+    before = (place.with_name(f"{epochs}") for epochs in reversed(STAGES) if epochs < int(place.name))
+    for folder in map(runs.Folder, before):
+        if "training" in runs.read_result(folder.result):
+            place.mkdir(parents=True, exist_ok=True)
+            for source, copy in ((folder.config, there.config), (folder.checkpoint, there.checkpoint)):
+                files.write(copy, files.read(source))
+            return
 
 
 def measured(found: dict, training_bound: float, seconds: float) -> list[Measured]:
