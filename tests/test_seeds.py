@@ -88,6 +88,12 @@ def test_the_margins_of_a_comparison_bound_its_rate():
     assert np.mean(covered) > 0.9
 
 
+def test_margins_far_from_or_below_zero_have_bounds_too():
+    few = np.array([90.0, 91, 90, 92, 90])
+    assert bounds("below", few) == (0, pytest.approx(0, abs=1e-12))
+    assert bounds("below", -few)[0] > 0.3 and bounds("unbiased", 4 - 100 * few)[0] > 0.3
+
+
 def test_without_margins_the_count_bounds_the_rate():
     none, one = ([float("nan")] * 50 for _ in range(2))
     assert seeds.bounds("holds", pd.Series(none), 0) == pytest.approx((0, 1 - 0.01 ** (1 / 50)))

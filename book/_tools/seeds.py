@@ -22,7 +22,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import pandas as pd
@@ -169,7 +168,7 @@ def kept(path: Path, seed: int) -> Path:
 
 
 def run(paths: list[Path], seeds: int, workers: int) -> None:
-    """Run what has not been run yet, ``workers`` notebooks at a time, and write the table after each."""
+    """Run what has not been run yet, ``workers`` notebooks at a time, and write the table at the end."""
 
     def one(job: tuple[Path, int]) -> None:
         path, seed = job
@@ -178,10 +177,7 @@ def run(paths: list[Path], seeds: int, workers: int) -> None:
             print(f"{path.stem}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
             return
         print(f"{path.stem}, seed {seed}", flush=True)
-        with lock:
-            tabulate([path])
 
-    lock = Lock()
     jobs = [(path, seed) for seed in range(1, seeds + 1) for path in paths if not kept(path, seed).exists()]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, jobs))
@@ -243,14 +239,22 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
             def gap(d: float) -> float:
                 return stats.ncx2.cdf(total, n, n * d**2 + 1e-12) - level
 
-            return optimize.brentq(gap, 0, 20) if gap(0) > 0 else 0.0
+            return 0.0 if gap(0) <= 0 else 20.0 if gap(20) > 0 else optimize.brentq(gap, 0, 20)
 
         shifts = quantile(CONFIDENCE), quantile(1 - CONFIDENCE)
         least, most = (float(stats.norm.sf(4 - d) + stats.norm.sf(4 + d)) for d in shifts)
     else:
         t = n**0.5 * margins.mean() / margins.std()
+
+        def level_at(p: float) -> float:
+            ends = -37 / n**0.5, 37 / n**0.5
+            gaps = [stats.nct.cdf(t, n - 1, n**0.5 * k) - p for k in ends]
+            if gaps[0] * gaps[1] > 0:  # it lies beyond them
+                return ends[gaps[1] > 0]
+            return optimize.brentq(lambda k: stats.nct.cdf(t, n - 1, n**0.5 * k) - p, *ends)
+
         levels = [
-            optimize.brentq(lambda k, p=p: stats.nct.cdf(t, n - 1, n**0.5 * k) - p, -37 / n**0.5, 37 / n**0.5)
+            level_at(p)
             if abs(t) < 30
             else t / n**0.5 - (1 if p == CONFIDENCE else -1) * 2.33 * (1 / n + t**2 / n / 2 / (n - 1)) ** 0.5
             for p in (1 - CONFIDENCE, CONFIDENCE)
