@@ -464,7 +464,7 @@ def test_what_is_measured_is_the_mean_over_all_observations(linear):
     model = models.VAE(model.joint, models.exact_encoder(model.joint), binary=False)
     found = collapse.measure(model, x, 30, torch.Generator().manual_seed(0))
     assert found["nll_bound"] == pytest.approx(-model.joint.log_marginal(x).mean().item(), abs=0.2)
-    assert found["kl"] == pytest.approx(model.encoder(x).kl().mean().item(), rel=1e-9)
+    assert found["kl"] == pytest.approx(model.encoder(x).kl().mean().item(), rel=1e-9) and found["au"] == 2
     few, all_of_x = (
         evaluation.mutual_information(model.encoder, x, size, torch.Generator().manual_seed(1)) for size in (30, None)
     )
@@ -552,6 +552,12 @@ def test_the_step_size_is_halved_and_the_best_weights_come_back(text):
     assert [weight for _, weight in left] == [1, 2, 3, 2, 5, 6, 2]
     assert run.over and run.step == 7 * run.steps_per_epoch  # two decays: it is over
     assert run.optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_only_misses_in_a_row_count(text):
+    run, left = made_to_order(text, [5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0], epochs=7, first_decay=0)
+    run.run()
+    assert [lr for lr, _ in left] == [1, 1, 1, 1, 1, 1, 0.5]
 
 
 @pytest.mark.parametrize(("first_decay", "rates"), [(1, [1, 0.5, 0.25, 0.125]), (2, [1, 1, 0.5, 0.25]), (9, [1] * 4)])

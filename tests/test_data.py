@@ -567,6 +567,13 @@ def test_what_is_no_image_is_refused_when_the_split_is_made(grey, complaint):
         replace(good, grey=grey)
 
 
+def test_images_are_black_and_white_if_they_are_or_are_drawn_so():
+    whole, between = torch.tensor([[0.0, 1.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.5, 1.0]])
+    assert Split.of(whole).black_and_white and not Split.of(between).black_and_white
+    assert not Split.of(between, binarisation="fixed").black_and_white
+    assert Split.of(between, binarisation="dynamic").black_and_white
+
+
 def test_other_faults_of_a_split_are_refused():
     for labels in (torch.zeros(2), torch.zeros(3, 1), [0, 1, 2]):
         with pytest.raises(InputError, match=r"labels must be a tensor \[3\]"):

@@ -4,12 +4,14 @@ import copy
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
 from vaelib import evaluation, models
 from vaelib.errors import InputError
+from vaelib.estimators import TABLEAU
 from vaelib.evaluation import Largest, StreamingLogMeanExp
 from vaelib.models.text import lstm_vae
 from vaelib.posteriors import DiagonalGaussian, Mixture, standard_normal_log_prob
@@ -66,6 +68,10 @@ def test_a_mixture_s_draws_count_by_their_shares(toy, monkeypatch):
         noise = torch.Generator().manual_seed(0)
         value, error = evaluation.log_likelihood(model, x, 6000, chunk, noise, return_standard_error=True)
         assert ((value - exact).abs() < 4 * error).all() and error.max() < 0.02
+    few = {"batch_size": 7, "generator": torch.Generator().manual_seed(0)}
+    bound = evaluation.bound_by_draws(model, TABLEAU["iwae-path"], x, 6, **few)
+    few["generator"].manual_seed(0)
+    torch.testing.assert_close(bound, evaluation.log_likelihood(model, x, 6, **few))  # the same numbers by another way
     with pytest.raises(InputError, match="samples must be a multiple of the mixture's 3 components, but is 10"):
         evaluation.log_likelihood(model, x, 10)
 
@@ -125,6 +131,15 @@ def test_memory_does_not_grow_with_the_number_of_samples(toy):
     evaluation.log_likelihood(model, x, samples=200, chunk=64, batch_size=8)
     assert max(shape.numel() for shape in seen) == 64 * 8 * 2
     assert sum(shape[0] for shape in seen if shape[1] == 8) == 3 * 200
+
+
+def test_five_thousand_draws_a_hundred_at_a_time_if_nothing_is_said(toy):
+    """Of 101 observations, 100 of them together; a trial of one draw goes before each batch."""
+    model, x = toy
+    seen = []
+    model.joint.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[1].shape)))
+    evaluation.log_likelihood(model, x.repeat(4, 1)[:101])
+    assert Counter(seen) == {(1, 1, 2): 2, (100, 100, 2): 50, (100, 1, 2): 50}
 
 
 def test_bad_numbers_are_named(toy):

@@ -434,7 +434,9 @@ def test_active_units_of_a_flow_are_those_of_its_centre(one_pass):
     encoder = model.encoder
     encoder.one_pass = one_pass
     scrambled(encoder.layers, generator).float()
-    far = encoder(x).sample(torch.zeros(1, 50, 4))[0].var(0, correction=0)
+    still = encoder(x).sample(torch.zeros(1, 50, 4))[0]
+    torch.testing.assert_close(encoder(x).means(), (still,))
+    far = still.var(0, correction=0)
     level = far.sort().values[1:3].mean().item()
     assert evaluation.active_units(encoder, x, level) == [2]
     assert evaluation.active_units(encoder.base, x, level) != [2]

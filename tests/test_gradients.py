@@ -124,6 +124,7 @@ def test_the_signal_to_noise_ratio_of_a_known_distribution():
     assert abs(moments.snr[0].item() - 1.5) < 4 * error
     assert moments.snr[1].item() < 4 / math.sqrt(40_000)
     assert abs(moments.total_snr - 3 / math.sqrt(8)) < 4 * error
+    assert Moments().add(torch.tensor([[2.0, 3.0], [4.0, 5.0]])).total_snr == pytest.approx(5 / 2)  # of (3, 4)
     constant = Moments().add(torch.ones(5, 2))
     assert constant.total_snr == math.inf and constant.total_variance == 0
 
@@ -506,6 +507,7 @@ def test_weights_that_a_hook_computes_can_be_measured():
         if wrt == "encoder":
             truth = naive("elbo-path", joint, lambda: encoder(x), x, [eps], list(encoder.parameters()))
             torch.testing.assert_close(found[:1], truth, rtol=1e-12, atol=1e-12)
+    assert encoder.mean.weight.requires_grad and not gradients.own(encoder, {}).mean.weight.requires_grad  # no way back
 
 
 def test_two_layers_and_the_trap_of_detached_outputs():
@@ -669,6 +671,16 @@ def test_rounding_is_no_bias():
         lambda w: Weights(torch.ones_like(w), torch.ones_like(w) * (1 + 1e-15), None),
     )
     assert not gradients.bias_test(shifted, "elbo-path", joint, encoder, x, draws=50).biased
+
+
+def test_draws_that_cancel_are_rounded_by_their_size_and_not_by_their_mean():
+    """For log p(x, z) = 10^6 z^4 about 0 the slopes of the mean are millions, either way."""
+    q, x = DiagonalGaussian(torch.zeros(1, 1, dtype=DTYPE), torch.zeros(1, 1, dtype=DTYPE)), X[:1]
+    problem = (lambda x, z: 1e6 * z.pow(4).sum(-1)), q, x
+    g = gradients.draws("elbo-path", *problem, draws=500, generator=seeded())
+    assert g.mean(0)[0].abs() < 0.2 * g.abs().mean(0)[0]
+    found = gradients.bias_test("elbo-path", "elbo-path", *problem, draws=500, generator=seeded())
+    torch.testing.assert_close(found.standard_error, 100 * torch.finfo(DTYPE).eps * g.abs().mean(0), rtol=1e-9, atol=0)
 
 
 def test_a_bias_of_some_roundings_is_found_in_single_precision_too():

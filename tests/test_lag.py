@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -107,6 +108,17 @@ def test_the_space_has_the_model_s_mean_first_and_then_the_encoder_s(tmp_path):
     space.save()
     table = pd.read_csv(tmp_path / "space.csv")
     assert table["model_mean"].to_list() == [3.0] * 4 and table["encoder_mean"].to_list() == [7.0] * 4
+
+
+def test_the_space_is_looked_at_after_a_quarter_of_an_epoch_one_five_and_at_the_end(tmp_path, monkeypatch):
+    """Epochs of eight steps: of ten epochs the whole, and of two that a hook ends after 13 steps."""
+    text, noted = data.load("synthetic-text", sentences=20, vocabulary=20), []
+    monkeypatch.setattr(lag.Space, "note", lambda self, kind, step, model, x: noted.append(step))
+    for epochs, last in ((10, 80), (2, 13)):
+        space = lag.Space(text.train, {"points": 4, "method": "plain", "epochs": epochs}, tmp_path / "space.csv")
+        for step in range(1, last + 1):
+            space.look(SimpleNamespace(step=step, steps_per_epoch=8, over=step == last, model=torch.nn.Module()))
+    assert noted == [2, 8, 40, 80, 2, 8, 13]
 
 
 def test_the_likelihood_is_of_as_many_samples_as_the_cell_says(tmp_path, monkeypatch):

@@ -272,11 +272,13 @@ def test_the_networks_are_tanh_layers_and_a_linear_one():
     generator = torch.Generator().manual_seed(0)
     encoder = models.GaussianMLP((4, 5, 3), 2, generator).double()
     decoder = models.BernoulliMLP((2, 5), 4, None, generator).double()
+    mixed = models.GaussianMixtureMLP((4, 5), 2, 3, generator).double()
     x = np.random.default_rng(0).normal(size=(6, 4))
     with torch.no_grad():
-        for parameter in (*encoder.parameters(), *decoder.parameters()):
+        for parameter in (*encoder.parameters(), *decoder.parameters(), *mixed.parameters()):
             parameter.normal_(generator=generator)
         q, logits = encoder(torch.from_numpy(x)), decoder(torch.from_numpy(x[:, :2])).logits
+        mixture = mixed(torch.from_numpy(x))
 
     def layer(linear, h):
         return h @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
@@ -285,6 +287,11 @@ def test_the_networks_are_tanh_layers_and_a_linear_one():
     np.testing.assert_allclose(q.mean, layer(encoder.mean, h), rtol=1e-12)
     np.testing.assert_allclose(q.log_std, layer(encoder.log_std, h), rtol=1e-12)
     np.testing.assert_allclose(logits, layer(decoder.logits, np.tanh(layer(decoder.hidden[0], x[:, :2]))), rtol=1e-12)
+    h = np.tanh(layer(mixed.hidden[0], x))
+    np.testing.assert_allclose(mixture.logits, layer(mixed.logits, h).T, rtol=1e-12)
+    for name in ("mean", "log_std"):  # two numbers of the first component, then of the second, then of the third
+        found = np.concatenate([getattr(component, name) for component in mixture.components], 1)
+        np.testing.assert_allclose(found, layer(getattr(mixed, name), h), rtol=1e-12)
 
 
 def test_the_output_bias_starts_at_the_mean_image():

@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -451,6 +452,18 @@ def test_evaluate(finished, tmp_path):
     assert "evaluation" not in json.loads((run_dir / "result.json").read_text()), "it is of another state"
 
 
+def test_all_test_images_are_evaluated_with_five_thousand_samples_if_nothing_is_said(finished, tmp_path, monkeypatch):
+    asked, run_dir = [], copy_of(finished, tmp_path)
+
+    def log_likelihood(model, x, samples, *others, **options):
+        asked.append((len(x), samples))
+        return torch.arange(float(len(x))), torch.ones(len(x))
+
+    monkeypatch.setattr(evaluation, "log_likelihood", log_likelihood)
+    found = runs.evaluate(run_dir)
+    assert asked == [(300, 5000)] and (found["images"], found["samples"], found["seed"]) == (300, 5000, 0)
+
+
 def test_what_was_evaluated_before_the_training_was_noted_stays(finished, tmp_path):
     """A kill between the last checkpoint and result.json, an evaluation, then the same command again."""
     run_dir = copy_of(finished, tmp_path)
@@ -527,6 +540,23 @@ def test_any_training_goes_on_from_its_folder(finished, tmp_path):
     whole = torch.load(finished / "checkpoint.pt", weights_only=True)
     end = torch.load(folder.checkpoint, weights_only=True)
     assert not differences({**whole, "history": 0}, {**end, "history": 0}) and second.history[-1]["epoch"] == 2
+
+
+def test_a_checkpoint_is_a_minute_old_at_most_if_nothing_is_said(tmp_path, monkeypatch):
+    """By a clock on which each of the 29 steps takes 25 seconds."""
+    run, saved = runs.build(replace(TINY, epochs=1), runs.load_images(TINY)), []
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: 25.0 * run.step))
+    monkeypatch.setattr(runs, "save", lambda training, path: saved.append(training.step))
+    runs.go_on(run, runs.Folder(tmp_path))
+    assert saved == [*range(3, STEPS, 3), STEPS] and Config().checkpoint_seconds == 60
+
+
+def test_a_run_starts_from_its_seed_and_the_mean_image():
+    images = runs.load_images(TINY)
+    run, mean = runs.build(replace(TINY, seed=3), images), images.train.grey.mean(0)
+    torch.testing.assert_close(run.model.joint.decode.logits.bias.sigmoid(), mean.clamp(0.001, 0.999))
+    same = models.build("mlp-1", 64, mean, training.stream("init", 3), **TINY.sizes)
+    assert not differences(dict(run.model.state_dict()), dict(same.state_dict()))
 
 
 def test_a_folder_with_a_space_goes_on_by_the_command_that_is_printed(tmp_path):

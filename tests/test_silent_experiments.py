@@ -182,7 +182,7 @@ def test_a_ratio_of_variances_is_over_the_bare_estimator_s(tmp_path):
 def test_all_score_estimators_of_bits_have_as_many_samples():
     """ARM and DisARM make two of a draw."""
     of_two = {"elbo-score", "elbo-score-loo"}
-    for cell in find("silent-linear").presets["short"].grid:
+    for cell in experiments.linear_grid("digits", 100, (0.1,), 1, experiments.LATENTS):
         assert cell["k"] == (2 if cell["estimator"] in of_two else 1)
 
 
@@ -209,6 +209,10 @@ def test_shortfalls_and_best_rates_made_by_hand():
     assert leads.loc["d", "gaussian", "a"].tolist() == [1.5, 0.5, 2]
     assert "elbo-silent" not in leads.index.get_level_values("estimator")
     assert experiments.leads(both, "elbo", at=1).at[("d", "gaussian", "b"), "mean"] == 3 + 0 - 3
+    ends = both[both["at"] == 2].assign(metric="test log-likelihood", at=None)  # of the whole run, at no epoch
+    assert experiments.leads(concat([both, ends]), "test log-likelihood").loc["d", "gaussian", "a"].tolist() == [
+        1.5, 0.5, 2
+    ]  # fmt: skip
 
 
 def test_gains_are_paired_by_seed():

@@ -213,6 +213,13 @@ def test_the_seed_that_diverges_is_named(split):
         stack.run()
 
 
+def test_a_stack_needs_as_many_draws_as_the_row_that_needs_most():
+    rows = [estimators.get(name) for name in ("elbo-path", "iwae-vimco", "elbo-total")]
+    stacked.side_by_side(rows).check(2)
+    with pytest.raises(InputError, match="needs k >= 2 draws, but k is 1"):
+        stacked.side_by_side(rows).check(1)
+
+
 def test_what_cannot_be_stacked_is_refused(split):
     with pytest.raises(InputError, match="must have the same recipe, but for the seed"):
         StackedTraining([trainings(split)[0], trainings(split, k=1)[0]])

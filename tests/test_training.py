@@ -386,6 +386,7 @@ def test_things_that_do_not_go_together(split):
         training.fit(small_model(), grey)
     fixed = data.load("digits", "fixed").train
     training.fit(small_model(), fixed, epochs=1, batch_size=500)
+    assert len(training.fit(small_model(), split, epochs=1, batch_size=1497)) == 1  # all of them at once
     with pytest.raises(InputError, match="batch_size is 1498, but there are only 1497 training images"):
         training.fit(small_model(), split, batch_size=1498)
     with pytest.raises(InputError, match="needs k >= 2"):
@@ -520,6 +521,17 @@ def test_a_model_of_which_nothing_learns_is_refused(split):
 
 
 # Random layers
+
+
+def test_what_draws_from_the_global_generator_draws_from_the_one_that_is_given():
+    """Anew each time: the second draw is not the first, and the global generator knows of neither."""
+    generator, same = (torch.Generator().manual_seed(3) for _ in range(2))
+    before, found = torch.get_rng_state(), []
+    for _ in range(2):
+        with training.drawing_from(generator):
+            found.append(torch.rand(5))
+    assert all(torch.equal(draw, torch.rand(5, generator=same)) for draw in found)
+    assert torch.equal(before, torch.get_rng_state()) and torch.equal(generator.get_state(), same.get_state())
 
 
 class Everywhere(nn.Module):
