@@ -16,7 +16,15 @@ from vaelib.checks import KINDS
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(BOOK.glob("*.ipynb"))
-COURSE = ["00-vae", "01-elbo-forms", "02-score-and-path", "03-silent-gradients", "04-silent-and-nonlinear", "07-flows"]
+COURSE = [
+    "00-vae",
+    "01-elbo-forms",
+    "02-score-and-path",
+    "03-silent-gradients",
+    "04-silent-and-nonlinear",
+    "05-inference-lag",
+    "07-flows",
+]
 """The chapters that have the shape of the second edition and its course of exercises."""
 
 

@@ -106,6 +106,19 @@ def test_the_theorem_and_two_that_are_wrong(variance):
             checks.same(kl.detach(), wrong)
 
 
+@pytest.mark.parametrize("variance", [0.05, 0.5, 1.5])
+def test_a_prediction_from_noise_that_is_one_per_cent_off_is_refused(variance):
+    """The chapter's margin, a thousandth of a nat, lies below what an error of one per cent makes: ln(1.01) / 2."""
+    kl = collapse.kl_by_dimension(models.exact_encoder(linear_optimum(LAM, variance))(ROWS)).mean(0).detach()
+    for assumed in (variance, 1.01 * variance, 0.99 * variance):
+        close = (kl - 0.5 * (LAM / assumed).log().clamp_min(0)).abs() < 0.001
+        if assumed == variance:
+            checks.holds(close, "as predicted")
+        else:
+            with pytest.raises(AssertionError, match="does not hold"):
+                checks.holds(close, "as predicted")
+
+
 def test_a_rotated_optimum_has_the_same_likelihood_and_an_approximation_gap():
     straight, turned = linear_optimum(LAM, 0.3), linear_optimum(LAM, 0.3, rotate=True)
     with torch.no_grad():
