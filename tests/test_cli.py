@@ -41,7 +41,7 @@ def test_train_and_evaluate(vaelib, tmp_path):
     assert (code, err) == (0, "")
     assert re.match(r"1 epochs, 14 steps, \d+ s on cpu; mean bound in the last epoch: -\d+\.\d\d nats\n", out)
     assert out.endswith(
-        f"next, any of:\n  vaelib show {run_dir}\n  vaelib advise {run_dir}\n  vaelib evaluate {run_dir}\n"
+        f"next: vaelib evaluate {run_dir}\n  or: vaelib show {run_dir}\n  or: vaelib advise {run_dir}\n"
     )
     code, out, err = vaelib("train", run_dir, "--epochs", 2, "--quiet")
     assert (code, err) == (0, "") and out.startswith("2 epochs, 28 steps")
@@ -210,9 +210,10 @@ def test_a_command_that_is_printed_can_be_pasted_whatever_the_folder_is_called(v
     assert pasted(re.search(r"`(vaelib .*?)`(?!c)", err, re.DOTALL)[1])[-1] in (name, f"./{name}")
     code, out, err = vaelib("train", *TINY, "--quiet", "--", name)
     assert (code, err) == (0, "")
-    found = pasted(out[out.index("any of:") + 7 :])
-    assert found[::2] == ["show", "advise", "evaluate"] and set(found[1::2]) <= {name, f"./{name}"}
-    code, _, err = vaelib(*found[4:], "--samples", 2, "--limit", 2, "--device", "cpu")
+    proposed = out[out.index("next: ") :].replace("next: ", "").replace("\n  or: ", "\n")
+    found = pasted(proposed)
+    assert found[::2] == ["evaluate", "show", "advise"] and set(found[1::2]) <= {name, f"./{name}"}
+    code, _, err = vaelib(*found[:2], "--samples", 2, "--limit", 2, "--device", "cpu")
     assert (code, err) == (0, "")
 
     code, _, err = vaelib("experiment", "show", "stl-figure-3", f"--results={name}")

@@ -38,6 +38,8 @@ experiment_app = typer.Typer(
 )
 app.add_typer(experiment_app, name="experiment")
 GROUPS = (app, data_app, experiment_app)
+NEXT = (("next:", "evaluate"), ("  or:", "show"), ("  or:", "advise"))
+"""What can be done with a run that has ended."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -202,7 +204,7 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     typer.echo(
         f"{trained['epoch']} epochs, {trained['step']} steps, {trained['seconds']:.0f} s on {trained['device']}; "
         f"mean bound in the last epoch: {trained['bound']:.2f} nats{held_out}\n"
-        "next, any of:" + "".join(f"\n  vaelib {what} {in_shell(run_dir)}" for what in ("show", "advise", "evaluate"))
+        + "\n".join(f"{word} vaelib {what} {in_shell(run_dir)}" for word, what in NEXT)
     )
 
 
