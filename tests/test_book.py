@@ -23,6 +23,7 @@ COURSE = [
     "03-silent-gradients",
     "04-silent-and-nonlinear",
     "05-inference-lag",
+    "06-mixtures-and-iwae",
     "07-flows",
 ]
 """The chapters that have the shape of the second edition and its course of exercises."""
