@@ -213,6 +213,16 @@ def test_every_family_has_its_leaf(name, sizes, has, leaf):
     assert next(leaf for target, leaf, row in advice.CHART if target == "elbo" and row in takes) == leaf
 
 
+def test_a_collapse_is_for_good_only_where_the_encoder_is_not_late():
+    used = advice.Usage(Estimate(3.0, 0.1), Estimate(-0.001, 0.01), 4.0, [2], [2], 100)
+    setting = {"k": 4, "batch_size": 20, "observations": 100}
+    for gain, first in ((9.0, "more steps of the encoder may"), (0.0, "Train anew")):
+        given = advice.Advice([], {}, [], [], used, advice.Lag(Estimate(gain, 0.1), 400), None, setting)
+        assert given.recommendation[0].startswith("z is collapsed (the decoder loses 0.00 ± 0.01 nats")
+        assert first in given.recommendation[0] and ("the encoder is late" in str(given)) == (gain > 1)
+    assert "4.00 (its estimate ends near log 100 = 4.61)" in str(given) and "minibatches of 20" in str(given)
+
+
 def test_what_cannot_be_advised_is_refused():
     model, x = small(), binary()
     with pytest.raises(InputError, match="advice needs 100 observations at least, but x has 99"):

@@ -99,6 +99,16 @@ def test_samples_are_from_the_prior():
     assert abs(bits.mean().item() - 0.8808) < 5 * 0.0023
 
 
+def test_an_original_and_its_reconstruction_stand_side_by_side(image, monkeypatch):
+    run, sheets = runs.load(image, "cpu"), []
+    monkeypatch.setattr(report, "sheet", lambda x, *_: sheets.append(x) or "a sheet")
+    x = report.observations(run, "test", 30)
+    report.made(run, x)
+    pairs, samples = sheets
+    assert torch.equal(pairs[..., :8].flatten(1), x[:24]) and samples.shape[-2:] == (8, 8)
+    assert torch.equal(pairs[..., 8:16].flatten(1), run.reconstruct(x[:24])) and not pairs[..., 16:].any()
+
+
 def test_a_joint_that_cannot_show_itself_says_so(image):
     run = runs.load(image, "cpu")
     run.model.joint = torch.nn.Linear(1, 1)

@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
         return "cannot tell" if abs(distance) < SURE * self.error else "yes" if distance > 0 else "no"
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.error:.2f}"
+        return f"{self.value:z.2f} ± {self.error:.2f}"
 
 
 # --- is z used? -------------------------------------------------------------------------------------------------------
@@ -76,6 +76,8 @@ class Usage:
         its entropy.
     active, units
         how many units are active, and how many there are, in each stochastic layer.
+    observations
+        how many x this is of.
     """
 
     kl: Estimate | None
@@ -83,6 +85,15 @@ class Usage:
     information: float | None
     active: list[int]
     units: list[int]
+    observations: int
+
+    @property
+    def informed(self) -> str:
+        """The mutual information, with the most that its estimate can show."""
+        if self.information is None:
+            return "-"
+        most = f"log {self.observations} = {math.log(self.observations):.2f}"
+        return f"{self.information:z.2f} (its estimate ends near {most})"
 
     @property
     def collapsed(self) -> str:
@@ -113,7 +124,8 @@ def usage(model: nn.Module, x: Tensor, generator: torch.Generator, draws: int = 
         knows_entropy = hasattr(q, "entropy")
         information = evaluation.mutual_information(model.encoder, x, generator=generator) if knows_entropy else None
         active = evaluation.active_units(model.encoder, x)
-    return Usage(Estimate.of(torch.cat(kl)) if kl else None, Estimate.of(torch.cat(told)), information, active, units)
+    found = Estimate.of(torch.cat(kl)) if kl else None
+    return Usage(found, Estimate.of(torch.cat(told)), information, active, units, len(x))
 
 
 # --- is the encoder late? ---------------------------------------------------------------------------------------------
@@ -610,10 +622,13 @@ class Advice:
             f", KL {used.kl} nats" if used.kl else ""
         )
         if used.collapsed == "yes":
-            said.append(
-                f"z is collapsed ({numbers}): no row brings it back. Train anew with more steps of the encoder, a KL "
-                "weight that starts at 0, or free bits (chapter 5), and ask an early checkpoint whether q was late"
+            cure = (
+                "While q is late, which is next, more steps of the encoder may (chapter 5): train on and ask again"
+                if self.lag.late == "yes"
+                else "Train anew with more steps of the encoder, a KL weight that starts at 0, or free bits (chapter "
+                "5), and ask an early checkpoint whether q was late"
             )
+            said.append(f"z is collapsed ({numbers}): no row brings it back. {cure}")
         elif used.collapsed == "cannot tell":
             said.append(f"whether z is collapsed, the noise does not tell ({numbers}): give more observations")
         if self.lag.late == "yes":
@@ -674,6 +689,17 @@ class Advice:
             )
         return lines
 
+    def legend(self) -> str:
+        """Return what the columns of the table are."""
+        return (
+            "bias         of the mean gradient in q's parameters; the mean of its aim's reference is 100% long\n"
+            "would show   a bias of this length would have been found\n"
+            "var, snr     variance of a minibatch's gradient; the length of its mean over its standard deviation\n"
+            "var x time   in units of the row to take for the aim\n"
+            "*            unbiased for nothing\n"
+            "k = {k}, minibatches of {batch_size}, {observations} observations".format(**self.setting)
+        )
+
     def sizes(self) -> list[tuple[str, ...]]:
         """Return what more draws are worth against a larger batch as words, a header first; nothing if no row draws."""
         lines = [
@@ -688,7 +714,7 @@ class Advice:
         return [
             ("is z lost? (the decoder's loss with another's z, nats)", str(used.told), used.collapsed),
             ("KL(q || prior), nats", str(used.kl) if used.kl else "-", ""),
-            ("mutual information, nats", "-" if used.information is None else f"{used.information:.2f}", ""),
+            ("mutual information, nats", used.informed, ""),
             ("active units", ", ".join(f"{a} of {n}" for a, n in zip(used.active, used.units, strict=True)), ""),
             ("is q late? (gain of the encoder alone, nats)", str(self.lag.gain or "-"), self.lag.late),
         ]
@@ -705,9 +731,9 @@ class Advice:
         return _named({"recommendation": self.recommendation, **plain})
 
     def __str__(self) -> str:
-        lines = [f"{i}. {sentence}" for i, sentence in enumerate(self.recommendation, 1)]
-        parts = [_columns(part) for part in (self.diagnosis(), self.table(), self.sizes()) if part]
-        return "\n\n".join("\n".join(part) for part in (lines, *parts))
+        said = [f"{i}. {sentence}" for i, sentence in enumerate(self.recommendation, 1)]
+        diagnosis, rows, sizes = (_columns(part) for part in (self.diagnosis(), self.table(), self.sizes()))
+        return "\n\n".join("\n".join(part) for part in (said, diagnosis, rows, [self.legend()], sizes) if part)
 
 
 def _bias(bias: Bias) -> str:

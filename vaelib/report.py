@@ -31,6 +31,9 @@ from vaelib.training import stream
 BOUNDS = {"bound": "training", "held_out": "held out"}
 """The bounds in a run's history."""
 
+WIDTH = 5.2
+"""Of a picture, in inches: letters are as large as the text's, and can be read on a phone."""
+
 SHOWN, MAPPED = 24, 2000
 """Observations that are shown, and that are put on the map."""
 
@@ -47,14 +50,14 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #d7dade; --paper: #15181c; --faint: #9aa0a6; --line: #30353b; --mark: #56b4e9; }
 }
-body { margin: 0 auto; max-width: 52rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+body { margin: 0 auto; max-width: 40rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
 p { margin: .4rem 0; } .faint, figcaption { color: var(--faint); font-size: .9rem; }
 .verdict { border-left: 4px solid var(--mark); padding: .2rem 0 .2rem .8rem; margin: 1rem 0; }
 .verdict p:first-child { font-size: 1.15rem; }
 figure { margin: .5rem 0; } img { max-width: 100%; height: auto; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; table-layout: fixed; width: 100%; } summary { font-weight: bold; margin-top: 2rem; }
 td, th { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 """
@@ -132,8 +135,9 @@ def page(run: Run, name: str) -> str:
         *made(run, x),
         *section("Where observations lie in z", latent_map(run, x)),
         *section("The units of z", units(run, x)),
-        "<h2>How it was trained</h2>",
-        table([(key, json.dumps(value)) for key, value in asdict(config).items()]),
+        "<details><summary>How it was trained</summary>",
+        table([(key, value if isinstance(value, str) else json.dumps(value)) for key, value in asdict(config).items()]),
+        "</details>",
     ]
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -155,7 +159,7 @@ def verdict(used: Usage, elbo: Estimate) -> list[str]:
     if used.kl:
         numbers.append(f"KL to the prior {used.kl} nats")
     if used.information is not None:
-        numbers.append(f"mutual information {used.information:.2f} nats")
+        numbers.append(f"mutual information {used.informed} nats")
     return [first[used.collapsed], "; ".join(numbers) + ".", f"ELBO of test observations: {elbo} nats."]
 
 
@@ -176,11 +180,12 @@ def made(run: Run, x: Tensor) -> list[str]:
             "<h2>Written from the prior</h2>",
             f"<ul>{written}</ul>",
         ]
-    pair = torch.stack([shown, again], 1).flatten(0, 1)
+    first, second, drawn = (x.unflatten(-1, run.data.shape) for x in (shown, again, samples))
+    gap = torch.zeros_like(first[..., : first.shape[-1] // 8 + 1])
     return [
-        *section("Originals and reconstructions", sheet(pair, run, "In each pair the original is on the left and its "
-                 "reconstruction, through one draw of z, on the right.", 8)),
-        *section("Samples from the prior", sheet(samples, run, "The mean image of p(x given z), for z drawn from the "
+        *section("Originals and reconstructions", sheet(torch.cat([first, second, gap], -1), "In each pair the "
+                 "original is on the left and its reconstruction, through one draw of z, on the right.", 4)),
+        *section("Samples from the prior", sheet(drawn, "The mean image of p(x given z), for z drawn from the "
                  "prior.", 8)),
     ]  # fmt: skip
 
@@ -207,22 +212,21 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
         axes.legend()
 
     ends = ", ".join(f"{BOUNDS[name]} ends at {history[-1][name]:.2f} nats" for name in names)
-    return picture(draw, f"Curves over {len(history)} epochs: {ends}.", (7, 3.2))
+    return picture(draw, f"Curves over {len(history)} epochs: {ends}.", 2.6)
 
 
-def sheet(x: Tensor, run: Run, caption: str, columns: int) -> str:
-    """Draw images on one sheet; what has a single line of numbers, one above the other."""
-    shape = run.data.shape
-    columns = 1 if shape[-2] == 1 else columns
+def sheet(x: Tensor, caption: str, columns: int) -> str:
+    """Draw images ``[N, ..., H, W]`` on one sheet; what has a single line of numbers, one above the other."""
+    columns = 1 if x.shape[-2] == 1 else columns
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        plots.images(axes, x.unflatten(-1, shape), columns)
+        plots.images(axes, x, columns)
         axes.set_aspect("auto" if columns == 1 else "equal")
 
     lines = -(-len(x) // columns)
-    height = 7 * lines * shape[-2] / (columns * shape[-1]) if columns > 1 else 0.15 * lines
-    return picture(draw, f"{len(x)} images in {lines} lines. {caption}", (7, max(1.0, height)), caption)
+    height = WIDTH * lines * x.shape[-2] / (columns * x.shape[-1]) if columns > 1 else 0.15 * lines
+    return picture(draw, f"{len(x)} images in {lines} lines. {caption}", max(1.0, height), caption)
 
 
 def latent_map(run: Run, x: Tensor) -> str:
@@ -240,7 +244,7 @@ def latent_map(run: Run, x: Tensor) -> str:
         axes = figure.add_subplot()
         across = places[:, 1] if places.shape[1] > 1 else torch.zeros(len(places))
         dots = {"s": 9, "alpha": 0.8}
-        names = colours.unique().tolist() if what == "label" else []
+        names = colours.unique().tolist() if what else []
         if 0 < len(names) <= 10:
             for name in names:
                 here = colours == name
@@ -257,7 +261,7 @@ def latent_map(run: Run, x: Tensor) -> str:
     return picture(
         draw,
         f"The means of q for {len(x)} test observations in two dimensions{told}.",
-        (7, 4.6),
+        3.6,
         f"Means of q for {len(x)} test observations{told}; the two directions hold {share:.0%} of their variance.",
     )
 
@@ -292,15 +296,15 @@ def units(run: Run, x: Tensor) -> str:
 
     said = f"{int((active > 0.01).sum())} of {len(active)} units have an activity above 0.01, the dashed line"
     shown = " and ".join(name for name, _, _ in rows)
-    return picture(draw, f"Bars for each unit: {shown}. {said}.", (7, 2.2 * len(rows)), f"{said}.")
+    return picture(draw, f"Bars for each unit: {shown}. {said}.", 1.8 * len(rows), f"{said}.")
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def picture(draw: Callable[[Figure], None], alt: str, size: tuple[float, float], caption: str = "") -> str:
+def picture(draw: Callable[[Figure], None], alt: str, height: float, caption: str = "") -> str:
     """Return a figure with its caption, drawn for light and for dark screens."""
-    light, dark = (base64.b64encode(png(draw, size, theme)).decode() for theme in ({}, DARK))
+    light, dark = (base64.b64encode(png(draw, (WIDTH, height), theme)).decode() for theme in ({}, DARK))
     below = f"<figcaption>{_words(caption)}</figcaption>" if caption else ""
     return (
         '<figure><picture><source media="(prefers-color-scheme: dark)" '
@@ -315,15 +319,15 @@ def png(draw: Callable[[Figure], None], size: tuple[float, float], theme: dict[s
     with mpl.rc_context({**plots.STYLE, **theme}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def table(lines: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
-    """Return a table that a narrow screen can scroll."""
+    """Return a table of columns of one width, in which long words are broken."""
     top = "".join(f"<th>{_words(word)}</th>" for word in header)
     body = "".join(f"<tr>{''.join(f'<td>{_words(word)}</td>' for word in line)}</tr>" for line in lines)
-    return f'<div class="wide"><table>{f"<tr>{top}</tr>" if header else ""}{body}</table></div>'
+    return f"<table>{f'<tr>{top}</tr>' if header else ''}{body}</table>"
 
 
 def _words(text: str) -> str:
