@@ -60,6 +60,33 @@ def test_the_table_has_a_line_a_method_and_the_published_numbers_beside(results)
     assert find("lag-toy").table(twice)[1][8] == "2" and "± 0.00" in find("lag-toy").table(twice)[1][1]
 
 
+TABLE_1 = """
+anneal             328.6  0.0 0.0   89.20  2.1 1.9
+beta-0.2           333.1 18.7 3.4  105.19 69.1 3.9
+beta-0.4           328.5  3.8 2.2   95.89 28.0 3.9
+beta-0.6           328.6  0.1 0.1   92.16 20.4 3.9
+beta-0.8           328.8  0.0 0.0   89.27  9.6 3.9
+sa-vae-anneal      327.4  3.5 1.9   89.01  3.4 2.6
+aggressive-anneal  326.6  6.7 3.2   89.12  2.5 2.2
+plain              328.8  0.0 0.0   89.41  1.5 1.4
+sa-vae             329.1  0.1 0.0   89.30  2.6 2.2
+aggressive         328.0  5.4 3.0   89.03  2.5 2.2
+"""
+"""As the submission prints it: NLL, KL and MI on Yahoo, then on Omniglot."""
+TIMES = {"plain": ["1.00", "1.00"], "sa-vae": ["9.91", "15.15"], "aggressive": ["2.20", "2.19"]}
+"""Its Table 2, relative."""
+
+
+def test_the_published_numbers_are_those_of_the_submission():
+    ours = [lag.PUBLISHED[name] for name in ("yahoo", "omniglot")]
+    printed = {line.split()[0]: line.split()[1:] for line in TABLE_1.split("\n")[1:-1]}
+    assert all(table.keys() == {*printed, "no-z"} for table in ours)
+    assert [table["no-z"] for table in ours] == [("328.1", "", "", ""), ("89.76", "", "", "")]
+    for method, numbers in printed.items():
+        assert [*ours[0][method][:3], *ours[1][method][:3]] == numbers
+        assert [table[method][3] for table in ours] == TIMES.get(method, ["", ""])
+
+
 def test_the_figure_draws_every_method(results):
     fig = Figure()
     find("lag-toy").figure(results, fig)
