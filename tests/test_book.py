@@ -25,6 +25,7 @@ COURSE = [
     "05-inference-lag",
     "06-mixtures-and-iwae",
     "07-flows",
+    "08-choosing",
 ]
 """The chapters that have the shape of the second edition and its course of exercises."""
 

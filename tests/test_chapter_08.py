@@ -1,5 +1,6 @@
 """The negative controls of chapter 8, "Choosing": what its checks must refuse, each on the chapter's own quantity."""
 
+import csv
 import math
 import re
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from vaelib import checks, data, discrete, gradients, models, objectives, silent
+from vaelib import advice, checks, data, discrete, gradients, models, objectives, silent
 from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, OneHotCategorical
 
 refused = pytest.raises(AssertionError)
+ROOT = Path(__file__).parent.parent
+CELLS = nbformat.read(ROOT / "book/08-choosing.ipynb", as_version=4).cells
 
 
 def seeded(seed=0):
@@ -143,10 +146,59 @@ def test_an_unbiased_row_is_accused_where_a_class_never_comes_up_and_a_biased_on
     assert accused("elbo-gumbel-softmax", common)
 
 
+# --- the times that are told
+
+
+def table(name):
+    with open(ROOT / f"results/benchmark-{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_times_that_the_chapter_tells_are_those_of_the_tables():
+    ms = {(row["estimator"], row["k"]): float(row["ms_median"]) for row in table("steps") if row["library"] == "vaelib"}
+    of_k = {k: [time for (_, each), time in ms.items() if each == k] for k in ("1", "5", "50")}
+    (apart,) = {f"{max(times) / min(times):.1f}" for times in of_k.values()}
+    five, fifty = (ms["elbo-path", k] / ms["elbo-path", "1"] for k in ("5", "50"))
+    silent = {
+        (row["posterior"], row["estimator"], row["k"]): float(row["ratio_to_one_draw"]) for row in table("silent")
+    }
+    (flow,) = (
+        float(row["ratio_to_total"])
+        for row in table("flows")
+        if row["depth"] == "4" and row["method"] == "path, one pass"
+    )
+    large = silent["gaussian", "elbo-path", "50"]
+    gaussian, choices = (silent[posterior, "elbo-silent", "0"] for posterior in ("gaussian", "choices"))
+    (told,) = (cell.source for cell in CELLS if "## What a row costs" in cell.source)
+    for said in (
+        f"the slowest row takes {apart} times as long",
+        f"five take {five:.1f} times as long as one, and fifty {fifty:.1f} times",
+        f"fifty take {large:.0f} times",
+        f"as long as {gaussian:.1f} draws where $z$ is Gaussian, as {choices:.1f} where it is a choice",
+        f"a flow {flow:.1f} times as long as its total",
+    ):
+        assert said in told
+
+
+# --- the advice that is read
+
+
+def test_the_numbers_that_the_check_hands_to_advice_are_those_that_are_shown():
+    (task,) = (cell.source for cell in CELLS if "Read what advise printed" in cell.source)
+    lines = [re.split(r"\s{2,}", line) for line in task.splitlines()]
+    shown = {
+        line[0]: (*map(float, line[3].split(" ± ")), float(line[4])) for line in lines if "±" in "".join(line[3:4])
+    }
+    sizes = [tuple(map(float, line[3:])) for line in lines if line[0] == "elbo-path" and line[1].isdigit()]
+    space = {"advice": advice}
+    exec(next(cell.source for cell in CELLS if cell.source.startswith("measured = ")), space)
+    assert shown == space["measured"] and len(shown) == 12
+    assert sizes == [(1.0, 1.0), *space["sizes"].values()]
+    assert space["lost"] and space["late"] and "-1.26 ± 0.20" in task and "9.94 ± 0.28" in task
+
+
 # --- the chart
 
-BOOK = Path(__file__).parent.parent / "book"
-CELLS = nbformat.read(BOOK / "08-choosing.ipynb", as_version=4).cells
 CHART = next(cell.source for cell in CELLS if "## The chart" in cell.source)
 LEAF = re.compile(
     r"^::::\{dropdown\}[^`]*`([a-z-]+)`.*?```python\n(.*?)```\n`(vaelib train .*?)`", re.MULTILINE | re.DOTALL
