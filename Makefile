@@ -26,7 +26,7 @@ endif
 # JupyterLab asks root, as whom a container runs, to say that it is meant.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help book test notebooks editions lab lab-source seeds seeds-fresh bench fuzz storm clean distclean anew
+.PHONY: help book test notebooks editions slides lab lab-source seeds seeds-fresh bench fuzz storm clean distclean anew
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -63,6 +63,9 @@ notebooks: $(VENV)/installed  ## run every chapter in place and store its output
 
 editions: $(VENV)/installed  ## make the notebooks that open anywhere: reader's, student's and teacher's
 	@$(PY) book/_tools/editions.py _build/editions
+
+slides: $(VENV)/installed  ## make slides of every chapter, with speaker's notes, that open without a network
+	@$(PY) book/_tools/slides.py _build/slides
 
 lab: editions  ## open the reader's notebooks in JupyterLab, as copies of your own in work/
 	@$(VENV)/bin/vaelib book work

@@ -115,13 +115,16 @@ def _spell(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += f"\n\n:::{{container}} d-none\n{'; '.join(american(terms))}\n:::\n"
 
 
+def copy_mathjax(folder: Path) -> None:
+    """Copy what the pages use of the MathJax that the package sphinx-mathjax-offline holds."""
+    source = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+    for part in _MATHJAX:
+        copy_asset(source / part, folder / (part if (source / part).is_dir() else Path(part).parent))
+
+
 def _copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
-    """Copy what these pages use of the MathJax that the package sphinx-mathjax-offline holds."""
     if exception is None and app.builder.format == "html":
-        source = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
-        for part in _MATHJAX:
-            folder = part if (source / part).is_dir() else str(Path(part).parent)
-            copy_asset(source / part, Path(app.outdir, "_static/mathjax", folder))
+        copy_mathjax(Path(app.outdir, "_static/mathjax"))
 
 
 # The theme draws its icons twice, from a font and from a script of half a megabyte.
