@@ -84,6 +84,8 @@ TESTS = {
     "vaelib/config.py": ("training", "runs", "reproductions"),
     "vaelib/runs.py": ("runs", "cli"),
     "vaelib/data": ("data", "text"),
+    "vaelib/experiments/silent.py": ("silent_experiments", "experiments"),
+    "vaelib/experiments/lag.py": ("lag", "experiments"),
     "vaelib/experiments": ("experiments", "silent_experiments", "lag"),
 }
 """The tests that are to notice a change, most likely first, by the beginning of the file's path."""
