@@ -75,6 +75,11 @@ def test_a_broken_page_fails(program, tmp_path, check, old, new):
     assert any(sentence.startswith(check + ":") for sentence in found), found
 
 
+def test_a_part_that_is_not_there_is_named(program, tmp_path, monkeypatch):
+    monkeypatch.setitem(check_browser.LONG, "page.html", ".nowhere")
+    assert any("there is nothing at .nowhere" in sentence for sentence in faults(program, tmp_path, GOOD))
+
+
 def test_every_check_has_a_negative_control():
     assert {check.__name__ for check in check_browser.CHECKS} == {check for check, _, _ in BROKEN}
 
