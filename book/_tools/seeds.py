@@ -250,7 +250,7 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
             ends = -37 / n**0.5, 37 / n**0.5
             gaps = [stats.nct.cdf(t, n - 1, n**0.5 * k) - p for k in ends]
             if gaps[0] * gaps[1] > 0:  # it lies beyond them
-                return ends[gaps[1] > 0]
+                return ends[int(gaps[1] > 0)]
             return optimize.brentq(lambda k: stats.nct.cdf(t, n - 1, n**0.5 * k) - p, *ends)
 
         levels = [
