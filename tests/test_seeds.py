@@ -90,7 +90,7 @@ def test_the_margins_of_a_comparison_bound_its_rate():
 
 def test_margins_far_from_or_below_zero_have_bounds_too():
     few = np.array([90.0, 91, 90, 92, 90])
-    assert bounds("below", np.array([40.0, 30, 42, 35, 38, 41, 36]))[1] < 1e-9
+    assert bounds("below", np.array([40.0, 30, 42, 35, 38, 41, 36]))[1] < 1e-3
     assert bounds("below", few) == (0, pytest.approx(0, abs=1e-12))
     assert bounds("below", -few)[0] > 0.3 and bounds("unbiased", 4 - 100 * few)[0] > 0.3
 
