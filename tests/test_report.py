@@ -204,3 +204,15 @@ def test_advice_is_shown_before_it_is_written(image, monkeypatch):
     with pytest.raises(InputError, match="no room"):
         report.advise(image, device="cpu", show=shown.append)
     assert shown == [given]
+
+
+def test_advice_that_nobody_can_see_is_written_all_the_same(image, monkeypatch):
+    def closed(given):
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr("vaelib.gradients.advise", lambda *_, **__: SimpleNamespace(as_dict=lambda: {"rows": []}))
+    monkeypatch.setattr(report, "png", lambda *_: b"a picture")
+    with pytest.raises(BrokenPipeError):
+        report.advise(image, device="cpu", show=closed)
+    assert json.loads((image / "advice.json").read_text()) == {"rows": []}
+    assert (image / "advice.png").read_bytes() == b"a picture"

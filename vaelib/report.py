@@ -88,7 +88,8 @@ def advise(
 ) -> tuple[Advice, list[Path]]:
     """Measure what :func:`vaelib.gradients.advise` does on a run; write ``advice.json`` and ``advice.png`` beside it.
 
-    ``show`` is given the advice before anything is written, so that a full disk loses no computation.
+    ``show`` is given the advice before anything is written, so that a full disk loses no computation; it is written
+    even if this fails.
 
     Raises
     ------
@@ -102,10 +103,12 @@ def advise(
         run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
         progress=progress,
     )  # fmt: skip
-    show(given)
-    with runs.in_use(runs.Folder(folder)):
-        files.write_json(folder / "advice.json", given.as_dict())
-        files.write(folder / "advice.png", png(lambda figure: plots.advice(figure, given), (7.2, 4.4), {}))
+    try:
+        show(given)
+    finally:
+        with runs.in_use(runs.Folder(folder)):
+            files.write_json(folder / "advice.json", given.as_dict())
+            files.write(folder / "advice.png", png(lambda figure: plots.advice(figure, given), (7.2, 4.4), {}))
     return given, [folder / "advice.json", folder / "advice.png"]
 
 
