@@ -332,10 +332,11 @@ def test_what_the_system_refuses_is_said_with_what_to_do(error, sentence):
 
 def test_a_figure_is_written_whole_or_not_at_all(vaelib, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"an older one")
-    monkeypatch.setattr("vaelib.files.Path.write_bytes", lambda path, content: (_ for _ in ()).throw(FULL))
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vaelib.files.Path.write_bytes", full)
     code, _, err = vaelib("experiment", "show", "stl-figure-1", "--figure", tmp_path / "a.png")
     assert code == 2 and re.match("vaelib: '.*a.png' could not be written .No space left", err)
     assert (tmp_path / "a.png").read_bytes() == b"an older one" and len(list(tmp_path.iterdir())) == 1
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")

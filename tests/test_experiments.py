@@ -1025,8 +1025,8 @@ def test_a_stage_goes_on_from_the_one_before_and_together_is_alone(tmp_path, mon
 def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_path, monkeypatch):
     """The last one first, as with many jobs at once; then the first; the last again ends in the same numbers."""
     monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
-    experiment = experiments.find("stl-schedule")
-    tasks = [t for t in experiment.tasks("smoke", 1) if (t.config["model"], t.config["estimator"]) == LAST]
+    experiment, arm = experiments.find("stl-schedule"), ("mlp-1", "elbo-path")
+    tasks = [t for t in experiment.tasks("smoke", 1) if (t.config["model"], t.config["estimator"]) == arm]
     early, late = sorted(tasks, key=lambda task: task.config["epochs"])
 
     def made(task, where):
@@ -1038,9 +1038,6 @@ def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_pa
     assert made(early, "b") == first and made(late, "b") == alone
     shutil.rmtree(tmp_path / "b/trained" / "digits-mlp-1-elbo-path-k1-0" / "4")
     assert made(early, "b") == first and made(late, "b") == alone
-
-
-LAST = ("mlp-1", "elbo-path")
 
 
 def in_stacks(folder, seeds, epochs=(1, 4)):

@@ -163,8 +163,9 @@ class Bare(ast.NodeTransformer):
         return None if sentence else node
 
 
-def kept(path: Path, seed: int) -> Path:
-    return KEPT / path.stem / digest(path) / f"{seed}.json"
+def kept(path: Path) -> Path:
+    """The folder of a notebook's runs with its present code, a file a seed."""
+    return KEPT / path.stem / digest(path)
 
 
 def run(paths: list[Path], seeds: int, workers: int) -> None:
@@ -172,13 +173,15 @@ def run(paths: list[Path], seeds: int, workers: int) -> None:
 
     def one(job: tuple[Path, int]) -> None:
         path, seed = job
-        done = launch(path, seed, kept(path, seed))
+        done = launch(path, seed, folders[path] / f"{seed}.json")
         if done.returncode:
             print(f"{path.stem}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
             return
         print(f"{path.stem}, seed {seed}", flush=True)
 
-    jobs = [(path, seed) for seed in range(1, seeds + 1) for path in paths if not kept(path, seed).exists()]
+    folders = {path: kept(path) for path in paths}
+    todo = ((path, seed) for seed in range(1, seeds + 1) for path in paths)
+    jobs = [(path, seed) for path, seed in todo if not (folders[path] / f"{seed}.json").exists()]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, jobs))
     tabulate(paths)
@@ -268,7 +271,7 @@ def tabulate(paths: list[Path]) -> None:
     """Write the rows of these notebooks into the table, from the runs of their present code."""
     table = pd.read_csv(TABLE, dtype={"code": str}) if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
     for path in paths:
-        runs = [json.loads(file.read_text("utf-8")) for file in sorted(kept(path, 1).parent.glob("*.json"))]
+        runs = [json.loads(file.read_text("utf-8")) for file in sorted(kept(path).glob("*.json"))]
         if runs:
             new = pd.DataFrame(rows(path.stem, runs, digest(path)), columns=COLUMNS)
             rest = table[table["chapter"] != path.stem]

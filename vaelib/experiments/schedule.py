@@ -122,7 +122,7 @@ def train_together(
             stack.recipe = replace(stack.recipe, epochs=epochs)
             if stack.step > stack.total_steps:
                 raise InputError(f"'{place}' is beyond {epochs} epochs: delete it to train anew")
-            stack.run(saved_now_and_then(place, who))
+            stack.run(saved_now_and_then(place))
             for task in stage:
                 training = stack.trainings[who.index((task.config["estimator"], task.seed))]
                 start = time.monotonic()
@@ -130,7 +130,7 @@ def train_together(
                 seconds = stack.seconds / len(who)
                 numbers = measured(found, training.history[-1]["bound"], seconds)
                 add(task, numbers, seconds + time.monotonic() - start)
-            save(stack, who, place)
+            save(stack, place)
 
 
 Member = tuple[str, int]
@@ -161,20 +161,21 @@ def alone(task: Task, images: data.Images, estimator: str, seed: int) -> Trainin
     return Training(model.to(split.grey.device), split, estimator, recipe)
 
 
-def save(stack: StackedTraining, who: list[Member], place: Path) -> None:
+def save(stack: StackedTraining, place: Path) -> None:
     """Write the state of a stack and its members, whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    who = [(training.estimator.name, training.recipe.seed) for training in stack.trainings]
     runs.write_state({**stack.state(), "who": who}, place)
 
 
-def saved_now_and_then(place: Path, who: list[Member], seconds: float = 120.0) -> Callable[[StackedTraining], None]:
+def saved_now_and_then(place: Path, seconds: float = 120.0) -> Callable[[StackedTraining], None]:
     """Return what saves a stack at the end of an epoch, if the last time is long ago."""
     due = time.monotonic() + seconds
 
     def after_step(stack: StackedTraining) -> None:
         nonlocal due
         if time.monotonic() >= due and stack.step % stack.steps_per_epoch == 0:
-            save(stack, who, place)
+            save(stack, place)
             due = time.monotonic() + seconds
 
     return after_step
