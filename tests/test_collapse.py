@@ -677,3 +677,23 @@ def test_bad_recipes_get_a_sentence(text):
         collapse.fit(small(text), text.train, text.valid, "agressive")
     with pytest.raises(InputError, match="batch_size is 500, but there are only 160"):
         collapse.fit(small(text), text.train, text.valid, batch_size=500)
+
+
+def test_a_normalised_encoder_keeps_its_means_apart_and_its_divergence_up():
+    """Spread and shift as they should be, the floor D γ² / 2 on the mean KL, and fixed functions once it is trained."""
+    encoder = nn.Linear(3, 4)
+    q_of = lambda x: DiagonalGaussian(*encoder(x).chunk(2, -1))  # noqa: E731
+    normalised = collapse.Normalised(nn.Module(), 2, spread=0.7)
+    normalised.encoder.forward = q_of
+    torch.nn.init.constant_(normalised.shift, 0.2)
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    q = normalised(x)
+    torch.testing.assert_close(q.mean.std(0, correction=0), torch.full((2,), 0.7), atol=1e-3, rtol=0)
+    torch.testing.assert_close(q.mean.mean(0), torch.full((2,), 0.2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(q.log_std, q_of(x).log_std)
+    assert collapse.kl_by_dimension(q).mean(0).sum() > 2 * 0.7**2 / 2 - 1e-3
+    normalised.eval()
+    torch.testing.assert_close(normalised(x).mean[:5], normalised(x[:5]).mean)
+    scaled = q_of(x).mean - normalised.norm.running_mean
+    expected = 0.7 * scaled / (normalised.norm.running_var + normalised.norm.eps).sqrt() + 0.2
+    torch.testing.assert_close(normalised(x).mean, expected)

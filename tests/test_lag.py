@@ -185,6 +185,44 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert untimed[0] == untimed[1]
 
 
+def cell(method, **changes):
+    return {**find("lag-text").presets["smoke"].grid[0], "method": method, **changes}
+
+
+def test_pretraining_leaves_the_encoder_and_gives_the_decoder_its_first_weights(tmp_path, monkeypatch):
+    """It trains with no weight on the KL; after it the decoder is that of the same seed without pretraining."""
+    begun = {}
+
+    def stop(model, train, valid, recipe, clock):
+        begun[recipe.free_bits] = {name: value.clone() for name, value in model.state_dict().items()}
+        raise InterruptedError
+
+    trained = []
+    monkeypatch.setattr(lag.collapse, "prepare", stop)
+    monkeypatch.setattr(lag.collapse, "fit", lambda model, *args, **how: trained.append(how) or nudge(model))
+    for method in ("plain", "pretrained"):
+        with pytest.raises(InterruptedError):
+            lag.run(cell(method), 0, tmp_path, "cpu", QUIET)
+    plain, pretrained = begun[0.0], begun[0.5]
+    for name in plain:
+        assert torch.equal(plain[name], pretrained[name]) == name.startswith("joint")
+    assert len(trained) == 1
+    assert (trained[0]["beta"], trained[0]["free_bits"], trained[0]["weight"]) == (0.0, 0.0, "constant")
+
+
+def nudge(model):
+    for value in model.parameters():
+        value.data += 1
+
+
+def test_methods_that_build_the_model_anew_train_and_are_measured(tmp_path):
+    for method in ("bn-vae", "skip", "pretrained"):
+        place = tmp_path / method
+        place.mkdir()
+        found = {m.metric: m.value for m in lag.run(cell(method, epochs=8), 0, place, "cpu", QUIET) if m.at is None}
+        assert found["nll"] > 0 and (method != "bn-vae" or found["kl"] > 0.6**2)  # of two dimensions
+
+
 def test_every_cell_can_be_built():
     """All grids name methods, sizes and data that exist, and every preset has the same keys."""
     for name in ("lag-toy", "lag-text"):

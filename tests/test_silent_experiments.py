@@ -44,7 +44,11 @@ def measure(name: str, folder, **changes) -> DataFrame:
             {"estimator": ["elbo-silent", "elbo-disarm", "elbo-score"], "latent": ["bernoulli", "categorical"]},
             {"elbo", "diverged", "test elbo", "test log-likelihood"},
         ),
-        ("silent-annealed", {"estimator": ["elbo-gumbel-softmax"]}, {"elbo", "diverged", "log-likelihood"}),
+        (
+            "silent-annealed",
+            {"estimator": ["elbo-gumbel-softmax"]},
+            {"elbo", "diverged", "log-likelihood", "best elbo", "epochs taken"},
+        ),
         (
             "silent-control-variate",
             {"estimator": ["elbo-total", "elbo-disarm"], "method": ["plain", "linear decoder"]},
@@ -103,6 +107,32 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     config = {**task.config, "lr": 1e30, "images": 100, "epochs": 3}
     measured = {m.metric: m.value for m in experiments.run_linear(config, 0, tmp_path, "cpu", lambda fraction: None)}
     assert measured["diverged"] == 1 and "test elbo" not in measured
+
+
+class Walk:
+    """A training whose model has given held-out ELBOs, epoch by epoch."""
+
+    def __init__(self, stopping, elbos, monkeypatch, done=1.0):
+        self.model, self.stopped, self.progress = torch.nn.Linear(1, 1), False, Progress(0, 0.0, done)
+        monkeypatch.setattr(experiments, "mean_elbo", lambda model, x: elbos[self.epoch])
+        for self.epoch in range(len(elbos)):
+            torch.nn.init.constant_(self.model.weight, self.epoch)
+            stopping.after_epoch(self, {})
+            if self.stopped:
+                break
+        stopping.finish(self)
+
+
+def test_stopping_waits_from_the_best_epoch_and_goes_back_to_it(monkeypatch):
+    walk = Walk(experiments.EarlyStopping(None, 2, 0.1), [1.0, 3.0, 2.0, 2.9, 4.0], monkeypatch)
+    assert walk.epoch == 3 and walk.model.weight.item() == 1
+    walk = Walk(experiments.EarlyStopping(None, 2, 0.1), [1.0, 3.0, 2.0, 4.0, 3.0], monkeypatch)
+    assert walk.epoch == 4 and walk.model.weight.item() == 3 and not walk.stopped
+
+
+def test_stopping_does_not_wait_while_the_guide_leads(monkeypatch):
+    walk = Walk(experiments.EarlyStopping(None, 2, 0.5), [3.0, 2.0, 2.0, 2.0, 2.0], monkeypatch, done=0.4)
+    assert walk.epoch == 4 and not walk.stopped and walk.model.weight.item() == 0
 
 
 def test_the_method_names_the_estimator():

@@ -306,6 +306,21 @@ def test_log_prob_is_the_loop_over_words(model, sentences):
         torch.testing.assert_close(decode.log_prob(x, z.unsqueeze(0))[0, i], total)
 
 
+def test_a_skip_adds_a_map_of_z_to_the_logits_of_every_word(sentences):
+    """The words' softmax sees z beside the LSTM; without a skip the weights are drawn as ever."""
+    sizes = {"latent": 2, "embedding": 5, "hidden": 6, "dropout": 0.0}
+    model, without = (lstm_vae(7, torch.Generator().manual_seed(0), skip=skip, **sizes) for skip in (True, False))
+    decode, bare = model.joint.decode, without.joint.decode
+    for name, value in bare.state_dict().items():
+        torch.testing.assert_close(decode.state_dict()[name], value, rtol=0, atol=0)
+    x, z = sentences.tokens, torch.randn(3, len(sentences.tokens), 2, generator=torch.Generator().manual_seed(1))
+    added = torch.einsum("vd,kbd->kbv", decode.skip.weight, z).unsqueeze(2)
+    torch.testing.assert_close(decode.logits(x, z), bare.logits(x, z) + added)
+    log_p = (bare.logits(x[:, :-1], z) + added).log_softmax(-1)
+    picked = log_p.gather(-1, x[:, 1:].expand(3, -1, -1).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(decode.log_prob(x, z), picked.masked_fill(x[:, 1:] == PAD, 0.0).sum(-1))
+
+
 def test_the_encoder_is_the_loop_over_words(model, sentences):
     """An LSTMCell over the whole sentence, marks included; mean and log-variance are halves of a linear map of h."""
     x, encode = sentences.tokens, model.encoder
@@ -342,9 +357,9 @@ def test_a_sentence_has_the_product_of_its_softmaxes():
     """The probability of a sentence is the product of the softmaxes, each over all the words and marks."""
     model = perturbed(lstm_vae(5, latent=1, embedding=3, hidden=4, dropout=0.0).double())
     z = torch.ones(1, 1, 1, dtype=torch.float64)
-    first = model.joint.decode.readout(model.joint.decode.states(torch.tensor([[BEGIN]]), z))[0, 0, 0].softmax(0)
+    first = model.joint.decode.logits(torch.tensor([[BEGIN]]), z)[0, 0, 0].softmax(0)
     words = torch.tensor([[BEGIN, w, END] for w in range(1, 5)])
-    second = model.joint.decode.readout(model.joint.decode.states(words[:, :2], z.expand(1, 4, 1)))[0, :, 1].softmax(1)
+    second = model.joint.decode.logits(words[:, :2], z.expand(1, 4, 1))[0, :, 1].softmax(1)
     found = model.joint.decode.log_prob(words, z.expand(1, 4, 1))[0].exp()
     torch.testing.assert_close(found, first[1:] * second[:, END])
 
@@ -422,7 +437,7 @@ def test_samples_have_the_model_s_probabilities():
     assert x.shape == (20_000, 4) and (x[:, 0] == BEGIN).all()
     ended = (x == END).cumsum(1).cumsum(1) > 1
     assert ((x == PAD) == ended).all()
-    logits = model.joint.decode.readout(model.joint.decode.states(torch.tensor([[BEGIN]]), z[None, :1]))[0, 0, 0]
+    logits = model.joint.decode.logits(torch.tensor([[BEGIN]]), z[None, :1])[0, 0, 0]
     logits[[PAD, BEGIN]] = -torch.inf
     p = logits.softmax(0).detach()
     share = torch.bincount(x[:, 1], minlength=6) / 20_000

@@ -295,6 +295,36 @@ IMAGES = LagRecipe(
 )
 """The recipe of He et al. (2019) for Omniglot."""
 
+
+class Normalised(nn.Module):
+    r"""An encoder whose means have a fixed spread over the batch, the BN-VAE's (Zhu et al. 2020).
+
+    .. math:: \mu_d \to \gamma\, \frac{\mu_d - \bar\mu_d}{s_d} + b_d
+
+    with mean and standard deviation over the batch, or in evaluation mode the running ones, and a learned shift. Since
+    :math:`\sigma^2 - 1 - \log \sigma^2 \ge 0`, the mean KL to a standard normal prior is at least
+    :math:`D \gamma^2 / 2`, so that q cannot collapse onto it. Idea in book/05-inference-lag.ipynb.
+
+    Parameters
+    ----------
+    encoder
+        gives a diagonal Gaussian of ``latent`` dimensions.
+    spread
+        the standard deviation :math:`\gamma` of the means, 0.6 as the authors'.
+    """
+
+    def __init__(self, encoder: nn.Module, latent: int, spread: float = 0.6) -> None:
+        super().__init__()
+        self.encoder, self.spread = encoder, spread
+        self.norm = nn.BatchNorm1d(latent, eps=1e-12, affine=False)  # fresh means are tiny
+        self.shift = nn.Parameter(torch.zeros(latent))
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        """Return q(z given x), ``[B, D]``."""
+        q = self.encoder(x)
+        return DiagonalGaussian(self.spread * self.norm(q.mean) + self.shift, q.log_std)
+
+
 METHODS: dict[str, Mapping[str, Any]] = {
     "plain": {},
     "anneal": {"weight": "linear"},

@@ -6,6 +6,7 @@ Columns are those of the paper's Tables 1 and 2: NLL by importance sampling, KL,
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def build_lstm(config: Cell, text: Text, generator: torch.Generator) -> nn.Modul
     sizes = {name: config[name] for name in ("latent", "embedding", "hidden", "dropout")}
     if config["method"] == "no-z":
         sizes["latent"] = 0
-    return lstm_vae(len(text.vocabulary), generator, **sizes)
+    return lstm_vae(len(text.vocabulary), generator, skip=config["method"] == "skip", **sizes)
 
 
 def load_images(config: Cell) -> Images:
@@ -103,8 +104,14 @@ CHANGES: dict[str, Mapping[str, Any]] = {
     **METHODS,
     "no-z": {},
     **{f"beta-{beta:g}": {"beta": beta} for beta in (0.2, 0.4, 0.6, 0.8)},
+    "bn-vae": {},
+    "skip": {},
+    "pretrained": {"free_bits": 0.5, "weight": "linear"},
 }
 """What each method of a grid changes in the recipe."""
+
+PRETRAINING = 10
+"""Epochs as an autoencoder before a training that is "pretrained"."""
 
 IN_RECIPE = ("epochs", "batch_size", "first_decay", "decays", "warm_up")
 
@@ -119,6 +126,9 @@ LABELS = {
     "aggressive": "aggressive",
     "aggressive-anneal": "aggressive + annealing",
     **{f"beta-{beta:g}": f"β = {beta:g}" for beta in (0.2, 0.4, 0.6, 0.8)},
+    "bn-vae": "BN-VAE",
+    "skip": "skip decoder",
+    "pretrained": "autoencoder first (not in the time), then free bits + annealing",
 }
 """The methods in words."""
 
@@ -131,11 +141,19 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
     changes = {name: config[name] for name in IN_RECIPE if config[name] is not None}
     recipe = replace(family.recipe, seed=seed, **changes, **choose("method", config["method"], CHANGES))
     valid = subset(found.valid, config["evaluated"], seed=0)
+    place = runs.Folder(folder)
+    if config["method"] == "bn-vae":
+        model.encoder = collapse.Normalised(model.encoder, config["latent"]).to(device)
+    if config["method"] == "pretrained" and not place.checkpoint.exists():
+        fresh = copy.deepcopy(model.joint.state_dict())
+        collapse.fit(
+            model, found.train, valid, recipe=recipe, beta=0.0, free_bits=0.0, weight="constant", epochs=PRETRAINING
+        )
+        model.joint.load_state_dict(fresh)
     clock = time.process_time if device == "cpu" else time.monotonic  # other runs may be at work on the same core
     training = collapse.prepare(model, found.train, valid, recipe, clock)
     looked_at = config["points"] and seed == 0 and config["method"] in ("plain", "aggressive")
     space = Space(found.train, config, folder / "space.csv") if looked_at else None
-    place = runs.Folder(folder)
     if place.checkpoint.exists():
         runs.restore(training, place.checkpoint)
 
@@ -401,8 +419,8 @@ LAG_TOY = Experiment(
                 ("no-z", "plain", "aggressive"), **TOY, sentences=4000, vocabulary=200, embedding=40, hidden=40,
                 epochs=20, first_decay=5, decays=3, warm_up=5, samples=100, evaluated=400,
             ),
-            seeds=3,
-            minutes=8,
+            seeds=10,
+            minutes=40,
         ),
         "paper": Preset(
             grid(
@@ -438,6 +456,18 @@ LAG_TEXT = Experiment(
             ),
             seeds=8,
             minutes=55,
+        ),
+        "long": Preset(  # to the paper's rule: five halvings, none before epoch 15
+            grid(
+                (
+                    "no-z", "plain", "anneal", "free-bits", "sa-vae-anneal", "aggressive", "aggressive-anneal",
+                    "bn-vae", "skip", "pretrained",
+                ),
+                data="ptb", sentences=2000, vocabulary=500, length=12, latent=4, embedding=48, hidden=48, dropout=0.0,
+                samples=200, evaluated=500,
+            ),
+            seeds=10,
+            minutes=200,
         ),
         "paper": Preset(
             grid((*ALL, "beta-0.2", "beta-0.6", "sa-vae-anneal"), data="yahoo"),

@@ -7,12 +7,15 @@ decoders are models of the same data, their bounds are in the same units, and a 
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,21 +31,24 @@ from vaelib.estimators import Estimator, discrete, silent
 from vaelib.experiments.experiment import Cell, Experiment, Lines, Measured, Preset, Report
 from vaelib.experiments.results import as_lines, curve, differences, over_seeds, plus_minus, select
 from vaelib.models import VAE
-from vaelib.training import Diverged, Progress, Training, stream
+from vaelib.training import Diverged, Hook, Progress, Training, stream
 
 TEST_IMAGES = 300
 
 
 @cache
-def subset(name: str, count: int) -> Images:
-    """Return a data set in grey, with ``count`` training images and at most 300 test images, the same in every run."""
-    images = data.load(name, "grey")
-    return replace(images, train=images.train.sample(count), valid=None, test=images.test.sample(TEST_IMAGES))
+def subset(name: str, count: int, valid: int = 0) -> Images:
+    """Return a data set in grey, with ``count`` training images, at most 300 test images, and ``valid`` held-out ones.
+
+    They are the same in every run.
+    """
+    images = data.load(name, "grey", valid=valid)
+    return replace(images, train=images.train.sample(count), test=images.test.sample(TEST_IMAGES))
 
 
 def start(config: Cell, seed: int, model: str, device: str, **sizes: int) -> tuple[VAE, Images]:
     """Return the model of a run before its first step, the same for all estimators of a seed, and its images."""
-    images = subset(config["data"], config["images"])
+    images = subset(config["data"], config["images"], config.get("valid", 0))
     grey = images.train.grey
     return models.build(model, grey.shape[1], grey.mean(0), stream("init", seed), **sizes).to(device), images.to(device)
 
@@ -172,15 +178,15 @@ def final(found: DataFrame, metric: str, by: Sequence[str]) -> DataFrame:
 ARM = ["data", "latent", "estimator"]
 
 
-def best_rates(found: DataFrame, at: int | None = None) -> Series:
-    """Return the learning rate of the highest mean ELBO at an epoch, the last if None, for each arm of the study."""
-    means = over_seeds(at_epoch(found, "elbo", at), [*ARM, "lr"])["mean"]
-    return means.groupby(ARM, sort=False).idxmax().str[-1].rename("lr")
+def best_rates(found: DataFrame, at: int | None = None, arm: Sequence[str] = ARM) -> Series:
+    """Return the learning rate of the highest mean ELBO at an epoch, the last if None, for each arm of a study."""
+    means = over_seeds(at_epoch(found, "elbo", at), [*arm, "lr"])["mean"]
+    return means.groupby(list(arm), sort=False).idxmax().str[-1].rename("lr")
 
 
-def at_best_rate(found: DataFrame, at: int | None = None) -> DataFrame:
+def at_best_rate(found: DataFrame, at: int | None = None, arm: Sequence[str] = ARM) -> DataFrame:
     """Return the runs at each arm's best learning rate."""
-    return found.merge(best_rates(found, at).reset_index(), on=[*ARM, "lr"])
+    return found.merge(best_rates(found, at, arm).reset_index(), on=[*arm, "lr"])
 
 
 def leads(found: DataFrame, metric: str, at: int | None = None) -> DataFrame:
@@ -296,18 +302,22 @@ METHODS: Mapping[str, tuple[str | None, bool]] = {
 """How the linear decoder's weight goes from 1 to 0, and whether its gradient is exact or, as the control, sampled."""
 
 
-def annealed_grid(sets: Mapping[str, int], methods: Iterable[str], epochs: int) -> list[Cell]:
+def annealed_grid(
+    sets: Mapping[str, int], methods: Iterable[str], epochs: int, anneal: float, valid: int, patience: int
+) -> list[Cell]:
     return [
         {
             "data": name,
             "estimator": base,
             "method": method,
-            "anneal": 0.5,
+            "anneal": anneal,
             "lr": 1e-3,
             "k": BASES[base][1],
             "images": images,
+            "valid": valid,
             "batch_size": 50,
             "epochs": epochs,
+            "patience": patience,
         }
         for name, images in sets.items()
         for base in BASES
@@ -325,21 +335,58 @@ def estimator_at(config: Cell) -> Callable[[Progress], Estimator]:
     return lambda progress: silent.annealed(base, weight(progress.done / config["anneal"]), guide)
 
 
+class EarlyStopping(Hook):
+    """Keep the weights of the best held-out ELBO, and stop where it has not risen for ``patience`` epochs.
+
+    These are counted from the best epoch, or from the end of the guide's share of the training, if that is later.
+    """
+
+    def __init__(self, x: Tensor, patience: int, guided: float) -> None:
+        self.x, self.patience, self.guided = x, patience, guided
+        self.best, self.waited, self.weights = -math.inf, 0, None
+
+    def after_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Measure, and keep or wait."""
+        record["held_out"] = mean_elbo(training.model, self.x)
+        better = record["held_out"] > self.best
+        if better:
+            self.best, self.weights = record["held_out"], copy.deepcopy(training.model.state_dict())
+        self.waited = 0 if better or training.progress.done < self.guided else self.waited + 1
+        training.stopped |= self.waited >= self.patience
+
+    def finish(self, training: Training) -> None:
+        """Leave the model with its best weights."""
+        if self.weights is not None:
+            training.model.load_state_dict(self.weights)
+
+
 def run_annealed(config: Cell, seed: int, folder: Path, device: str, report: Report) -> list[Measured]:
     """Train an encoder with two decoders, from the linear one's gradient to the nonlinear one's."""
     model, images = start(config, seed, BASES[config["estimator"]][0], device, **SIZES)
-    training = Training(model, images.train, estimator_at(config), recipe(config, seed))
+    stopping = EarlyStopping(images.valid.grey, config["patience"], config["anneal"])
+    training = Training(model, images.train, estimator_at(config), recipe(config, seed), [stopping])
     measured = train(training, lambda epoch: test_elbo(model, images.test.grey, epoch), report)
-    return measured if measured[-1].value else measured + test_log_likelihood(model, images.test.grey)
+    if measured[-1].value:
+        return measured
+    measured += [
+        Measured("best elbo", mean_elbo(model, images.test.grey)),
+        Measured("epochs taken", len(training.history)),
+    ]
+    return measured + test_log_likelihood(model, images.test.grey)
 
 
-def test_elbo(model: VAE, x: Tensor, epoch: int, draws: int = 10) -> list[Measured]:
-    """Return the test ELBO of the model, whatever it is trained with; the same noise every time."""
+def mean_elbo(model: VAE, x: Tensor, draws: int = 10) -> float:
+    """Return the ELBO of the model over ``x``, whatever it is trained with; the same noise every time."""
     with torch.no_grad():
         q = model.encoder(x)
         z = q.sample(q.noise(draws, stream("test", 0, x.device)))
         elbo = model.joint.log_likelihood(x, z).mean(0) - divergence(model.joint.joint, q)
-    return [Measured("elbo", elbo.mean().item(), at=epoch)]
+    return elbo.mean().item()
+
+
+def test_elbo(model: VAE, x: Tensor, epoch: int) -> list[Measured]:
+    """Return the test ELBO after an epoch."""
+    return [Measured("elbo", mean_elbo(model, x), at=epoch)]
 
 
 def test_log_likelihood(model: VAE, x: Tensor, samples: int = 100) -> list[Measured]:
@@ -357,11 +404,12 @@ def over_plain(found: DataFrame, metric: str, at: int | None = None) -> DataFram
 
 
 def table_annealed(found: DataFrame) -> Lines:
-    """Return each method's test ELBO, early and at the end, and log p(x), and its gain on no guide in the last two."""
-    late = final(found, "elbo", METHOD)
+    """Return each method's test ELBO, early and where it stopped, log p(x) there, and its gain in that on no guide."""
+    late = over_seeds(select(found, "best elbo"), METHOD)
     words = {
         f"elbo, epoch {EARLY}": plus_minus(over_seeds(select(found, "elbo", EARLY), METHOD)),
         "final elbo": plus_minus(late),
+        "epochs": over_seeds(select(found, "epochs taken"), METHOD)["mean"].map("{:.0f}".format),
         "log p(x)": plus_minus(over_seeds(select(found, "log-likelihood"), METHOD)),
         "gain in log p(x)": plus_minus(over_plain(found, "log-likelihood")),
         "seeds": late["n"].map(str),
@@ -416,13 +464,16 @@ CONTROLLED: Mapping[str, tuple[str, int, tuple[str, ...]]] = {
 """The estimators: the model each trains here, its draws, and the control variates it is tried with."""
 
 
-def controlled_grid(sets: Mapping[str, int], epochs: int) -> list[Cell]:
+CONTROLLED_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def controlled_grid(sets: Mapping[str, int], rates: Sequence[float], epochs: int) -> list[Cell]:
     return [
         {
             "data": name,
             "estimator": base,
             "method": method,
-            "lr": 1e-3,
+            "lr": lr,
             "k": k,
             "images": images,
             "batch_size": 50,
@@ -431,6 +482,7 @@ def controlled_grid(sets: Mapping[str, int], epochs: int) -> list[Cell]:
         for name, images in sets.items()
         for base, (_, k, methods) in CONTROLLED.items()
         for method in methods
+        for lr in rates
     ]
 
 
@@ -494,9 +546,13 @@ def cost_ratio(tracked: silent.TrackedScale, model: VAE, x: Tensor) -> float:
 
 
 def table_controlled(found: DataFrame) -> Lines:
-    """Return for each control variate: variance ratio early and late, cost ratio, test ELBO and what it gains."""
+    """Return for each control variate, at the best rate for it: variance ratio early and late, cost ratio, test ELBO
+    and what it gains.
+    """
+    rates, found = best_rates(found, arm=METHOD), at_best_rate(found, arm=METHOD)
     elbo = final(found, "elbo", METHOD)
     words = {
+        "best lr": rates.map("{:g}".format),
         f"variance ratio, epoch {EARLY}": plus_minus(over_seeds(select(found, "variance ratio", EARLY), METHOD)),
         "at the end": plus_minus(final(found, "variance ratio", METHOD)),
         "cost ratio": plus_minus(over_seeds(select(found, "cost ratio"), METHOD)),
@@ -508,8 +564,8 @@ def table_controlled(found: DataFrame) -> Lines:
 
 
 def figure_controlled(found: DataFrame, figure: Figure) -> None:
-    """Draw the variance that is left, by epoch."""
-    _panels(found, figure, "variance ratio", "variance ratio")
+    """Draw the variance that is left, by epoch, at the best rate for each."""
+    _panels(at_best_rate(found, arm=METHOD), figure, "variance ratio", "variance ratio")
     for ax in figure.axes:
         ax.axhline(1.0, color="k", linewidth=0.8)
 
@@ -523,11 +579,10 @@ EXPERIMENTS = {
             presets={
                 "smoke": Preset(linear_grid("digits", 500, (1e-2,), 3, LATENTS), seeds=1, minutes=0.2),
                 "short": Preset(
-                    linear_grid("digits", 1497, RATES, 15, LINEAR)
-                    + linear_grid("digits", 1497, RATES[:3], 15, ("gaussian-cosine",))
-                    + linear_grid("fashion-mnist", 1000, RATES[1:4], 15, LINEAR),
-                    seeds=5,
-                    minutes=30,
+                    linear_grid("digits", 1497, RATES, 15, LATENTS)
+                    + linear_grid("fashion-mnist", 1000, RATES, 15, LINEAR),
+                    seeds=10,
+                    minutes=70,
                 ),
             },
             run=run_linear,
@@ -539,11 +594,11 @@ EXPERIMENTS = {
             reproduces="Shao et al. 2025, nonlinear decoders (design ours): exact gradients first, annealed to "
             "sampled ones",
             presets={
-                "smoke": Preset(annealed_grid({"digits": 300}, METHODS, 3), seeds=1, minutes=0.3),
+                "smoke": Preset(annealed_grid({"digits": 300}, METHODS, 4, 0.5, 100, 1), seeds=1, minutes=0.3),
                 "short": Preset(
-                    annealed_grid({"mnist": 2000, "fashion-mnist": 2000, "omniglot": 2000}, METHODS, 10),
-                    seeds=3,
-                    minutes=8,
+                    annealed_grid({"mnist": 2000, "fashion-mnist": 2000}, METHODS, 150, 0.1, 500, 5),
+                    seeds=10,
+                    minutes=170,
                 ),
             },
             run=run_annealed,
@@ -554,9 +609,12 @@ EXPERIMENTS = {
             name="silent-control-variate",
             reproduces="ours: the silent gradient of a linear decoder as a control variate for a nonlinear one",
             presets={
-                "smoke": Preset(controlled_grid({"digits": 300}, 3), seeds=1, minutes=0.5),
+                "smoke": Preset(controlled_grid({"digits": 300}, (1e-3,), 3), seeds=1, minutes=0.5),
                 "short": Preset(
-                    controlled_grid({"digits": 1497}, 15) + controlled_grid({"mnist": 2000}, 10), seeds=3, minutes=6
+                    controlled_grid({"digits": 1497}, CONTROLLED_RATES, 15)
+                    + controlled_grid({"mnist": 2000}, CONTROLLED_RATES, 10),
+                    seeds=10,
+                    minutes=90,
                 ),
             },
             run=run_controlled,

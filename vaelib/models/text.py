@@ -63,6 +63,8 @@ class LSTMDecoder(nn.Module):
         as for :class:`LSTMEncoder`.
     dropout
         the share of the embeddings, and of the outputs, that training leaves out.
+    skip
+        whether z also reaches the softmax of every word directly (Dieng et al. 2019).
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class LSTMDecoder(nn.Module):
         hidden: int,
         latent: int,
         dropout: float = 0.0,
+        skip: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -79,11 +82,12 @@ class LSTMDecoder(nn.Module):
         self.lstm = bare(nn.LSTM, embedding + latent, hidden, batch_first=True)
         self.lift = bare(nn.Linear, latent, hidden, bias=False) if latent else None
         self.readout = bare(nn.Linear, hidden, vocabulary, bias=False)
+        self.skip = bare(nn.Linear, latent, vocabulary, bias=False) if skip else None
         self.dropout = nn.Dropout(dropout)
         as_published(self, generator)
 
-    def states(self, words: Tensor, z: Tensor) -> Tensor:
-        """Return what the LSTM says after each of ``words`` ``[B, T]``, for ``z`` ``[K, B, D]``: ``[K, B, T, H]``."""
+    def logits(self, words: Tensor, z: Tensor) -> Tensor:
+        """Return those of the word after each of ``words`` ``[B, T]``, for ``z`` ``[K, B, D]``: ``[K, B, T, V]``."""
         (k, batch, _), length = z.shape, words.shape[1]
         embedded = self.dropout(self.embed(words)).expand(k, -1, -1, -1)
         inputs = torch.cat([embedded, z.unsqueeze(2).expand(-1, -1, length, -1)], -1).flatten(0, 1)
@@ -92,7 +96,8 @@ class LSTMDecoder(nn.Module):
             c = self.lift(z).reshape(1, k * batch, -1)
             start = (c.tanh(), c)
         states, _ = self.lstm(inputs, start)
-        return self.dropout(states).unflatten(0, (k, batch))
+        logits = self.readout(self.dropout(states).unflatten(0, (k, batch)))
+        return logits if self.skip is None else logits + self.skip(z).unsqueeze(2)
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         r"""Return :math:`\sum_t \log p(x_t \mid x_{<t}, z)` over the words and ``</s>``, ``[K, B]``.
@@ -101,7 +106,7 @@ class LSTMDecoder(nn.Module):
         """
         lengths = check_tokens(x, self.embed.num_embeddings)
         x = x[:, : int(lengths.max())]
-        logits = self.readout(self.states(x[:, :-1], z))
+        logits = self.logits(x[:, :-1], z)
         targets = x[:, 1:].expand(logits.shape[:-1])
         nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD, reduction="none")
         return -nll.view(targets.shape).sum(-1)
@@ -120,7 +125,7 @@ class LSTMDecoder(nn.Module):
         x = torch.full((len(z), 1), BEGIN, device=z.device)
         over = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         while x.shape[1] <= longest and not over.all():
-            logits = self.readout(self.states(x, z.unsqueeze(0))[0, :, -1])
+            logits = self.logits(x, z.unsqueeze(0))[0, :, -1]
             logits[:, [PAD, BEGIN]] = -torch.inf
             word = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             x = torch.cat([x, word.masked_fill(over.unsqueeze(1), PAD)], 1)
@@ -151,6 +156,7 @@ def lstm_vae(
     embedding: int = 512,
     hidden: int = 1024,
     dropout: float = 0.5,
+    skip: bool = False,
 ) -> nn.Module:
     """Build the LSTM variational autoencoder; the sizes are those for Yahoo and Yelp.
 
@@ -162,6 +168,8 @@ def lstm_vae(
     ----------
     vocabulary
         the number of words, marks included: ``len(text.vocabulary)``.
+    skip
+        whether z also reaches every word's softmax directly.
     generator
         draws the initial weights.
 
@@ -177,7 +185,7 @@ def lstm_vae(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be at least 0 and less than 1, but is {dropout}")
     encoder = LSTMEncoder(**sizes, generator=generator)
-    return VAE(TextJoint(LSTMDecoder(**sizes, dropout=dropout, generator=generator)), encoder, binary=False)
+    return VAE(TextJoint(LSTMDecoder(**sizes, dropout=dropout, skip=skip, generator=generator)), encoder, binary=False)
 
 
 def bare(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
