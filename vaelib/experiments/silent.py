@@ -596,9 +596,9 @@ EXPERIMENTS = {
             presets={
                 "smoke": Preset(annealed_grid({"digits": 300}, METHODS, 4, 0.5, 100, 1), seeds=1, minutes=0.3),
                 "short": Preset(
-                    annealed_grid({"mnist": 2000, "fashion-mnist": 2000}, METHODS, 150, 0.1, 500, 5),
+                    annealed_grid({"mnist": 1000, "fashion-mnist": 1000}, METHODS, 200, 0.1, 500, 10),
                     seeds=10,
-                    minutes=170,
+                    minutes=90,
                 ),
             },
             run=run_annealed,
