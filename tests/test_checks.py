@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from vaelib import checks
+from vaelib import checks, models
 from vaelib.checks import statements
+from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli
 
 DRAWS = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -402,3 +403,106 @@ def test_only_checks_are_recorded_and_other_errors_go_on():
     with pytest.raises(RuntimeError), checks.recorded() as outcomes:
         checks.unbiased(None, object())
     assert outcomes == []
+
+
+# --- the contract of a joint ------------------------------------------------------------------------------------------
+
+
+def joint(x, z):
+    """p(z) = N(0, I), p(x | z) = N(z W, I), up to a constant."""
+    weight = torch.tensor([[1.0, -0.5, 0.2], [0.3, 0.8, -1.1]], dtype=z.dtype)
+    return -0.5 * (z.square().sum(-1) + (x - z @ weight).square().sum(-1))
+
+
+MIXED = r"joint\(x, z\)\[0, 0\] changes with other draws or observations than z\[0, 0\] and x\[0\]"
+
+BROKEN_JOINTS = [
+    (r"of the shape \[K, B\] = \[4, 3\], .*returned \[4, 3, 2\]", lambda x, z: -z.square()),
+    (r"of the shape \[K, B\] = \[4, 3\], .*returned \[4, 2\]", lambda x, z: -z.square().sum(1)),
+    (r"of the shape \[K, B\] = \[4, 3\], .*returned \[3\]", lambda x, z: joint(x, z).sum(0)),
+    ("of the shape .* returned a float", lambda x, z: joint(x, z).sum().item()),
+    (r"fails for x and z of the shapes \[\[3, 3\], \[4, 3, 2\]\]: .*size", lambda x, z: joint(x[:, None], z)),
+    (MIXED, lambda x, z: joint(x - x.mean(0), z)),
+    (MIXED, lambda x, z: joint(x, z - z.mean(1, keepdim=True))),
+    (MIXED, lambda x, z: joint(x, z - z.mean(0, keepdim=True))),
+    (MIXED, lambda x, z: joint(x.roll(1, 0), z)),
+    (MIXED, lambda x, z: joint(x, z.flip(0))),
+    ("differs from call to call", lambda x, z: joint(x, torch.nn.functional.dropout(z, 0.5))),
+    ("off its slope by 100%", lambda x, z: joint(x, z.detach())),
+    ("off its slope by 100%", lambda x, z: joint(x, torch.from_numpy(z.detach().numpy()))),
+    (r"off its slope by \d+%", lambda x, z: joint(x, z.detach()) - z.sum(-1)),
+    ("off its slope by nan%", lambda x, z: joint(x, z) + torch.where(z > 9, (z - 9).sqrt(), 0.0 * z).sum(-1)),
+    ("NaN or infinite for 12 of 12", lambda x, z: joint(x, z) + float("nan")),
+    (r"NaN or infinite for \d+ of 12", lambda x, z: joint(x, z) + 1 / (z > 0).sum(-1)),
+    ("minus infinity for every sample", lambda x, z: joint(x, z) - float("inf")),
+    ("changes x or z in place", lambda x, z: joint(x, z.mul_(2))),
+]
+
+
+@pytest.fixture
+def tried():
+    """The q and x that a joint is tried on."""
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return {"q": DiagonalGaussian(x[:, :2], 0.1 * x[:, 1:]), "x": x}
+
+
+@pytest.mark.parametrize(("sentence", "broken"), BROKEN_JOINTS)
+def test_a_broken_joint_is_told_what_is_broken(sentence, broken, tried):
+    with pytest.raises(AssertionError, match=sentence):
+        checks.contract(broken, **tried)
+
+
+def test_a_joint_of_your_own_keeps_the_contract_if_it_is_right(tried, capsys):
+    checks.contract(joint, **tried)
+    assert capsys.readouterr().out == "ok: joint keeps the contract of a joint density\n"
+    condition = torch.randn(3, 1, dtype=torch.float64)
+    checks.contract(lambda x, z: joint(x - condition, z), **tried)
+    checks.contract(lambda x, z: joint(x, z).where(z[..., 0] > 0, -torch.inf), **tried)  # the log of 0
+
+
+def test_the_sum_over_a_wrong_axis_is_found_where_the_shape_does_not_tell():
+    """B = D = 2: the sum over the observations has the shape of that over the coordinates."""
+    x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]])
+    q = DiagonalGaussian(x[:, :2], 0 * x[:, :2])
+    with pytest.raises(AssertionError, match="changes with other draws or observations"):
+        checks.contract(lambda x, z: joint(x, z) - 0.5 * z.square().sum(1), q=q, x=x)
+    checks.contract(lambda x, z: joint(x, z) - 0.5 * z.square().sum(-1), q=q, x=x)
+
+
+def test_batch_norm_that_trains_is_found():
+    model = models.build("mlp-1", 4, generator=torch.Generator().manual_seed(0), hidden=4, latent=2)
+    model.joint.decode = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 4))
+    x = torch.eye(4)
+
+    def log_joint(x, z):
+        pixels = model.joint.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return -torch.nn.functional.softplus((1 - 2 * x) * pixels).sum(-1) - 0.5 * z.square().sum(-1)
+
+    with pytest.raises(AssertionError, match="batch norm is in eval"):
+        checks.contract(log_joint, q=model.encoder(x), x=x)
+    model.eval()
+    checks.contract(log_joint, q=model.encoder(x), x=x)
+
+
+def test_whether_rows_are_mixed_up_is_not_seen_where_all_are_alike(tried):
+    for x in (torch.ones(3, 3, dtype=torch.float64), tried["x"][:1]):
+        q = DiagonalGaussian(x[:, :2], x[:, 1:])
+        with pytest.raises(AssertionError, match="two observations or more that differ"):
+            checks.contract(joint, q=q, x=x)
+    with pytest.raises(AssertionError, match="x has 3 observations, but q"):
+        checks.contract(joint, q=DiagonalGaussian(*tried["x"][None, :2, :2].expand(2, 2, 2)), x=tried["x"])
+    with pytest.raises(AssertionError, match="x must be a tensor of observations"):
+        checks.contract(joint, q=tried["q"])
+
+
+@pytest.mark.parametrize("kind", ["mlp-1", "mlp-2", "mlp-1-mixture", "mlp-1-bernoulli", "mlp-1-categorical", "linear"])
+def test_the_joints_here_keep_the_contract(kind):
+    """In float32, of several layers, and where a sample does not move with its parameters."""
+    model = models.build(kind, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(5, 64, generator=torch.Generator().manual_seed(1)).round()
+    checks.contract(model.joint, q=model.encoder(x), x=x)
+
+
+def test_bits_that_do_not_move_ask_for_no_gradient(tried):
+    q = FactorisedBernoulli(tried["x"][:, :2])
+    checks.contract(lambda x, z: joint(x, z.detach()), q=q, x=tried["x"])

@@ -1,8 +1,9 @@
-r"""The contracts of a posterior and of an estimator, as checks that one of your own can be tried on."""
+r"""The contracts of a posterior, a joint density and an estimator: checks that one of your own can be tried on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from vaelib.checks.statements import z_scores
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU, Estimator
+from vaelib.estimators.base import check_noise, check_observations, log_joint
 from vaelib.models import DiscreteJoint, Guided, HierarchicalJoint, LinearDecoder, LinearGaussian
 from vaelib.objectives import Objective
 from vaelib.posteriors import (
@@ -38,8 +40,17 @@ CONTRACT_SIGMAS = 6.0
 """The width of a contract's statistical checks, in standard errors: it has to hold in any number of coordinates."""
 
 
+STEP = 1e-2
+"""Of the way from one sample to another, to both sides: what a slope is measured over."""
+
+SLOPE = 0.1
+"""How far the gradient of a joint density may be off its slope: kinks leave less, a part held constant more."""
+
+
 def contract(subject: Any, joint: Callable[..., Tensor] | None = None, q: Any = None, x: Tensor | None = None) -> None:
-    r"""Check that a posterior, or an estimator, is what the engine takes it for; AssertionError says what is broken.
+    r"""Check that a posterior, a joint density or an estimator is what the engine takes it for.
+
+    AssertionError says what is broken.
 
     A posterior (see :mod:`vaelib.posteriors`): its noise is that of the generator, sample and density are functions
     with the shapes ``[K, B, D]`` and ``[K, B]`` and one dtype, ``sample_and_log_prob`` is the two of them, stopping it
@@ -51,6 +62,11 @@ def contract(subject: Any, joint: Callable[..., Tensor] | None = None, q: Any = 
 
     the second line of which (Stein's) is for samples that move with phi.
 
+    A joint density, any function ``log_joint(x, z)``, tried on samples of q for the observations ``x``: it returns
+    :math:`\log p(x, z)` ``[K, B]`` for any K, the same in every call, never NaN or infinity (minus infinity is the log
+    of 0), and for each draw of each observation from these two alone; and where samples move with phi, its gradient in
+    z is its slope. That it is normalised is not looked at.
+
     An estimator (see :mod:`vaelib.estimators`): too few draws are refused, its loss ``[B]`` is pure, gives the same
     gradients under ``vmap(grad(...))`` as one by one, gives theta its gradient where q is frozen, has the bound as its
     value on average, and has the target's gradient on average, paired with a row that is known to.
@@ -58,14 +74,17 @@ def contract(subject: Any, joint: Callable[..., Tensor] | None = None, q: Any = 
     Parameters
     ----------
     subject
-        a posterior, or an estimator.
+        a posterior, a joint density, or an estimator.
     joint, q, x
-        for an estimator, the model that it is tried on, where none of the small ones here will do.
+        for an estimator, the model that it is tried on, where none of the small ones here will do; for a joint density
+        q and x, two observations or more that differ.
     """
-    name = subject.name if isinstance(subject, Estimator) else type(subject).__name__
+    name = subject.name if isinstance(subject, Estimator) else getattr(subject, "__name__", type(subject).__name__)
     try:
         if isinstance(subject, Estimator):
             what, faults = "an estimator", _faults_of_estimator(subject, *_setting(subject, joint, q, x))
+        elif q is not None:
+            what, faults = "a joint density", _faults_of_joint(subject, as_posterior(q), x)
         else:
             what, faults = "a posterior", _faults_of_posterior(as_posterior(subject))
         for kept, fault in faults:
@@ -129,10 +148,7 @@ def _faults_of_posterior(q: Posterior) -> Iterator[tuple[bool, str]]:
 
 def _standard_errors_off(q: Posterior) -> dict[str, float]:
     """Return how far the means of the score and of the slope in z are from what they are for a density."""
-    try:
-        q = q.map_parameters(lambda p: p.detach().clone().requires_grad_())
-    except (InputError, NotImplementedError):
-        pass  # the slopes in z tell enough
+    q = _learning(q)  # if it cannot, the slopes in z tell enough
     generator, k = _seeded(2), 64 * q.strata
     share = _share(q, k)
     centre = map_latent(lambda layer: (share.unsqueeze(-1) * layer).mean(0).detach(), q.sample(q.noise(k, generator)))
@@ -154,6 +170,81 @@ def _standard_errors_off(q: Posterior) -> dict[str, float]:
         slopes.append(torch.cat(parts).detach() if moves else log_q.new_zeros(1))
     found = {"score": torch.stack(scores).detach(), "slope": torch.stack(slopes).detach()}
     return {name: _off(draws) for name, draws in found.items()}
+
+
+def _faults_of_joint(joint: Any, q: Posterior, x: Tensor) -> Iterator[tuple[bool, str]]:
+    """Yield whether each clause is kept, and the sentence for the case that it is not."""
+    check_observations(x)
+    q, generator = _learning(q), torch.Generator(x.device).manual_seed(5)
+    k = next(n * q.strata for n in (3, 4) if n * q.strata != len(x))  # so that draws and observations are told apart
+    eps, eps_other = q.noise(k, generator), q.noise(k, generator)
+    check_noise(q, x, eps)
+    z, other = q.sample(eps), q.sample(eps_other)
+    moves = any(layer.requires_grad for layer in layers_of(z))
+    z, other, x_other = *(map_latent(Tensor.detach, one) for one in (z, other)), x.roll(1, 0)
+    yield not _equal(x, x_other), "give x of two observations or more that differ, or nothing is seen of a mix-up"
+
+    def log_p(x: Tensor, z: Latent) -> Tensor:
+        try:
+            return log_joint(joint, x, z)
+        except InputError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = [list(layer.shape) for layer in (x, *layers_of(z))]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"joint(x, z) fails for x and z of the shapes {shapes}: {reason}") from error
+
+    value = log_p(x, z).detach()
+    bad = value.isnan() | value.isposinf()
+    yield not bad.any(), f"joint(x, z) is NaN or infinite for {bad.sum()} of {bad.numel()} samples of q"
+    yield value.isfinite().any(), "joint(x, z) is minus infinity for every sample of q"
+    yield _close(log_p(x, z), value), "joint(x, z) differs from call to call, as with dropout; call .eval() first"
+    for at in ((0, 0), (k - 1, len(x) - 1)):
+        one, row = torch.zeros(k, len(x), 1, dtype=torch.bool, device=x.device), at[1]
+        one[at] = True
+        mixed = [torch.where(one, mine, others) for mine, others in zip(layers_of(z), layers_of(other), strict=True)]
+        x_mixed = x_other.clone()
+        x_mixed[row] = x[row]
+        yield (
+            _close(log_p(x_mixed, tuple(mixed) if isinstance(z, tuple) else mixed[0])[at], value[at]),
+            f"joint(x, z){list(at)} changes with other draws or observations than z{list(at)} and x[{row}]: "
+            "see over which axis it sums or takes a mean, and that batch norm is in eval()",
+        )
+    if moves:
+        off = _slope_off(log_p, x, z, other)
+        yield (
+            off <= SLOPE,
+            f"the gradient of joint(x, z) in z is off its slope by {off:.0%}: see that z is not held constant, rounded "
+            "or turned into plain numbers on the way, and that no branch has a NaN",
+        )
+
+
+def _slope_off(log_p: Callable[..., Tensor], x: Tensor, z: Latent, other: Latent) -> float:
+    """Return how far the gradient is off the slope halfway from z to another sample, beyond what rounding explains."""
+    way = [b - a for a, b in zip(layers_of(z), layers_of(other), strict=True)]
+
+    def at(t: float) -> list[Tensor]:
+        return [a + t * step for a, step in zip(layers_of(z), way, strict=True)]
+
+    def value(layers: list[Tensor]) -> Tensor:
+        return log_p(x, tuple(layers) if isinstance(z, tuple) else layers[0])
+
+    before, after = (value(at(t)).detach() for t in (0.5 - STEP, 0.5 + STEP))
+    middle = [layer.requires_grad_() for layer in at(0.5)]
+    found = _gradient(value(middle).sum(), middle)
+    slope = (after - before) / (2 * STEP)
+    along = sum((g * step).flatten(2).sum(-1) for g, step in zip(found, way, strict=True))
+    rounding = torch.finfo(slope.dtype).eps * (before.norm() + after.norm()) / STEP
+    inside = slope.isfinite()
+    return ((along - slope)[inside].norm() / (slope[inside].norm() + rounding / SLOPE)).item()
+
+
+def _learning(q: Posterior) -> Posterior:
+    """Return q with numbers of its own that learn; as it is, if it does not say what it is made of."""
+    try:
+        return q.map_parameters(lambda p: p.detach().clone().requires_grad_())
+    except (InputError, NotImplementedError):
+        return q
 
 
 PAIRED = {"elbo": ("elbo-total", "elbo-score-loo"), "iwae": ("iwae-total", "iwae-vimco"), "wake": ("rws",)}
@@ -288,10 +379,10 @@ def _equal(a: Latent, b: Latent) -> bool:
 
 
 def _close(a: Latent, b: Latent) -> bool:
-    """Whether two computations of one thing agree; a density in float32 may lose some digits on the way."""
+    """Whether two computations of one thing agree, infinities and all; float32 may lose some digits on the way."""
     pairs = [(one.detach(), other.detach()) for one, other in zip(layers_of(a), layers_of(b), strict=True)]
     return all(
-        torch.allclose(one, other, rtol=tolerance, atol=tolerance * max(1.0, other.abs().max().item()))
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance * max(1.0, other[other.isfinite()].norm(inf).item()))
         for one, other in pairs
         for tolerance in (1e3 * torch.finfo(one.dtype).eps,)
     )
