@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vaelib import files
+from vaelib import data, files
 from vaelib.errors import InputError, enough_memory
 
 PACKAGE = Path(files.__file__).parent
@@ -82,6 +82,19 @@ def test_a_link_stays_one_and_a_dangling_one_is_told(tmp_path):
     with pytest.raises(InputError, match="link' is a link to '.*real', which is not there"):
         files.read(link)
     assert files.read(tmp_path / "nothing") is None
+    far = tmp_path / "far"
+    far.symlink_to(tmp_path / "gone" / "file")
+    with pytest.raises(
+        InputError, match="far' could not be written .*it is a link to '.*gone/file': its folder is gone"
+    ):
+        files.write(far, b"new")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")
+    for read in (files.read, files.read_text, data.load):
+        with pytest.raises(InputError, match="pipe.npy' is a pipe or a device and no file"):
+            read(tmp_path / "pipe.npy" if read is not data.load else str(tmp_path / "pipe.npy"))
 
 
 def test_each_reason_is_told_by_itself(tmp_path, small_disk):
@@ -110,6 +123,7 @@ def test_each_reason_is_told_by_itself(tmp_path, small_disk):
         (b'{"a": "\xff"}', "is not text in UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "is not text in UTF-8"),
         (b"\0\0", "is not text in UTF-8"),
+        (b'{"k": 1, "b": {"k": 2, "k": 2}}', "is not JSON .'k' stands there twice"),
     ],
 )
 def test_json_of_another_kind_is_refused(tmp_path, content, sentence):

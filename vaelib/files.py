@@ -101,6 +101,8 @@ def told(path: Path) -> Iterator[None]:
         advice = ADVICE.get(
             error.errno, "what was there before is whole: put that right, then run the same command again"
         )
+        if path.is_symlink():
+            advice = f"it is a link to '{os.readlink(path)}': {advice}"
         raise InputError(f"'{path}' could not be written ({error.strerror}); {advice}") from error
 
 
@@ -120,9 +122,11 @@ def read(path: Path) -> bytes | None:
     Raises
     ------
     InputError
-        if it cannot be read, or is a link to nothing.
+        if it cannot be read, is a link to nothing, or a pipe, which might never end.
     """
     try:
+        if path.is_fifo() or path.is_char_device():
+            raise InputError(f"'{path}' is a pipe or a device and no file: write what it gives to a file first")
         return path.read_bytes()
     except FileNotFoundError:
         if path.is_symlink():
@@ -163,11 +167,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if (text := read_text(path)) is None:
         return None
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not JSON ({error}): delete it, or put a whole copy in its place") from error
     if not isinstance(found, dict):
         raise InputError(f"'{path}' is no JSON object: delete it, or put a whole copy in its place")
+    return found
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dictionary; raise ValueError where a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        again = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"'{again}' stands there twice")
     return found
 
 
