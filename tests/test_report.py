@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vaelib import cli, models, report, runs
+from vaelib import advice, cli, models, plots, report, runs
 from vaelib.config import Config
 from vaelib.errors import InputError
+from vaelib.posteriors import DiagonalGaussian
 
 TEXT = {"data": "synthetic-text", "model": "lstm", "sizes": {"latent": 2, "hidden": 8, "embedding": 8}}
 IMAGE = {"data": "digits", "binarisation": "dynamic"}
@@ -164,6 +168,35 @@ def test_the_map_names_each_label(image, monkeypatch):
     monkeypatch.setattr(report, "picture", lambda draw, *_: draw(figure))
     report.latent_map(run, report.observations(run, "test", report.MAPPED))
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list("0123456789")
+
+
+def test_samples_are_of_other_noise_than_reconstructions(image, monkeypatch):
+    """Where q is the prior, the same noise would make the same pictures, and the model look as if it copied."""
+    run, sheets = runs.load(image, "cpu"), []
+    prior = DiagonalGaussian(*torch.zeros(2, 500, SMALL["latent"]))
+    joint = run.model.joint
+    deaf = SimpleNamespace(
+        joint=joint, parameters=joint.parameters, encoder=lambda x: prior.map_parameters(lambda p: p[: len(x)])
+    )
+    run = replace(run, model=deaf)
+    monkeypatch.setattr(report, "sheet", lambda x, *_: sheets.append(x) or "")
+    report.made(run, report.observations(run, "test", 30))
+    pairs, samples = sheets
+    width = samples.shape[-1]
+    assert not torch.allclose(pairs[..., width : 2 * width], samples)
+
+
+def test_a_narrow_axis_of_the_advice_has_ticks_apart():
+    part = advice.Part(advice.Estimate(10.0, 1.0), advice.Estimate(290.0, 1.0), advice.Estimate(1.0, 1.0))
+    row = advice.RowCost("elbo-path", "elbo", "elbo", 1, None, part, part, 1.0)
+    figure = Figure((7.2, 4.4))
+    plots.advice(figure, SimpleNamespace(rows=[row]))
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        assert axes.get_xlim() == (100.0, 1000.0)
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels(which="both") if text.get_text()]
+        inside = sorted((box for box in boxes if box.width), key=lambda box: box.x0)
+        assert all(a.x1 < b.x0 for a, b in pairwise(inside))
 
 
 def test_the_commands_write_what_they_say(image, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from vaelib.advice import Advice
@@ -182,6 +184,9 @@ def advice(figure: Figure, given: Advice) -> None:
                 axes.plot(part.minibatch.value, place, marker="|", color=GREY)
                 axes.plot(part.variance, place, marker="o", color=color)
         axes.set(xscale="log", title={"joint": "decoder"}.get(side, side), xlabel="variance of a training gradient")
+        low, high = (math.log10(end) for end in axes.get_xlim())
+        axes.set_xlim(10.0 ** math.floor(low), 10.0 ** math.ceil(high))  # labels within a decade collide
+        axes.xaxis.set_minor_formatter(NullFormatter())
     names = [f"{row.aim}: {row.name}{'' if row.target else '*'}" for row in rows]
     figure.axes[0].set_yticks(range(len(rows)), names)
 

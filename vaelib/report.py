@@ -170,7 +170,7 @@ def made(run: Run, x: Tensor) -> list[str]:
     """Return what the model makes: of observations, and of z from the prior."""
     shown = x[:SHOWN]
     try:
-        again, samples = run.reconstruct(shown), run.sample(SHOWN)
+        again, samples = run.reconstruct(shown), run.sample(SHOWN, torch.Generator(x.device).manual_seed(1))
     except InputError as error:
         return [f'<p class="faint">No reconstructions and samples: {_words(str(error))}.</p>']
     if isinstance(run.data, Text):
