@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,8 +252,29 @@ def test_a_wrong_verdict_is_the_opposite_of_the_truth():
 
 
 def test_what_is_planted_is_as_described():
-    lag, neither = (verdicts.planted(case, 0, epochs=4).state_dict() for case in ("lag", "neither"))
-    same = {name.partition(".")[0] for name in lag if torch.equal(lag[name], neither[name])}
-    assert same == {"joint"} and set(verdicts.TRUTH) == {"collapse", "lag", "neither"}
+    *lags, neither = (verdicts.planted(case, 0, epochs=4).state_dict() for case in ("lag", "mild lag", "neither"))
+    for lag, parts in zip(lags, ({"joint"}, {"joint", "encoder"}), strict=True):  # of 4 epochs, 20 are all
+        assert {name.partition(".")[0] for name in lag if torch.equal(lag[name], neither[name])} == parts
+    assert {*verdicts.TRUTH, *verdicts.WEIGHTS, *verdicts.EARLY} == set(verdicts.CASES)
     record = verdicts.judge("collapse", 0, epochs=1)
     assert (record["lost_truth"], record["late_truth"]) == ("yes", "no")
+
+
+def test_the_truth_that_is_measured_is_of_other_images(monkeypatch):
+    """Verdicts on the training images are set against those on the test images, and may be open."""
+    told = {"yes": "yes", "no": "no", "cannot tell": "open"}
+    seen = []
+
+    def usage(model, x, noise, draws=8):
+        seen.append((len(x), draws))
+        return SimpleNamespace(collapsed=said)
+
+    def lag(model, x, row, noise, k):
+        seen.append(len(x) // 4)
+        return SimpleNamespace(late=said)
+
+    monkeypatch.setattr(verdicts.advice, "usage", usage)
+    monkeypatch.setattr(verdicts.advice, "lag", lag)
+    for said, truth in told.items():
+        assert verdicts.measured(None, verdicts.observations(True)) == (truth, truth)
+        assert seen[-2:] == [300, (300, 64)]
