@@ -67,9 +67,10 @@ editions: $(VENV)/installed  ## make the notebooks that open anywhere: reader's,
 slides: $(VENV)/installed  ## make slides of every chapter, with speaker's notes, that open without a network
 	@$(PY) book/_tools/slides.py _build/slides
 
+# Of extensions it finds none: that for MyST, which `lab-source` has, leaves out what is folded.
 lab: editions  ## open the reader's notebooks in JupyterLab, as copies of your own in work/
 	@$(VENV)/bin/vaelib book work
-	@$(PY) -m jupyterlab $(AS_ROOT) work
+	@$(PY) -m jupyterlab $(AS_ROOT) --LabApp.labextensions_path=work work
 
 lab-source: $(VENV)/installed  ## open the sources of the chapters in JupyterLab
 	@$(PY) -m jupyterlab $(AS_ROOT) book
@@ -99,6 +100,6 @@ $(VENV)/installed: pyproject.toml constraints.txt $(ANEW)
 	@command -v $(PYTHON) >/dev/null || { echo 'Python 3.11 or newer is needed; "$(PYTHON)" was not found.' >&2; exit 2; }
 	@$(PYTHON) book/_tools/environment.py $(VENV)
 	@echo 'Installing into $(VENV): a few minutes the first time.'
-	@$(PY) -m pip install -c constraints.txt -e '.[book,test,lab,ray]'
+	@$(PY) -m pip install -c constraints.txt -e '.[book,test,lab,source,ray]'
 	@printf '%s\n' '$(CURDIR)' > $(VENV)/home
 	@touch $@

@@ -55,11 +55,20 @@ def test_a_pin_that_is_missing_or_out_of_range_is_found(constraints):
 
 def test_conda_and_make_install_the_same_thing():
     conda = yaml.safe_load(read("environment.yml"))["dependencies"]
-    assert conda[2]["pip"] == ["-c constraints.txt", "-e .[book,test,lab,ray]"]
-    assert "pip install -c constraints.txt -e '.[book,test,lab,ray]'" in read("Makefile")
+    assert conda[2]["pip"] == ["-c constraints.txt", "-e .[book,test,lab,source,ray]"]
+    assert "pip install -c constraints.txt -e '.[book,test,lab,source,ray]'" in read("Makefile")
     project = tomllib.loads(read("pyproject.toml"))["project"]
     assert Requirement("python" + project["requires-python"]).specifier.contains(conda[0].removeprefix("python="))
-    assert {"book", "test", "lab"} <= set(project["optional-dependencies"])
+    assert {"book", "test", "lab", "source"} <= set(project["optional-dependencies"])
+
+
+def test_what_opens_the_readers_notebooks_knows_no_myst():
+    """The extension for MyST leaves out what is folded, and numbers equations once more."""
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    assert [Requirement(text).name for text in extras["lab"]] == ["jupyterlab"]
+    assert all("book,lab]" in read(name) for name in ("Containerfile", "binder/environment.yml"))
+    recipe = read("Makefile").partition("\nlab: ")[2].partition("\n\n")[0]
+    assert recipe.endswith("--LabApp.labextensions_path=work work")
 
 
 def test_the_version_is_said_once():
