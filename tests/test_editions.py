@@ -57,6 +57,10 @@ PLANTED = {
     "unknown TeX": [r"$\KL{q}{p}$", "$$\n\\EE_q[z]\n$$"],
     "a link leads nowhere": ["[a page](notation.md)", "[here](nowhere.ipynb)"],
     "HTML": ['<div class="a">text</div>', "<br>"],
+    "markup in a summary": [
+        f"<details>\n<summary>{words}</summary>\n\ntext\n\n</details>"
+        for words in ("a `b`", "$x$", "*a*", "[a](b)", "<b>a</b>")
+    ],
     "a formula left open": ["for $x, and", "$$ x = 1"],
     "a formula over several lines of a quote": ["> $$\n> x\n> $$"],
 }
@@ -136,6 +140,10 @@ $$
 :class: dropdown
 See {cite:t}`roeder2017` and `code $x {cite}`.
 :::
+
+:::{dropdown} A path: `elbo-path`
+One line.
+:::
 """
     assert page.markdown(source).split("\n\n") == [
         "# A heading",
@@ -145,6 +153,9 @@ See {cite:t}`roeder2017` and `code $x {cite}`.
         f"> **Theorem 1.3** (A title)\n>\n> By [(1.7)]({there}#equation-eq-a)\n>\n> $$ x = 1. $$",
         "<details>\n<summary>Proof</summary>",
         "See [Roeder et al. (2017)](https://arxiv.org/abs/1703.09194) and `code $x {cite}`.",
+        "</details>",
+        "<details>\n<summary>A path: <code>elbo-path</code></summary>",
+        "One line.",
         "</details>",
     ]
     assert "Duvenaud" in page.references() and page.references().count("\n") == 0

@@ -8,8 +8,9 @@ teacher   solutions in their places, and what the page for teachers says of the 
 
 So whoever runs the reader's notebooks has run every cell of the book.
 Their Markdown is what JupyterLab, Colab, VS Code and GitHub all show right: paragraphs, lists, tables, quotes, code,
-links, ``$`` and ``$$`` (on one line inside a quote) with plain TeX, and ``<details>`` with a ``<summary>``. Boxes
-become quotes; numbers are those of the site; terms, works and pages become links. :func:`faults` looks for all else.
+links, ``$`` and ``$$`` (on one line inside a quote) with plain TeX, and ``<details>`` with a ``<summary>`` (in which
+``<code>`` stands for backticks). Boxes become quotes; numbers are those of the site; terms, works and pages become
+links. :func:`faults` looks for all else.
 
 What a source may use is what :data:`DIRECTIVES` and :data:`ROLES` know; anything else is an error that names it.
 """
@@ -211,6 +212,7 @@ def quote(text: str) -> str:
 
 
 def fold(summary: str, text: str) -> str:
+    summary = re.sub(r"`([^`]+)`", r"<code>\1</code>", summary)  # it is HTML, in which Markdown stays as it is
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
@@ -550,6 +552,7 @@ substack color cancel boxed triangle square Box diamond backslash surd angle bec
 
 RAW = re.compile(r"^\s*>?\s*(?::{3,}|(?:`{3,}|~{3,})\{)|\{[\w:-]+\}`|^\(\S+\)=$|\{\{|<!--", re.MULTILINE)
 HTML = re.compile(r"</?(?!details>|summary>|https?:)[A-Za-z][^>\n]*>")
+SUMMARY = re.compile(r"<summary>.*</summary>")
 SPANS = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1 *$|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$([^$]+)\$", re.DOTALL)
 
@@ -562,7 +565,9 @@ def faults(notebook, exists: Callable[[str], bool]) -> list[str]:
         for out in cell.get("outputs", []):
             texts += [text for kind in ("text/markdown", "text/latex") if (text := out.get("data", {}).get(kind))]
     for text in texts:
-        text = SPANS.sub("`code`", text)
+        summaries = [re.sub("</?code>", "", hit[0]) for hit in SUMMARY.finditer(text)]
+        found += [f"markup in a summary: {hit}" for hit in summaries if re.search(r"[`$*\[]|<(?!/?summary>)", hit)]
+        text = SUMMARY.sub("", SPANS.sub("`code`", text))
         formulas = [(one or other) for one, other in FORMULA.findall(text)]
         words = FORMULA.sub("x", text)
         found += [f"raw markup: {hit[0].strip()!r}" for hit in RAW.finditer(words)]
