@@ -167,6 +167,7 @@ BROKEN = [
     ("plain_python", lambda cells: cells[SOLUTION].update(source="get_ipython().run_line_magic('time', '')")),
     ("seeded", lambda cells: cells[CHECK].update(source="checks.holds(1 < 2, 'one is less')")),
     ("metadata", lambda cells: cells[CHECK].metadata.update(execution={"iopub.execute_input": "now"})),
+    ("parentheses", lambda cells: cells[0].update(source=cells[0].source + "\nNever noisier ({eq}`eq-a`).")),
     ("checks", lambda cells: prints(cells[CHECK], "True\n")),
     ("checks", lambda cells: cells[CHECK].outputs.clear()),
     ("checks", lambda cells: cells[CHECK].metadata.pop("tags")),

@@ -155,6 +155,13 @@ def metadata(notebook) -> Iterator[str]:
             yield f"cell metadata that does not belong here: {sorted(extra)}"
 
 
+def parentheses(notebook) -> Iterator[str]:
+    """An equation's number brings its own."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (found := re.search(r"\(\{eq\}`[^`]*`", cell.source)):
+            yield f"two parentheses before a number: {found[0]!r}"
+
+
 def checks(notebook) -> Iterator[str]:
     checked = [cell for cell in code_cells(notebook) if "check" in tags(cell)]
     if not checked:
@@ -320,7 +327,7 @@ def prose(notebook) -> str:
     return re.sub(r"^\$\$.*?^\$\$[^\n]*|\$[^$]*\$|^:+[^\n]*$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-RULES = (valid, order, size, figures, outputs, plain_python, seeded, metadata, checks, exercises, answers)
+RULES = (valid, order, size, figures, outputs, plain_python, seeded, metadata, parentheses, checks, exercises, answers)
 
 
 def problems(notebook) -> list[str]:
