@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import check_browser
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -312,6 +313,22 @@ def test_a_figure_to_move_gets_its_part_in_its_own_place(tmp_path, kind, part):
     assert body.count(part) == 1 and body.index(part) > body.index("fig-b")
     assert ('data-script="../_static/plotly.min.js"' in body) == (kind == TURN)
     assert "<b>" not in body and "http" not in body
+
+
+@pytest.mark.skipif(check_browser.browser() is None, reason="no Chromium or Chrome: NOTHING in a browser was checked")
+def test_arrow_keys_slide_through_the_pictures(tmp_path):
+    """As on the site, the script stands in the head, before the figure."""
+    told = {"label": "steps", "values": ["one", "two"], "pictures": ["AAAA", "BBBB"], "start": 0}
+    body = interactive.add_parts('<figure id="a"><img><figcaption>A</figcaption>', {"a": (SLIDE, told)}, "")
+    head = f"<!DOCTYPE html><title>A</title><script>{interactive._SCRIPT}</script>"
+    (tmp_path / "page.html").write_text(f"{head}<body>{body}</figure>")
+    with check_browser.chromium() as program:
+        page = program.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        page.focus("input", timeout=5000)
+        page.keyboard.press("ArrowRight")
+        assert page.is_visible("input") and page.inner_text("output") == "two"
+        assert page.get_attribute("img", "src") == "data:image/png;base64,BBBB"
 
 
 def test_a_figure_without_a_name_or_a_page_without_the_figure_stops_the_build(tmp_path):

@@ -36,21 +36,23 @@ PARTS = {
 """What a figure gets below its picture, by the type of what is stored beside it."""
 
 _SCRIPT = """
-for (const part of document.querySelectorAll(".slide")) {
-  const {label, values, pictures, start} = JSON.parse(part.querySelector("script").textContent);
-  const picture = part.closest("figure").querySelector("img");
-  const slider = part.querySelector("input"), output = part.querySelector("output");
-  const say = () => { slider.ariaValueText = output.textContent = values[slider.value]; };
-  part.querySelector("span").textContent = label;
-  slider.max = values.length - 1;
-  slider.value = start;
-  slider.addEventListener("input", () => {
-    picture.src = "data:image/png;base64," + pictures[slider.value];
+document.addEventListener("DOMContentLoaded", () => {  // the script stands in the head
+  for (const part of document.querySelectorAll(".slide")) {
+    const {label, values, pictures, start} = JSON.parse(part.querySelector("script").textContent);
+    const picture = part.closest("figure").querySelector("img");
+    const slider = part.querySelector("input"), output = part.querySelector("output");
+    const say = () => { slider.ariaValueText = output.textContent = values[slider.value]; };
+    part.querySelector("span").textContent = label;
+    slider.max = values.length - 1;
+    slider.value = start;
+    slider.addEventListener("input", () => {
+      picture.src = "data:image/png;base64," + pictures[slider.value];
+      say();
+    });
     say();
-  });
-  say();
-  part.hidden = false;
-}
+    part.hidden = false;
+  }
+});
 document.addEventListener("click", (event) => {
   if (!event.target.matches(".turn-button")) return;
   const part = event.target.closest(".turn"), picture = part.closest("figure").querySelector("img");
