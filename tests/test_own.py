@@ -496,3 +496,17 @@ def test_an_empty_name_is_not_the_folder_where_we_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="data set"):
         data.load("")
+
+
+def test_the_seed_is_that_of_ones_own_layers_too(tmp_path):
+    """Layers of PyTorch draw their weights from its own generator, which is left as it was."""
+    path = tmp_path / "plain.py"
+    path.write_text(textwrap.dedent(MODEL).replace("    torch.manual_seed(0)\n", ""))
+    before = torch.get_rng_state()
+
+    def weights(seed):
+        model = models.build(f"{path}:build", 4, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    assert torch.equal(before, torch.get_rng_state())

@@ -227,5 +227,10 @@ def build(
     for size, value in sizes.items():
         choose(f"size of model '{name}'", size, builder.__kwdefaults__ or {})
         whole_number(f"{size} of model '{name}'", value, least=1)
-    model = builder(Start(data_dim, mean, generator, shape), **sizes)
-    return whole(model, name) if ":" in name else model
+    start = Start(data_dim, mean, generator, shape)
+    if ":" not in name:
+        return builder(start, **sizes)
+    with torch.random.fork_rng(devices=(), enabled=generator is not None):  # PyTorch's layers take its own generator
+        if generator is not None:
+            torch.default_generator.manual_seed(generator.initial_seed())
+        return whole(builder(start, **sizes), name)
