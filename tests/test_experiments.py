@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -535,6 +536,26 @@ def test_a_socket_s_path_that_is_too_long_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(grid.OnThisMachine(1).context.Process, "start", long)
     with pytest.raises(InputError, match="too long a path: set TMPDIR"):
         grid.run("stl-figure-1", "smoke", results_folder=tmp_path, runs_folder=tmp_path / "runs", jobs=2)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="left out: the children are found in /proc")
+def test_a_fork_server_that_is_killed_while_it_starts_is_told(tmp_path):
+    process = command(tmp_path, "stl-figure-1", "--preset", "smoke", "--jobs", 1)
+
+    def fork_servers() -> list[int]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        words = {int(pid): Path(f"/proc/{pid}/cmdline") for pid in children}
+        with suppress(FileNotFoundError, ProcessLookupError):  # another child, which ended just now
+            return [pid for pid, line in words.items() if b"forkserver" in line.read_bytes()]
+        return []
+
+    wait_for(fork_servers, seconds=300)
+    os.kill(fork_servers()[0], signal.SIGKILL)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and err == (
+        "vaelib: the process from which the runs are started died (killed, perhaps for want of memory): the same "
+        "command goes on from the checkpoints\n"
+    )
 
 
 def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):

@@ -431,6 +431,46 @@ def test_data_that_changed_are_refused(tmp_path):
             use()
 
 
+def test_a_checkpoint_of_other_data_or_another_model_of_ones_own_is_refused(file, tmp_path):
+    """Of the same shapes, so that it would fit; the folder itself says what it began with."""
+    np.save(tmp_path / "a.npy", BYTES)
+    np.save(tmp_path / "b.npy", BYTES[::-1])
+    other = file.with_name("other.py")
+    other.write_text(file.read_text().replace("0.3", "0.4"))
+    assert other.read_text() != file.read_text()
+    common = Config(data=str(tmp_path / "a.npy"), model=f"{file}:build", epochs=1, batch_size=4, device="cpu")
+    runs.train(tmp_path / "a", common)
+    before = (tmp_path / "a" / "checkpoint.pt").read_bytes()
+    for name, change in (("data", str(tmp_path / "b.npy")), ("model", f"{other}:build")):
+        runs.train(tmp_path / name, replace(common, **{name: change}))
+        (tmp_path / "a" / "checkpoint.pt").write_bytes((tmp_path / name / "checkpoint.pt").read_bytes())
+        (tmp_path / "a" / "result.json").unlink(missing_ok=True)
+        for use in (lambda: runs.train(tmp_path / "a", common), lambda: runs.evaluate(tmp_path / "a", samples=2)):
+            with pytest.raises(InputError, match=rf"of another run \(its {name} is '.*SHA-256 \w+', not"):
+                use()
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(before)
+    assert runs.load(tmp_path / "a").history
+
+
+def test_data_that_moved_are_the_same_and_without_sources_changed_ones_are_noticed(tmp_path):
+    np.save(tmp_path / "a.npy", BYTES)
+    config = Config(data=str(tmp_path / "a.npy"), epochs=1, batch_size=4, sizes={"latent": 2}, device="cpu")
+    runs.train(tmp_path / "run", config)
+    np.save(tmp_path / "moved.npy", BYTES)
+    (tmp_path / "run" / "sources.json").unlink()
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**stored, "data": str(tmp_path / "moved.npy")}))
+    runs.train(tmp_path / "run", replace(config, data=str(tmp_path / "moved.npy"), epochs=2))
+    (tmp_path / "run" / "sources.json").unlink()
+    np.save(tmp_path / "moved.npy", BYTES[::-1])
+    for use in (
+        lambda: runs.load(tmp_path / "run"),
+        lambda: runs.train(tmp_path / "run", replace(config, data=str(tmp_path / "moved.npy"), epochs=3)),
+    ):
+        with pytest.raises(InputError, match=r"of another run \(its data is 'SHA-256 \w+', not 'SHA-256"):
+            use()
+
+
 def test_code_that_comes_with_a_run_is_not_run(run, file, tmp_path, monkeypatch):
     folder, config, _ = run
     monkeypatch.chdir(tmp_path)

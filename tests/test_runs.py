@@ -651,6 +651,55 @@ def test_a_checkpoint_of_another_run_is_named(finished, tmp_path):
     assert (run_dir / "result.json").read_bytes() == (finished / "result.json").read_bytes()
 
 
+def test_the_checkpoint_of_other_data_of_the_same_shape_is_refused(finished, tmp_path):
+    """Nothing but the name tells them apart."""
+    run_dir, state = copy_of(finished, tmp_path), torch.load(finished / "checkpoint.pt", weights_only=True)
+    for name, other in (("data", "mnist"), ("model", "mlp-2")):
+        recipe = {**state["recipe"], name: other}
+        torch.save({**state, "recipe": recipe}, run_dir / "checkpoint.pt")
+        for use in (lambda: runs.train(run_dir, replace(TINY, epochs=9)), lambda: runs.load(run_dir)):
+            with pytest.raises(
+                InputError, match=rf"of another run \(its {name} is '{other}', not '{getattr(TINY, name)}'\)"
+            ):
+                use()
+
+
+def test_a_checkpoint_that_does_not_say_of_which_data_it_is_is_read(finished, tmp_path):
+    """As those of before were."""
+    run_dir, state = copy_of(finished, tmp_path), torch.load(finished / "checkpoint.pt", weights_only=True)
+    recipe = {name: value for name, value in state["recipe"].items() if name not in ("data", "model")}
+    torch.save({**state, "recipe": recipe}, run_dir / "checkpoint.pt")
+    assert len(runs.load(run_dir).history) == 2
+    runs.train(run_dir, replace(TINY, epochs=3))
+    assert contents(run_dir)["checkpoint"]["recipe"] == state["recipe"]
+
+
+def test_the_result_of_another_run_is_not_believed(finished, tmp_path):
+    run_dir, other = copy_of(finished, tmp_path), tmp_path / "other"
+    runs.train(other, replace(TINY, seed=1))
+    strange = runs.evaluate(other, samples=2, limit=2)
+    (run_dir / "result.json").write_bytes((other / "result.json").read_bytes())
+    with pytest.warns(UserWarning, match="result.json' has the training and evaluation of another run"):
+        result = runs.train(run_dir, TINY)
+    assert result == contents(run_dir)["result"] == contents(finished)["result"]
+
+    (run_dir / "result.json").write_bytes((other / "result.json").read_bytes())
+    with pytest.warns(UserWarning, match="of another run"):
+        found = runs.evaluate(run_dir, samples=2, limit=2)
+    assert contents(run_dir)["result"] == {"evaluation": found} and found["nll"] != strange["nll"]
+    assert runs.train(run_dir, TINY) == {**contents(finished)["result"], "evaluation": found}
+
+
+def test_a_result_of_before_weights_were_noted_stays(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    runs.evaluate(run_dir, samples=2, limit=2)
+    old = contents(run_dir)["result"]
+    for part in old.values():
+        del part["weights"]
+    (run_dir / "result.json").write_text(json.dumps(old))
+    assert runs.train(run_dir, TINY) == old
+
+
 def test_more_patience_goes_on_where_less_had_stopped(tmp_path):
     still = replace(TINY, epochs=6, lr=1e-30, validate=True, patience=1)
     assert runs.train(tmp_path, still)["training"]["epoch"] == 2

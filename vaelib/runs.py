@@ -135,7 +135,7 @@ def train(
         restore_own(training, config, folder)
         log = tensorboard(folder, training) if config.log else lambda training: None
         write_json(folder.config, asdict(config))
-        write_sources(config, folder)
+        write_sources(training, config, folder)
         write_metrics(folder.metrics, training)
 
         def after_step(training: Training) -> None:
@@ -146,7 +146,7 @@ def train(
             go_on(training, folder, config.checkpoint_seconds, after_step, progress)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{stop}; go on with: vaelib train {in_shell(folder.path)}") from None
-        known = {name: found for name, found in known.items() if found["step"] == training.step}
+        known = {name: found for name, found in of(training, known, folder).items() if found["step"] == training.step}
         if "training" not in known:
             known["training"] = {**training.history[-1], **provenance(training)}
             write_json(folder.result, known)
@@ -330,6 +330,7 @@ def evaluate(
     with in_use(folder), enough_memory("chunk", "limit"):
         known = read_result(folder.result)
         training, images = trained(folder, device)
+        known = of(training, known, folder)
         found = measure(training, images, samples, chunk, limit, seed, progress)
         try:
             show(found)
@@ -420,7 +421,9 @@ def build(config: Config, images: Images | Text) -> Training:
             images = images.map(lambda split: replace(split, binarisation="dynamic"))
     hooks = [HeldOut(images.valid, config.patience)] if config.validate else []
     model = model.to(find_device(config.device))
-    return Training(model, images.train, config.estimator, config, hooks, config.compile)
+    training = Training(model, images.train, config.estimator, config, hooks, config.compile)
+    training.sources = sources(config)
+    return training
 
 
 def seen(images: Images | Text, training: Training) -> Images | Text:
@@ -467,7 +470,8 @@ def restore_own(training: Training, config: Config, folder: Folder) -> None:
     InputError
         as :func:`restore`, and if the data have changed.
     """
-    then, now = read_json(folder.sources) or {}, sources(config)
+    now = training.sources
+    then = training.sources = read_json(folder.sources) or now
     if then.get("data") != now.get("data") and "data" in then:
         raise InputError(
             f"'{config.data}' has changed since this run began: put it back as it was, or train anew in another folder"
@@ -487,12 +491,11 @@ def restore_own(training: Training, config: Config, folder: Folder) -> None:
         warnings.warn(what, stacklevel=2)
 
 
-def write_sources(config: Config, folder: Folder) -> None:
+def write_sources(training: Training, config: Config, folder: Folder) -> None:
     """Record what is one's own, once."""
-    found = sources(config)
-    if found and not lexists(folder.sources):
-        write_json(folder.sources, found)
-        if "model" in found:
+    if training.sources and not lexists(folder.sources):
+        write_json(folder.sources, training.sources)
+        if "model" in training.sources:
             write(folder.model, read(code(config)["model"]))
 
 
@@ -531,7 +534,19 @@ def provenance(training: Training) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "vaelib": __version__,
+        "weights": weights(training.model),
     }
+
+
+def weights(model: torch.nn.Module) -> str:
+    """Return the beginning of the SHA-256 of all that a model has learnt."""
+    learnt = [value.detach().cpu().contiguous() for value in model.state_dict().values() if isinstance(value, Tensor)]
+    return short(b"".join(value.reshape(-1).view(torch.uint8).numpy().tobytes() for value in learnt))
+
+
+def short(content: bytes) -> str:
+    """Return as much of a SHA-256 as tells one run from another."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def named(folder: str | Path) -> Path:
@@ -582,8 +597,15 @@ def save(training: Training, path: Path) -> None:
 
 
 def fixed(training: Training) -> dict[str, Any]:
-    """Return what of a training's recipe stays while it goes on; data and model may come to another place."""
-    return {name: value for name, value in asdict(training.recipe).items() if name not in FREE | {"data", "model"}}
+    """Return what of a training's recipe stays while it goes on; one's own data and model may come to another place."""
+    kept = {name: value for name, value in asdict(training.recipe).items() if name not in FREE}
+    files = dict(training.sources)
+    if "data" in files:
+        kept["data"] = f"SHA-256 {files.pop('data')[:16]}"
+    if files:
+        function = kept["model"].rpartition(":")[2]
+        kept["model"] = f"{function}, SHA-256 {short(json.dumps(files, sort_keys=True).encode())}"
+    return kept
 
 
 def restore(training: Training, path: Path) -> None:
@@ -600,7 +622,7 @@ def restore(training: Training, path: Path) -> None:
     if others := [f"its {name} is {then[name]!r}, not {now[name]!r}" for name in then if then[name] != now.get(name)]:
         raise InputError(
             f"'{path}' is a checkpoint of another run ({', '.join(others)}): put the right one, or the right "
-            "config.json, in its place, or train anew in another folder"
+            "config.json or data, in its place, or train anew in another folder"
         )
     with fitting(path):
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
@@ -697,6 +719,18 @@ def read_result(path: Path) -> dict[str, dict[str, Any]]:
                 f"'{path}' is not the result of a run ({name!r}): delete it, or put a whole copy in its place"
             )
     return found
+
+
+def of(training: Training, known: dict[str, dict[str, Any]], folder: Folder) -> dict[str, dict[str, Any]]:
+    """Return what ``known``, of ``result.json``, says of this run; what another run left is warned of."""
+    own = weights(training.model)
+    strange = [n for n, part in known.items() if part["step"] == training.step and part.get("weights", own) != own]
+    if strange:
+        warnings.warn(
+            f"'{folder.result}' has the {' and '.join(strange)} of another run (of other weights): left out",
+            stacklevel=3,
+        )
+    return {name: part for name, part in known.items() if name not in strange}
 
 
 def check_same(stored: Config, asked: Config, folder: Folder) -> None:

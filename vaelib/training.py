@@ -261,6 +261,8 @@ class Training:
         the factor on the learning rate that hooks have left of it.
     stopped : bool
         whether a hook ended the training before its time.
+    sources : dict
+        the SHA-256 of what its recipe names by a place on the disk, see :func:`vaelib.runs.sources`.
 
     Raises
     ------
@@ -303,6 +305,7 @@ class Training:
         self.steps_per_epoch = len(split) // recipe.batch_size  # an incomplete batch is left out; every epoch another
         self.step, self.seconds, self.decay, self.stopped = 0, 0.0, 1.0, False
         self.history: list[dict[str, Any]] = []
+        self.sources: dict[str, str] = {}
         self.lines: list[str] = []
         self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)

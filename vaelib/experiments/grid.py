@@ -347,6 +347,11 @@ class OnThisMachine:
         with deaf_to_interrupts():  # and so is the fork server, which this starts
             try:
                 process.start()
+            except (EOFError, ConnectionError) as error:
+                raise InputError(
+                    "the process from which the runs are started died (killed, perhaps for want of memory): the same "
+                    "command goes on from the checkpoints"
+                ) from error
             except OSError as error:
                 if "AF_UNIX" not in str(error):
                     raise
