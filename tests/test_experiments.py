@@ -122,6 +122,7 @@ SPREADSHEETS = {
     "a byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
     "both": lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
     "blank lines at the end": lambda text: f"{text}\n\n".encode(),
+    "no line end at the end": lambda text: text.rstrip("\n").encode(),
     "quotes": lambda text: text.replace("elbo-path", '"elbo-path"').encode(),
     "numbers in its own way": lambda text: text.replace(",0.01,", ",1.00E-02,").encode(),
 }
@@ -161,6 +162,12 @@ SPOILT = {
     ),
     "no value": (in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1,,,1")), "line 3 of .* has value '', not a"),
     "a line twice": (in_line_3(lambda lines: lines[1]), "line 3 of .* repeats a number"),
+    "a number twice, in other words": (
+        in_line_3(lambda lines: lines[1].replace(",0.01,", ",1.00E-02,")), "line 3 of .* repeats a number",
+    ),
+    "a place twice, in other words": (
+        in_line_3(lambda lines: lines[1].replace(",kl,0,", ",kl,00,")), "line 3 of .* repeats a number",
+    ),
     "a quote that does not end": (in_line_3(lambda lines: '"' + lines[2]), "is not CSV"),
     "a place between epochs": (in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1.5,1,,1")), "has at '1.5'"),
     "half a letter": (lambda text: text.replace("cpu", "cp\u00fc").encode("latin-1"), "is not text in UTF-8"),
@@ -209,6 +216,23 @@ def test_a_count_that_was_cut_is_the_whole_run_s(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.* lack numbers")
+def test_a_count_that_was_cut_in_a_run_s_first_line_is_not_the_whole_run_s(tmp_path):
+    """Of the first of eleven lines, which ends "11", "1" is left: one of one, it seems, also once more was added."""
+    experiment, path = experiments.find("silent-linear"), tmp_path / "silent-linear.csv"
+    lines = Path("results/silent-linear.csv").read_text().splitlines(keepends=True)
+    found = results.read(experiment, Path("results"))
+    at = results.keys(found, experiment).index(key := results.keys(found, experiment)[-1]) + 1
+    path.write_text("".join(lines[: at + 1])[:-2])
+    assert path.read_text().endswith(",1")
+    before = results.finished(experiment, Path("results"))
+    assert results.finished(experiment, tmp_path) == before - {key}
+    with pytest.warns(UserWarning, match="1 runs in .* lack numbers and are left out"):
+        experiments.load("silent-linear", folder=tmp_path)
+    results.add(experiment, experiment.tasks("smoke")[0], numbers(1.0), tmp_path)
+    assert key not in results.finished(experiment, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.* lack numbers")
 @pytest.mark.parametrize("lost", range(1, 4))
 def test_a_run_that_lacks_numbers_is_none_and_is_made_anew(table, lost):
     """A table cut at a line end is one that everybody can read; what is finished is told by the count."""
@@ -230,8 +254,10 @@ def test_a_run_that_lacks_numbers_is_none_and_is_made_anew(table, lost):
 def test_a_table_of_before_runs_were_counted_is_as_it_is(table):
     before = experiments.load("stl-figure-1", folder=table.parent)
     table.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in table.read_text().splitlines()))
-    assert experiments.load("stl-figure-1", folder=table.parent).equals(before)
-    results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], numbers(1.0), table.parent)
+    with pytest.warns(UserWarning, match="does not say how many numbers a run has: whether it lacks some cannot be t"):
+        assert experiments.load("stl-figure-1", folder=table.parent).equals(before)
+    with pytest.warns(UserWarning, match="does not say how many numbers"):
+        results.add(FIGURE_1, FIGURE_1.tasks("smoke", 2)[1], numbers(1.0), table.parent)
     assert table.read_text().startswith("preset,") and ",date,numbers\n" in table.read_text()
     assert len(results.finished(FIGURE_1, table.parent)) == 3
 
@@ -250,6 +276,39 @@ def test_a_table_that_was_cut_between_two_lines_is_shown(tmp_path, name, share):
     found = experiments.load(name, max(presets), tmp_path)
     assert str(experiments.Table(experiments.find(name).table(found)))
     experiments.find(name).figure(found, Figure())
+
+
+def test_a_value_that_is_not_finite_is_read_and_said(table):
+    text = table.read_text()
+    for word in ("inf", "-inf", "nan"):
+        table.write_text(text.replace(",1,1,,1", f",1,{word},,1", 1))
+        with pytest.warns(UserWarning, match="1 values in .*stl-figure-1.csv' are not finite"):
+            assert str(experiments.load("stl-figure-1", folder=table.parent)["value"][1]) == word
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_a_table_that_came_with_the_package_is_read_without_a_word(name, recwarn):
+    assert len(experiments.load(name)) and not list(recwarn)
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="left out: Windows has no such locks")
+def test_a_table_that_is_a_link_is_locked_where_it_is(table, tmp_path):
+    """Two grids, each with a folder of its own, one of which has a link to the other's table."""
+    link = tmp_path / "other" / table.name
+    link.parent.mkdir()
+    link.symlink_to(Path("..") / table.name)
+    task = FIGURE_1.tasks("smoke", 2)[1]
+    adding = threading.Thread(target=results.add, args=(FIGURE_1, task, numbers(1.0), link.parent))
+    with files.locked(table.parent):
+        adding.start()
+        adding.join(1)
+        assert adding.is_alive()
+        assert len(results.finished(FIGURE_1, table.parent)) == 2
+    adding.join(60)
+    assert link.is_symlink() and len(results.finished(FIGURE_1, table.parent)) == 3
+    table.unlink()
+    with pytest.raises(InputError, match="is a link to .*, which is not there: mend it"):
+        results.add(FIGURE_1, task, numbers(1.0), link.parent)
 
 
 def test_a_table_of_another_experiment_is_not_written_over(table):
@@ -381,8 +440,12 @@ def undisturbed(tmp_path_factory) -> dict:
     for job in jobs_of([training_task(0), training_task(1)], folder):
         job.folder.mkdir()
         subprocess.run([sys.executable, "-c", ONE_RUN, str(job.task.seed), str(job.folder)], check=True)
-        results.add(stl.EXPERIMENTS["stl-table-2"], job.task, grid.measured_in(job.folder / "measured.json"), folder)
+        results.add(stl.EXPERIMENTS["stl-table-2"], job.task, measured_of(job), folder)
     return values(folder)
+
+
+def measured_of(job: grid.Job) -> list[dict]:
+    return grid.measured_in(job.folder / "measured.json", job.task)
 
 
 ONE_RUN = """
@@ -438,9 +501,10 @@ def test_the_seconds_of_earlier_starts_count(tmp_path, monkeypatch):
     """By a clock that is asked at the start, at each of five reports and at the end, and goes on by 2 seconds."""
     monkeypatch.setattr(grid, "time", SimpleNamespace(monotonic=itertools.count(step=2).__next__))
     files.write_json(tmp_path / "progress.json", {"done": 0.5, "seconds": 1000.0})
-    assert grid.execute(FIGURE_1.tasks("smoke")[0], tmp_path, "cpu") == ""
+    task = FIGURE_1.tasks("smoke")[0]
+    assert grid.execute(task, tmp_path, "cpu") == ""
     assert grid.progress_in(tmp_path) == {"done": 1.0, "seconds": 1010.0}
-    assert {number["seconds"] for number in grid.measured_in(tmp_path / "measured.json")} == {1012.0}
+    assert {number["seconds"] for number in grid.measured_in(tmp_path / "measured.json", task)} == {1012.0}
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
@@ -519,7 +583,7 @@ def test_a_damaged_file_of_a_run_fails_that_run_alone(tmp_path, content):
     def start(job: grid.Job) -> None:
         Told.start(pool, job)
         if job is whole:
-            files.write_json(job.folder / "measured.json", {"measured": numbers(1.0)})
+            files.write_json(job.folder / "measured.json", grid.outcome_of(job.task, numbers(1.0)))
         elif content is not None:
             (job.folder / "measured.json").write_text(content)
 
@@ -527,6 +591,29 @@ def test_a_damaged_file_of_a_run_fails_that_run_alone(tmp_path, content):
     failed = finish(pool, [damaged, whole], tmp_path)
     assert list(failed) == [damaged] and "measured.json" in failed[damaged] and "\n" not in failed[damaged]
     assert len(experiments.load("stl-figure-1", folder=tmp_path)) == 1
+
+
+@pytest.mark.parametrize("change", ["of another run", "of another experiment", "a number less", "as it was before"])
+def test_the_numbers_of_another_run_or_some_of_them_are_not_stored(tmp_path, change):
+    damaged, whole = jobs_of(FIGURE_1.tasks("smoke"), tmp_path)
+    for job in (damaged, whole):
+        assert grid.execute(job.task, job.folder, "cpu") == ""
+    here, there = damaged.folder / "measured.json", whole.folder / "measured.json"
+    found = json.loads(here.read_text())
+    found = {
+        "of another run": json.loads(there.read_text()),
+        "of another experiment": {**found, "run": ["stl-figure-3", *found["run"][1:]]},
+        "a number less": {**found, "measured": found["measured"][1:]},
+        "as it was before": {"measured": found["measured"]},
+    }[change]
+    files.write_json(here, found)
+    failed = finish(Told(""), [damaged, whole], tmp_path)
+    assert list(failed) == [damaged]
+    assert "measured.json' is not what this run measured: delete it" in failed[damaged]
+    assert results.finished(FIGURE_1, tmp_path) == {whole.task.key}
+    here.unlink()
+    assert finish(grid.OnThisMachine(1), [damaged], tmp_path) == {}
+    assert len(results.finished(FIGURE_1, tmp_path)) == 2
 
 
 def test_a_socket_s_path_that_is_too_long_is_named(tmp_path, monkeypatch):

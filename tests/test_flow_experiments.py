@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from vaelib import checks, experiments, flows
 from vaelib.experiments import flow, grid
@@ -68,3 +69,23 @@ def test_one_command_makes_the_table_alone_or_together(name, tmp_path):
 def test_a_posterior_that_is_a_flow_is_one():
     assert isinstance(flow.autoencoder("flow", 5, 4, 0).encoder, flows.FlowEncoder)
     assert not isinstance(flow.autoencoder("gaussian", 5, 4, 0).encoder, flows.FlowEncoder)
+
+
+def test_each_line_of_gains_has_the_seeds_of_its_own_pairs():
+    seeds = {("gaussian", "elbo-total"): 4, ("gaussian", "elbo-path"): 3, ("flow", "elbo-total"): 2}
+    seeds["flow", "elbo-path"] = 1
+    found = DataFrame(
+        [
+            {"posterior": posterior, "estimator": estimator, "epochs": 20, "seed": seed, "metric": metric, "value": 1.0}
+            for (posterior, estimator), n in seeds.items()
+            for seed in range(n)
+            for metric in ("elbo", "log-likelihood")
+        ]
+    )
+    lines = {line[1:3]: line[-1] for line in flow.table_of_gains(found)[1:]}
+    assert lines == {
+        ("flow", "elbo-total"): "2",
+        ("flow", "elbo-path"): "1",
+        ("elbo-path", "gaussian"): "3",
+        ("elbo-path", "flow"): "1",
+    }

@@ -312,9 +312,10 @@ def test_a_number_is_one_that_pandas_reads_as_python_does(word):
 
 @given(JSON)
 def test_what_a_run_measured_is_that_or_refused(folder, value):
-    (folder / "measured.json").write_text(json.dumps({"measured": [value]}))
+    task = experiments.find("stl-figure-1").tasks("smoke")[0]
+    (folder / "measured.json").write_text(json.dumps(grid.outcome_of(task, [value])))
     with pytest.raises(InputError):
-        grid.measured_in(folder / "measured.json")
+        grid.measured_in(folder / "measured.json", task)
     (folder / "progress.json").write_text(json.dumps(value))
     assert all(0 <= number <= 1e9 for number in grid.progress_in(folder).values())
     files.sweep(folder)

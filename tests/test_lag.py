@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from vaelib import data
 from vaelib.collapse import METHODS
+from vaelib.errors import InputError
 from vaelib.experiments import curve, find, lag
 from vaelib.experiments.results import with_provenance
 from vaelib.models.vae import VAE
@@ -254,3 +256,12 @@ def test_images_are_trained_by_the_same_run(tmp_path, monkeypatch):
     assert {m.metric for m in measured} >= {"nll", "au"} and torch.isfinite(
         torch.tensor([m.value for m in measured])
     ).all()
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_points_whose_last_line_was_cut_are_refused(tmp_path, lost):
+    """The last number may have lost a digit."""
+    path = tmp_path / "space.csv"
+    path.write_text(Path("results/lag-toy-space.csv").read_text()[:-lost])
+    with pytest.raises(InputError, match="the last line of .*space.csv' has no line end and may be cut"):
+        lag.read_points(path, ("preset", *lag.SPACE_COLUMNS))

@@ -214,6 +214,11 @@ def read_table(path: Path, *headers: Sequence[str]) -> dict[int, dict[str, str]]
     return {number: dict(zip(first, line)) for number, line in lines.items()}
 
 
+def is_ended(path: Path) -> bool:
+    """Tell whether the last line of a text has its end; the last field of one that was cut may have lost something."""
+    return (read_text(path) or "\n").endswith(("\n", "\r"))
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, or of a file that is made if need be, until the block or the process ends.
@@ -236,3 +241,13 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked_around(path: Path) -> Iterator[None]:
+    """Wait for the lock of the folder that a file is in, which is made if need be; of a link it is where that leads."""
+    folder = Path(os.path.realpath(path)).parent
+    with told(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait=True):
+        yield

@@ -239,7 +239,7 @@ def table_of_gains(found: DataFrame) -> Lines:
     lines = [("epochs", "gain of", "with", "ELBO", "log p(x)", "seeds")]
     for over, reference, other in [("posterior", "gaussian", "estimator"), ("estimator", "elbo-total", "posterior")]:
         lead = gains(found, over, reference)
-        words = plus_minus(lead).unstack("metric")
+        words, seeds = (each.unstack("metric") for each in (plus_minus(lead), lead["n"]))
         for (epochs, *key), line in words.iterrows():
             names = dict(zip(("posterior", "estimator"), key, strict=True))
             lines.append(
@@ -249,7 +249,7 @@ def table_of_gains(found: DataFrame) -> Lines:
                     names[other],
                     line["elbo"],
                     line["log-likelihood"],
-                    str(lead["n"].max()),
+                    str(seeds.at[(epochs, *key), "elbo"]),
                 )
             )
     return [lines[0], *sorted(lines[1:], key=lambda line: int(line[0]))]

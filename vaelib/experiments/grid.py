@@ -215,7 +215,7 @@ class Grid:
                 files.write(job.folder / "error.txt", f"{why}\n".encode())
         else:
             try:
-                measured = measured_in(job.folder / "measured.json")
+                measured = measured_in(job.folder / "measured.json", job.task)
             except (InputError, OSError) as error:
                 self.failed[job] = str(error)
                 return
@@ -276,7 +276,7 @@ def execute(task: Task, folder: Path, device: str) -> str:
             place = find_device(device).type
             measured = find(task.experiment).run(task.config, task.seed, folder, place, report)
             numbers = results.with_provenance(measured, before + time.monotonic() - start, place)
-            files.write_json(outcome, {"measured": numbers})
+            files.write_json(outcome, outcome_of(task, numbers))
             return ""
     except files.InUse:
         return IN_USE
@@ -288,20 +288,32 @@ def execute(task: Task, folder: Path, device: str) -> str:
         return traceback.format_exc()[-10_000:]
 
 
-def measured_in(path: Path) -> list[dict[str, Any]]:
+def outcome_of(task: Task, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a measured.json holds: whose numbers they are, how many, and the numbers."""
+    return {"run": [task.experiment, *task.key], results.COUNT: len(measured), "measured": measured}
+
+
+def measured_in(path: Path, task: Task) -> list[dict[str, Any]]:
     """Return what a run measured.
 
     Raises
     ------
     InputError
-        if the file says something else.
+        if the file says something else, is of another run, or lacks numbers.
     """
-    found = (files.read_json(path) or {}).get("measured")
-    if not isinstance(found, list) or not found or not all(map(results.is_measured, found)):
+    found = files.read_json(path) or {}
+    measured = found.get("measured")
+    if (
+        not isinstance(measured, list)
+        or not measured
+        or not all(map(results.is_measured, measured))
+        or found != outcome_of(task, measured)
+    ):
         raise InputError(
-            f"'{path}' is not what a run measured: delete it, and the same command measures again, from the checkpoint"
+            f"'{path}' is not what this run measured: delete it, and the same command measures again, from the "
+            "checkpoint"
         )
-    return found
+    return measured
 
 
 def progress_in(folder: Path) -> dict[str, float]:

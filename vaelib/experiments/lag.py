@@ -265,6 +265,8 @@ def read_points(path: Path, columns: Sequence[str]) -> DataFrame:
         if the file holds anything else; it names the line.
     """
     lines = files.read_table(path, columns) or {}
+    if not files.is_ended(path):
+        raise InputError(f"the last line of '{path}' has no line end and may be cut: mend that line or delete it")
     for number, line in lines.items():
         try:
             place = int(line["step"]) >= 0 and int(line["point"]) >= 0
@@ -285,7 +287,7 @@ def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> 
         return
     path = results_folder / "lag-toy-space.csv"
     points.insert(0, "preset", preset)
-    with files.locked(results_folder, wait=True):
+    with files.locked_around(path):
         old = read_points(path, ("preset", *SPACE_COLUMNS))
         made = (old["preset"] == preset) & old["method"].isin(points["method"])
         points = pd.concat([old[~made], points])

@@ -3,7 +3,8 @@
 Its columns are the preset, the configuration, the seed, what was measured (``metric``, ``at``), the number with its
 standard error, what it was measured with (seconds, device, threads, versions, date), and how many ``numbers`` its run
 has. A run is added whole or not at all, under a lock, so that several grids can add to one table. One that lacks
-numbers, since somebody cut the table, is no run: it is left out, and made anew.
+numbers, since somebody cut the table, is no run: it is left out, and made anew. So is a run of one number in a last
+line without a line end, whose count may be cut.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import math
 import re
 import subprocess
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
@@ -86,6 +89,11 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
     found = found[fits]
     if preset is not None:
         found = found[found["preset"] == preset]
+    if wild := (~np.isfinite(found["value"].astype("float64"))).sum():
+        warnings.warn(
+            f"{wild} values in '{path_of(experiment, Path(folder))}' are not finite, nor is a mean with one of them",
+            stacklevel=2,
+        )
     if found.empty:
         option = "" if folder in (TABLES, Path("results")) else f" --results {files.in_shell(folder)}"
         raise InputError(
@@ -215,15 +223,19 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
     path, header = path_of(experiment, folder), columns(experiment)
     lines = files.read_table(path, header, header[:-1]) or {}
     found = DataFrame(list(lines.values()), index=list(lines), columns=header, dtype=object)
+    runs = keys(found, experiment)
     if lines and COUNT not in next(iter(lines.values())):
-        runs = Series(keys(found, experiment), found.index)
-        found[COUNT] = runs.map(runs.value_counts()).astype(str)
+        warnings.warn(f"'{path}' does not say how many numbers a run has: whether it lacks some cannot be told")
+        counts = Counter(runs)
+        found[COUNT] = [str(counts[run]) for run in runs]
+    elif lines and not files.is_ended(path) and runs.count(runs[-1]) == 1:
+        found.loc[found.index[-1], COUNT] = "0"
     advice = "mend that line or delete it; nothing was written"
     for name, (kind, fits) in kinds(experiment).items():
         for number, text in found[name].items():
             if not fits.fullmatch(text):
                 raise InputError(f"line {number} of '{path}' has {name} {text!r}, not {kind}: {advice}")
-    again = found.duplicated(["preset", *experiment.keys, "seed", "metric", "at"])
+    again = Series([*zip(runs, found["metric"], found["at"].map(canonical))], found.index, dtype=object).duplicated()
     if again.any():
         raise InputError(f"line {again.idxmax()} of '{path}' repeats a number of the same run: {advice}")
     return found.reset_index(drop=True)
@@ -244,8 +256,7 @@ def finished(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
 
 def add(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Add what a run measured to the table, unless it holds that run already; the table is whole at any moment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.locked(folder, wait=True):
+    with files.locked_around(path_of(experiment, folder)):
         found = read(experiment, folder)
         here = Series([key == task.key for key in keys(found, experiment)], found.index, dtype=bool)
         if (here & whole(found, experiment)).any():
