@@ -264,12 +264,12 @@ def figure_of_gains(found: DataFrame, figure: Figure) -> None:
             look, full = plots.LOOKS[estimator], posterior == "flow"
             ax.errorbar(
                 place, line["mean"], 2 * line["standard_error"], color=look.color, capsize=3,
-                marker="o" if full else "s", mfc=look.color if full else "white", ls="",
-                label=f"{posterior}, {look.label}",
+                marker="o" if full else "s", mfc=look.color if full else "white",
             )  # fmt: skip
-        ax.set(title=metric, xticks=[], xlim=(-0.5, len(means) - 0.5))
+        arms = [f"{posterior}\n{plots.LOOKS[estimator].label}" for posterior, estimator in means.index]
+        ax.set_xticks(range(len(means)), arms, fontsize="small")
+        ax.set(title={"elbo": "ELBO", "log-likelihood": "log p(x)"}[metric], xlim=(-0.5, len(means) - 0.5))
     figure.axes[0].set_ylabel("nats")
-    figure.axes[1].legend(loc="lower right", fontsize=8)
 
 
 # --- the experiments --------------------------------------------------------------------------------------------------
