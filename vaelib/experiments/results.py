@@ -15,7 +15,6 @@ import math
 import re
 import subprocess
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ KINDS = {
     "value": ("a number", NUMBER),
     "standard_error": ("a number, or nothing", re.compile(rf"(?:{NUMBER.pattern})?")),
     "seconds": ("a number", NUMBER),
-    COUNT: ("a whole number", re.compile(r"[0-9]{1,18}")),
+    COUNT: ("a whole number, or nothing", re.compile(r"[0-9]{0,18}")),
 }
 """What must stand in a column."""
 
@@ -213,7 +212,7 @@ def path_of(experiment: Experiment, folder: Path) -> Path:
 def read(experiment: Experiment, folder: Path) -> DataFrame:
     """Return an experiment's table as it stands there, every field as text; empty if there is no file.
 
-    A table of before runs were counted has those runs that it has.
+    In a table of before runs were counted the count is empty, and stays so.
 
     Raises
     ------
@@ -224,11 +223,10 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
     lines = files.read_table(path, header, header[:-1]) or {}
     found = DataFrame(list(lines.values()), index=list(lines), columns=header, dtype=object)
     runs = keys(found, experiment)
-    if lines and COUNT not in next(iter(lines.values())):
+    found[COUNT] = found[COUNT].fillna("")
+    if (found[COUNT] == "").any():
         warnings.warn(f"'{path}' does not say how many numbers a run has: whether it lacks some cannot be told")
-        counts = Counter(runs)
-        found[COUNT] = [str(counts[run]) for run in runs]
-    elif lines and not files.is_ended(path) and runs.count(runs[-1]) == 1:
+    if lines and not files.is_ended(path) and runs.count(runs[-1]) == 1:
         found.loc[found.index[-1], COUNT] = "0"
     advice = "mend that line or delete it; nothing was written"
     for name, (kind, fits) in kinds(experiment).items():
@@ -244,7 +242,7 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
 def whole(found: DataFrame, experiment: Experiment) -> Series:
     """Tell of each line whether its run has all its numbers, as many as each of its lines says."""
     runs = Series(keys(found, experiment), found.index, dtype=object)
-    fits = runs.map(runs.value_counts()).astype("int64") == found[COUNT].astype("int64")
+    fits = (found[COUNT] == "") | (runs.map(runs.value_counts()).astype(str) == found[COUNT].str.lstrip("0"))
     return ~runs.isin(set(runs[~fits]))
 
 
