@@ -95,4 +95,4 @@ def test_the_chapter_reads_whole_tables(name):
     """Every run of the short preset, and none twice: a missing seed would change a standard error without a word."""
     experiment = find(name)
     tasks = {task.key for task in experiment.tasks("short")}
-    assert tasks and tasks == finished(experiment, RESULTS)
+    assert tasks and tasks == {key for key in finished(experiment, RESULTS) if key[0] == "short"}
