@@ -14,6 +14,7 @@ import re
 import shlex
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -179,7 +180,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of a JSON object as a dictionary; raise ValueError where a name comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        again = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        ((again, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"'{again}' stands there twice")
     return found
 
