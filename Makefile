@@ -43,7 +43,7 @@ test: $(VENV)/installed  ## run the unit tests, every chapter, and the checks of
 	@echo '== Every chapter, as its readers get it, run again and compared with the outputs it stores'
 	@$(PY) book/_tools/editions.py _build/editions
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope --nbval --nbval-current-env \
-		--nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=120 _build/editions/reader
+		-p tests.kernels --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=120 _build/editions/reader
 	@echo '== The site, built from nothing'
 	@rm -rf _build
 	@$(BOOK) --quiet

@@ -44,7 +44,7 @@ class Bernoulli:
             for another number of pixels, or pixels that are not 0 or 1.
         """
         check_pixels(x, self.logits)
-        if not tracing() and not torch.equal((x != 0).to(x), x):
+        if not tracing() and not torch.equal(x.sign().abs_(), x):
             raise InputError(
                 f"a Bernoulli likelihood is for pixels of 0 and 1, but these go from {x.min():g} to {x.max():g} and "
                 "are not all 0 or 1: binarise them (--binarisation dynamic or fixed), or take a Gaussian likelihood"
