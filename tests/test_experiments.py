@@ -160,6 +160,15 @@ SPOILT = {
     "a preset that is none": (
         in_line_3(lambda lines: lines[2].replace("smoke", "smkoe")), "line 3 of .* has preset 'smkoe', not smoke or",
     ),
+    "a metric that is none": (in_line_3(lambda lines: lines[2].replace(",kl,", ",KL,")), "metric .KL. at 1, not kl"),
+    "a metric of the whole run at a place": (
+        in_line_3(lambda lines: lines[2].replace(",kl,", ",final kl,")), "has metric 'final kl' at 1, not kl",
+    ),
+    "a place less": (in_line_3(lambda lines: lines[2].replace(",kl,1,", ",kl,,")), "has metric 'kl', not final kl"),
+    "an estimator that is none": (
+        in_line_3(lambda lines: lines[2].replace("elbo-total", "elbo-ttal")),
+        "line 3 of .* is of no run of 'stl-figure-1': its estimator is 'elbo-ttal', not 'elbo-",
+    ),
     "no value": (in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1,,,1")), "line 3 of .* has value '', not a"),
     "a line twice": (in_line_3(lambda lines: lines[1]), "line 3 of .* repeats a number"),
     "a number twice, in other words": (
@@ -204,6 +213,45 @@ def test_a_spoilt_table_gets_one_sentence_and_nothing_is_written(table, kind, ca
     assert re.search(complaint, lines[lines.index("stl-figure-1") + 2])
 
 
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_a_table_with_a_metric_in_other_letters_is_refused(tmp_path, name):
+    """Which would count as complete, and then lack a number that the table needs."""
+    header, line, *rest = Path("results", f"{name}.csv").read_text().splitlines(keepends=True)
+    place = header.split(",").index("metric")
+    fields = line.split(",")
+    metric, fields[place] = fields[place], fields[place].upper()
+    (tmp_path / f"{name}.csv").write_text("".join([header, ",".join(fields), *rest]))
+    with pytest.raises(InputError, match=f"line 2 of .* has metric '{metric.upper()}'.*, not .*; nothing was written"):
+        experiments.load(name, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "column"), [("flow-vae", "epochs"), ("stl-table-2", "k"), ("stl-schedule", "epochs")])
+def test_whole_numbers_that_were_saved_as_others_are_shown_the_same(tmp_path, name, column):
+    """As pandas and spreadsheets save them: of all lines, or of one."""
+    before = str(experiments.Table(experiments.find(name).table(experiments.load(name))))
+    lines = [line.split(",") for line in Path("results", f"{name}.csv").read_text().splitlines(keepends=True)]
+    place = lines[0].index(column)
+    for some in (slice(1, 2), slice(1, None)):
+        for line in lines[some]:
+            line[place] = f"{float(line[place])}"
+        (tmp_path / f"{name}.csv").write_text("".join(map(",".join, lines)))
+        found = experiments.load(name, folder=tmp_path)
+        assert found[column].dtype == "int64"
+        assert str(experiments.Table(experiments.find(name).table(found))) == before
+
+
+def test_a_table_under_the_name_of_another_experiment_is_refused(tmp_path):
+    (tmp_path / "lag-text.csv").write_bytes(Path("results/lag-toy.csv").read_bytes())
+    with pytest.raises(InputError, match="is of no run of 'lag-text': its data is 'synthetic-text', not 'ptb'"):
+        experiments.load("lag-text", folder=tmp_path)
+
+
+def test_what_no_run_of_the_experiment_measures_is_not_written(tmp_path):
+    with pytest.raises(InputError, match="what run smoke elbo-total .* measured has metric 'ELBO' at 0, not kl"):
+        results.add(FIGURE_1, FIGURE_1.tasks("smoke")[0], [{**numbers(1.0)[0], "metric": "ELBO"}], tmp_path)
+    assert not results.finished(FIGURE_1, tmp_path)
+
+
 def test_a_count_that_was_cut_is_the_whole_run_s(tmp_path):
     """The last line ends "62", and with two characters less "6"."""
     text = Path("results/stl-figure-1.csv").read_text()
@@ -228,7 +276,7 @@ def test_a_count_that_was_cut_in_a_run_s_first_line_is_not_the_whole_run_s(tmp_p
     assert results.finished(experiment, tmp_path) == before - {key}
     with pytest.warns(UserWarning, match="1 runs in .* lack numbers and are left out"):
         experiments.load("silent-linear", folder=tmp_path)
-    results.add(experiment, experiment.tasks("smoke")[0], numbers(1.0), tmp_path)
+    results.add(experiment, experiment.tasks("smoke")[0], [{**numbers(1.0)[0], "metric": "elbo"}], tmp_path)
     assert key not in results.finished(experiment, tmp_path)
 
 
@@ -597,7 +645,10 @@ def test_a_damaged_file_of_a_run_fails_that_run_alone(tmp_path, content):
     assert len(experiments.load("stl-figure-1", folder=tmp_path)) == 1
 
 
-@pytest.mark.parametrize("change", ["of another run", "of another experiment", "a number less", "as it was before"])
+@pytest.mark.parametrize(
+    "change",
+    ["of another run", "of another experiment", "a number less", "a number twice", "as it was before"],
+)
 def test_the_numbers_of_another_run_or_some_of_them_are_not_stored(tmp_path, change):
     damaged, whole = jobs_of(FIGURE_1.tasks("smoke"), tmp_path)
     for job in (damaged, whole):
@@ -608,6 +659,7 @@ def test_the_numbers_of_another_run_or_some_of_them_are_not_stored(tmp_path, cha
         "of another run": json.loads(there.read_text()),
         "of another experiment": {**found, "run": ["stl-figure-3", *found["run"][1:]]},
         "a number less": {**found, "measured": found["measured"][1:]},
+        "a number twice": grid.outcome_of(damaged.task, [*found["measured"], found["measured"][0]]),
         "as it was before": {"measured": found["measured"]},
     }[change]
     files.write_json(here, found)

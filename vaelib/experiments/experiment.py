@@ -107,6 +107,8 @@ class Experiment:
         its table, from its results (:func:`vaelib.experiments.load`) of one preset.
     figure
         draws these on a matplotlib Figure.
+    metrics, curves
+        what is measured of a whole run, and what on its way.
     gather
         ``gather(preset, folders, results_folder)``, if the runs leave more than numbers in their folders: puts that
         beside the table.
@@ -121,6 +123,8 @@ class Experiment:
     run: Callable[[Cell, int, Path, str, Report], Sequence[Measured]]
     table: Callable[[DataFrame], Lines]
     figure: Callable[[DataFrame, Any], None]
+    metrics: Sequence[str] = ()
+    curves: Sequence[str] = ()
     gather: Callable[[str, Sequence[Path], Path], None] = lambda preset, folders, results_folder: None
     together: Callable[[Sequence[Task], Path, str, Callable[[Task, list[Measured], float], None]], None] | None = None
 

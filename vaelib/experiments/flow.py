@@ -315,6 +315,8 @@ EXPERIMENTS = {
         run=partial(alone, fit_ring),
         table=table_of_fits,
         figure=figure_of_fits,
+        metrics=("effective sample",),
+        curves=("kl",),
         together=partial(together, fit_ring),
     ),
     "flow-vae": Experiment(
@@ -324,6 +326,7 @@ EXPERIMENTS = {
         run=partial(alone, train_autoencoders),
         table=table_of_gains,
         figure=figure_of_gains,
+        metrics=("elbo", "log-likelihood"),
         together=partial(together, train_autoencoders),
     ),
 }

@@ -299,15 +299,16 @@ def measured_in(path: Path, task: Task) -> list[dict[str, Any]]:
     Raises
     ------
     InputError
-        if the file says something else, is of another run, or lacks numbers.
+        if the file says something else, is of another run, lacks numbers or has one twice.
     """
-    found = files.read_json(path) or {}
+    found, experiment = files.read_json(path) or {}, find(task.experiment)
     measured = found.get("measured")
     if (
         not isinstance(measured, list)
         or not measured
         or not all(map(results.is_measured, measured))
         or found != outcome_of(task, measured)
+        or results.fault(results.rows(experiment, task, measured), experiment)
     ):
         raise InputError(
             f"'{path}' is not what this run measured: delete it, and the same command measures again, from the "

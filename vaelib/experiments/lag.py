@@ -113,6 +113,12 @@ CHANGES: dict[str, Mapping[str, Any]] = {
 PRETRAINING = 10
 """Epochs as an autoencoder before a training that is "pretrained"."""
 
+CURVES = ("nll_bound", "kl", "mi", "mi_all", "au", "encoder_steps")
+"""What is measured after each epoch."""
+
+METRICS = ("nll", *CURVES, "collapsed", "training_seconds", "aggressive_seconds", "decoder_steps")
+"""What is measured at the end."""
+
 IN_RECIPE = ("epochs", "batch_size", "first_decay", "decays", "warm_up")
 
 LABELS = {
@@ -172,11 +178,7 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
         final = collapse.measure(model, x, recipe.batch_size, noise)
         values = evaluation.log_likelihood(model, x, config["samples"], 10, noise, batch_size=recipe.batch_size)
     nll, error = evaluation.mean_and_standard_error(-values)
-    curves = [
-        Measured(name, record[name], at=record["epoch"])
-        for record in training.history
-        for name in ("nll_bound", "kl", "mi", "mi_all", "au", "encoder_steps")
-    ]
+    curves = [Measured(name, record[name], at=record["epoch"]) for record in training.history for name in CURVES]
     cost = training.history[-1]
     return [
         Measured("nll", nll, error),
@@ -436,6 +438,8 @@ LAG_TOY = Experiment(
     run,
     table_beside(None),
     figure,
+    METRICS,
+    CURVES,
     gather_space,
 )  # fmt: skip
 
@@ -480,6 +484,8 @@ LAG_TEXT = Experiment(
     run,
     table_beside("yahoo"),
     figure,
+    METRICS,
+    CURVES,
 )  # fmt: skip
 
 
@@ -527,6 +533,8 @@ LAG_OMNIGLOT = Experiment(
     run,
     table_beside("omniglot"),
     figure,
+    METRICS,
+    CURVES,
 )  # fmt: skip
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (LAG_TOY, LAG_TEXT, LAG_OMNIGLOT)}

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +191,39 @@ def columns(experiment: Experiment) -> list[str]:
 
 
 def kinds(experiment: Experiment) -> dict[str, tuple[str, re.Pattern]]:
-    """Return what must stand in the columns of an experiment's table: :data:`KINDS`, and words and numbers of its grid.
+    """Return what must stand in the columns of an experiment's table: :data:`KINDS`, and the numbers of its grid.
 
     Where a grid has None, there is nothing.
     """
-    found = dict(KINDS)
-    found["preset"] = (" or ".join(experiment.presets), re.compile("|".join(map(re.escape, experiment.presets))))
+    found = {**KINDS, "preset": (" or ".join(experiment.presets), re.compile("|".join(experiment.presets)))}
     for name in experiment.keys:
         values = {config[name] for preset in experiment.presets.values() for config in preset.grid}
-        words = sorted(value for value in values if isinstance(value, str))
-        fits = "|".join(map(re.escape, words)) if words else NUMBER.pattern
-        found[name] = (" or ".join(words) or "a number", re.compile(f"(?:{fits}){'?' * (None in values)}"))
+        if not any(isinstance(value, str) for value in values):
+            found[name] = ("a number", re.compile(f"(?:{NUMBER.pattern}){'?' * (None in values)}"))
     return found
+
+
+def fault(found: DataFrame, experiment: Experiment) -> tuple[int, str] | None:
+    """Return the first line that no run of the experiment can have, and what is the matter with it."""
+    for name, (kind, fits) in (known := kinds(experiment)).items():
+        for line, text in found[name].items():
+            if not fits.fullmatch(text):
+                return line, f"has {name} {text!r}, not {kind}"
+    names = ["preset", *(name for name in experiment.keys if name not in known)]
+    arms = {
+        (name, *(cell[key] for key in names[1:])) for name, each in experiment.presets.items() for cell in each.grid
+    }
+    for line, *arm in found[names].itertuples(name=None):
+        if tuple(arm) not in arms:
+            alike = {sum(map(eq, arm, other)): other for other in sorted(arms) if other[0] == arm[0]}
+            name, has, other = next(each for each in zip(names, arm, alike[max(alike)]) if each[1] != each[2])
+            return line, f"is of no run of '{experiment.name}': its {name} is {has!r}, not {other!r}"
+    for line, metric, at in found[["metric", "at"]].itertuples(name=None):
+        if metric not in (known := experiment.curves if at else experiment.metrics):
+            return line, f"has metric {metric!r}{' at ' * bool(at)}{at}, not {' or '.join(known) or 'at a place'}"
+    numbers = zip(keys(found, experiment), found["metric"], found["at"].map(canonical), strict=True)
+    again = Series([*numbers], found.index, dtype=object).duplicated()
+    return (again.idxmax(), "repeats a number of the same run") if again.any() else None
 
 
 def path_of(experiment: Experiment, folder: Path) -> Path:
@@ -228,15 +250,10 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
         warnings.warn(f"'{path}' does not say how many numbers a run has: whether it lacks some cannot be told")
     if lines and not files.is_ended(path) and runs.count(runs[-1]) == 1:
         found.loc[found.index[-1], COUNT] = "0"
-    advice = "mend that line or delete it; nothing was written"
-    for name, (kind, fits) in kinds(experiment).items():
-        for number, text in found[name].items():
-            if not fits.fullmatch(text):
-                raise InputError(f"line {number} of '{path}' has {name} {text!r}, not {kind}: {advice}")
-    again = Series([*zip(runs, found["metric"], found["at"].map(canonical))], found.index, dtype=object).duplicated()
-    if again.any():
-        raise InputError(f"line {again.idxmax()} of '{path}' repeats a number of the same run: {advice}")
-    return found.reset_index(drop=True)
+    if wrong := fault(found, experiment):
+        line, what = wrong
+        raise InputError(f"line {line} of '{path}' {what}: mend that line or delete it; nothing was written")
+    return found.assign(**{name: found[name].map(canonical) for name in experiment.keys}).reset_index(drop=True)
 
 
 def whole(found: DataFrame, experiment: Experiment) -> Series:
@@ -259,10 +276,17 @@ def add(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]
         here = Series([key == task.key for key in keys(found, experiment)], found.index, dtype=bool)
         if (here & whole(found, experiment)).any():
             return
-        known = {**dict(zip(("preset", *experiment.keys, "seed"), task.key, strict=True)), COUNT: str(len(measured))}
-        new = [{**known, **{name: as_text(value) for name, value in number.items()}} for number in measured]
-        table = pd.concat([found[~here], DataFrame(new, columns=found.columns, dtype=object)])
+        if wrong := fault(new := rows(experiment, task, measured), experiment):
+            raise InputError(f"what run {' '.join(task.key)} of '{experiment.name}' measured {wrong[1]}")
+        table = pd.concat([found[~here], new])
         files.write(path_of(experiment, folder), table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def rows(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]]) -> DataFrame:
+    """Return the lines of a table that hold what a run measured."""
+    known = {**dict(zip(("preset", *experiment.keys, "seed"), task.key, strict=True)), COUNT: str(len(measured))}
+    new = [{**known, **{name: as_text(value) for name, value in number.items()}} for number in measured]
+    return DataFrame(new, columns=columns(experiment), dtype=object)
 
 
 def is_measured(one: Any) -> bool:
@@ -271,7 +295,6 @@ def is_measured(one: Any) -> bool:
         isinstance(one, dict)
         and set(one) == {*NUMBERS, *PROVENANCE}
         and all(isinstance(value, str | int | float | None) for value in one.values())
-        and all(fits.fullmatch(as_text(one[name])) for name, (_, fits) in KINDS.items() if name in one)
     )
 
 
@@ -322,7 +345,7 @@ def keys(found: DataFrame, experiment: Experiment) -> list[tuple[str, ...]]:
 @functools.cache
 def canonical(text: str) -> str:
     """Return the text that stands for the number in ``text``; words as they are."""
-    for kind in (int, float):
+    for kind in (int, float) if NUMBER.fullmatch(text) else ():
         with suppress(ValueError):
             return as_text(kind(text))
     return text

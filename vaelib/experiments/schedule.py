@@ -275,6 +275,7 @@ EXPERIMENTS = {
         run=train_and_evaluate,
         table=table_of_stages,
         figure=figure_of_stages,
+        metrics=(*stl.METRICS, "training bound"),
         together=train_together,
     )
 }

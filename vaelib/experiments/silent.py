@@ -595,6 +595,8 @@ EXPERIMENTS = {
             run=run_linear,
             table=table_linear,
             figure=figure_linear,
+            metrics=("diverged", "test elbo", "test log-likelihood", "log-likelihood", "ppca"),
+            curves=("elbo",),
         ),
         Experiment(
             name="silent-annealed",
@@ -616,6 +618,8 @@ EXPERIMENTS = {
             run=run_annealed,
             table=table_annealed,
             figure=figure_annealed,
+            metrics=("diverged", "best elbo", "epochs taken", "log-likelihood"),
+            curves=("elbo",),
         ),
         Experiment(
             name="silent-control-variate",
@@ -632,6 +636,8 @@ EXPERIMENTS = {
             run=run_controlled,
             table=table_controlled,
             figure=figure_controlled,
+            metrics=("diverged", "cost ratio", "log-likelihood"),
+            curves=("elbo", "variance", "variance ratio", "scale", "variance over path"),
         ),
     )
 }

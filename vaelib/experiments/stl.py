@@ -134,6 +134,9 @@ def measured(found: Mapping[str, Any], seconds: float) -> list[Measured]:
     ]
 
 
+METRICS = ("nll", "bound", "active units, layer 1", "active units, layer 2", "training seconds")
+
+
 def layers_of(model: str) -> int:
     """Return how many stochastic layers a model of Table 2 has."""
     return 2 if model.startswith("mlp-2") else 1
@@ -417,6 +420,7 @@ EXPERIMENTS = {
             run=train_and_evaluate,
             table=table_2,
             figure=figure_of_gains,
+            metrics=METRICS,
         ),
         Experiment(
             name="stl-figure-1",
@@ -430,6 +434,8 @@ EXPERIMENTS = {
             run=fit_gaussian,
             table=table_of_finals,
             figure=figure_1,
+            metrics=("final kl",),
+            curves=("kl",),
         ),
         Experiment(
             name="stl-figure-3",
@@ -441,6 +447,7 @@ EXPERIMENTS = {
             run=walk_to_mixture,
             table=table_of_spreads,
             figure=figure_3,
+            curves=COMPONENTS,
         ),
     )
 }
