@@ -200,9 +200,12 @@ def small_digits(kept=[]):
     return kept[0]
 
 
+TRAINED = {"epoch": 1, "step": 3, "bound": 1.0, "seconds": 0.5, "device": "cpu"}
+
+
 @given(st.data())
 def test_a_result_is_one_or_refused(folder, data):
-    whole = json.dumps({"training": {"step": 3, "bound": 1.0}, "evaluation": {"step": 3}}).encode()
+    whole = json.dumps({"training": TRAINED, "evaluation": {"step": 3}}).encode()
     (folder / "result.json").write_bytes(data.draw(spoilt(whole) | JSON.map(lambda value: json.dumps(value).encode())))
     with in_a_sentence():
         assert all(isinstance(part["step"], int) for part in runs.read_result(folder / "result.json").values())

@@ -381,24 +381,35 @@ def test_the_model_of_the_book_s_page_goes_from_pictures_to_advice(tmp_path, mon
     assert "also in run/advice.json and run/advice.png" in said.out and said.err == ""
 
 
-def test_a_file_that_changed_is_told_and_refused_where_it_no_longer_fits(run, file):
+def test_a_file_that_changed_is_another_model(run, file):
+    """Also where the checkpoint would fit: who knows what else it means now; the folder has the file as it was."""
     folder, config, _ = run
-    before = file.read_text()
-    file.write_text(before + "\n# a word more\n")
-    with pytest.warns(UserWarning, match="vae.py' has changed since this run began"):
-        runs.load(folder)
-    file.write_text(
-        before.replace(
-            "self.head = nn.Linear(pixels, 2 * latent)", "self.tail = nn.Linear(pixels, 2 * latent)"
-        ).replace("self.head(x)", "self.tail(x)")
-    )
-    kept = (folder / "checkpoint.pt").read_bytes()
-    for use in (lambda: runs.load(folder), lambda: runs.evaluate(folder), lambda: runs.train(folder, config)):
-        with pytest.raises(InputError, match="has changed since this run began .* no longer fits: put it back"):
-            use()
+    before, kept = file.read_text(), (folder / "checkpoint.pt").read_bytes()
+    for after in (before.replace("0.3", "0.4"), before.replace("self.head", "self.tail")):
+        assert after != before
+        file.write_text(after)
+        for use in (
+            lambda: runs.load(folder),
+            lambda: runs.evaluate(folder),
+            lambda: runs.train(folder, replace(config, epochs=9)),
+        ):
+            with pytest.raises(
+                InputError, match=r"vae.py' has changed since this run began \(it was '.*model.py'\): put"
+            ):
+                use()
     assert (folder / "checkpoint.pt").read_bytes() == kept
-    file.write_text(before)
+    file.write_text((folder / "model.py").read_text())
     assert runs.load(folder).history
+
+
+def test_a_file_may_be_mended_as_long_as_nothing_was_trained(file, tmp_path):
+    before, config = file.read_text(), Config(model=f"{file}:build", epochs=1, batch_size=100, device="cpu")
+    file.write_text(before.replace("0.3", "0.3 / self.none"))
+    with pytest.raises(AttributeError):
+        runs.train(tmp_path / "run", config)
+    file.write_text(before)
+    assert runs.train(tmp_path / "run", config)["training"]["epoch"] == 1
+    assert (tmp_path / "run" / "model.py").read_text() == before and runs.load(tmp_path / "run").history
 
 
 def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path, monkeypatch):
@@ -413,7 +424,7 @@ def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path
     runs.train(tmp_path / "run", config)
     assert "beside.py" in json.loads((tmp_path / "run" / "sources.json").read_text())
     (tmp_path / "beside.py").write_text("NOISE = 0.4")
-    with pytest.warns(UserWarning, match="beside.py' has changed since this run began$"):
+    with pytest.raises(InputError, match="beside.py' has changed since this run began: put it back"):
         runs.load(tmp_path / "run")
     monkeypatch.delitem(sys.modules, "beside")
 

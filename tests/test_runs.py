@@ -270,6 +270,10 @@ def other_model(path):
     torch.save(state, path)
 
 
+def other_recipe(recipe):
+    return lambda path: torch.save({**torch.load(path, weights_only=True), "recipe": recipe}, path)
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -281,11 +285,19 @@ class Evil:
         (damage(lambda content: content[:1000]), "is cut or altered"),
         (damage(lambda content: b""), "is cut or altered"),
         (damage(lambda content: b"hello\n"), "is cut or altered"),
+        (
+            damage(lambda content: content + b"\0"),
+            "is cut or altered, or no checkpoint .something was added",
+        ),
+        (damage(lambda content: b"\0" + content), "is cut or altered"),
+        (damage(lambda content: content + content), "is cut or altered, or no checkpoint .something was added"),
         (flip_a_bit, "is cut or altered, or no checkpoint .wrong checksum of"),
         (lambda path: torch.save({"format": Evil()}, path), "is cut or altered, or no checkpoint"),
         (lambda path: torch.save([1, 2], path), "is cut or altered, or no checkpoint"),
         (other_format, "has format 99, but vaelib .* reads format 2: use the version"),
         (first_edition, "has format 1, but vaelib .* reads format 2: use vaelib 0.1.0, or train anew"),
+        (other_recipe([1]), "is not a checkpoint of this run's model and data"),
+        (other_recipe({"colour": 1}), "is a checkpoint of another run .its colour is 1, not None"),
         (other_model, "is not a checkpoint of this run's model and data"),
     ],
 )
@@ -319,6 +331,8 @@ def test_torch_alone_would_not_notice_a_flipped_bit(finished, tmp_path):
         ('{"colour": 1}', "no option is called 'colour'"),
         ('{"k": "five"}', "k must be a whole number of at least 1, but is 'five'"),
         ('{"model": ["mlp-1"]}', "is not the record of a run"),
+        ("{}", "is not the record of a run .it does not say its data, model, estimator, k, epochs, lr, seed.: choose"),
+        ('{"epochs": 2, "seed": 0}', "it does not say its data, model, estimator, k, lr"),
     ],
 )
 def test_a_damaged_configuration_is_refused(finished, tmp_path, text, sentence):
@@ -690,6 +704,30 @@ def test_the_result_of_another_run_is_not_believed(finished, tmp_path):
     assert runs.train(run_dir, TINY) == {**contents(finished)["result"], "evaluation": found}
 
 
+def test_the_training_of_a_longer_or_shorter_run_is_not_taken_for_one_s_own(finished, tmp_path):
+    """Whether it says of which weights it is or not; the file's evaluation is then not one's own either."""
+    run_dir, other = copy_of(finished, tmp_path), tmp_path / "other"
+    for epochs in (1, 3):
+        runs.train(other, replace(TINY, seed=1, epochs=epochs))
+        strange = contents(other)["result"]["training"]
+        for kept in (strange, {name: value for name, value in strange.items() if name != "weights"}):
+            (run_dir / "result.json").write_text(json.dumps({"training": kept, "evaluation": {"step": 2 * STEPS}}))
+            with pytest.warns(UserWarning, match="the training and evaluation of another run or checkpoint: left out"):
+                found = runs.evaluate(run_dir, samples=2, limit=2)
+            assert contents(run_dir)["result"] == {"evaluation": found}
+
+
+def test_the_result_of_an_earlier_epoch_stays_until_there_is_another(finished, tmp_path, monkeypatch):
+    run_dir = copy_of(finished, tmp_path)
+    before = contents(run_dir)["result"]["training"]
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, 4, "before")  # 1 config, 2 metrics, 3 checkpoint
+        with pytest.raises(Killed):
+            runs.train(run_dir, replace(TINY, epochs=4))
+    found = runs.evaluate(run_dir, samples=2, limit=2)
+    assert contents(run_dir)["result"] == {"training": before, "evaluation": found} and found["step"] == 3 * STEPS
+
+
 def test_a_result_of_before_weights_were_noted_stays(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
     runs.evaluate(run_dir, samples=2, limit=2)
@@ -708,8 +746,14 @@ def test_more_patience_goes_on_where_less_had_stopped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", '{"training": 3}', '{"training": {}}', '{"other": {"step": 1}}', "[" * 99999]
-)
+    "text",
+    [
+        "[]", "null", '{"training": 3}', '{"training": {}}', '{"training": {"step": 30}}', '{"other": {"step": 1}}',
+        '{"training": {"epoch": 1, "step": 30, "bound": "-9", "seconds": 1.0, "device": "cpu"}}',
+        '{"training": {"epoch": 1, "step": 30, "bound": -9.0, "seconds": 1.0, "device": "cpu", "held_out": []}}',
+        '{"evaluation": {"nll": 1.0}}', "[" * 99999,
+    ],
+)  # fmt: skip
 def test_a_result_of_another_kind_is_told_before_anything_is_computed(finished, tmp_path, monkeypatch, text):
     run_dir = copy_of(finished, tmp_path)
     (run_dir / "result.json").write_text(text)

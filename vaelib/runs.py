@@ -46,11 +46,23 @@ from vaelib.training import Diverged, HeldOut, Training, mean_bound, stream
 FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
 
+END = 22
+"""Bytes of the record with which a zip archive ends, see the specification APPNOTE.TXT, 4.3.16."""
+
 LSTM = "lstm"
 """The model for sentences."""
 
 READ_BY = {1: "0.1.0"}
 """The last version of vaelib that reads an older format."""
+
+ALWAYS = ("data", "model", "estimator", "k", "epochs", "lr", "seed")
+"""What each ``config.json`` says, also one of before other options existed."""
+
+RESULT = {
+    "training": {"epoch": int, "step": int, "bound": float, "held_out": float, "seconds": float, "device": str},
+    "evaluation": {"step": int},
+}
+"""What the parts of ``result.json`` must say, as far as it is read again; "held_out" only where it was measured."""
 
 SETTINGS = {field.name: field for field in fields(Config)}
 
@@ -463,37 +475,27 @@ def check_place(config: Config, folder: Folder) -> None:
 def restore_own(training: Training, config: Config, folder: Folder) -> None:
     """Put ``training`` where its checkpoint is, if data and model of one's own are still those that it is of.
 
-    A changed file of a model, or beside it, is warned of where the checkpoint still fits.
-
     Raises
     ------
     InputError
-        as :func:`restore`, and if the data have changed.
+        as :func:`restore`, and if the data, a file of the model or one beside it have changed.
     """
     now = training.sources
-    then = training.sources = read_json(folder.sources) or now
-    if then.get("data") != now.get("data") and "data" in then:
-        raise InputError(
-            f"'{config.data}' has changed since this run began: put it back as it was, or train anew in another folder"
-        )
-    changed = [name for name in now if name != "data" and then.get(name, now[name]) != now[name]]
-    what = f"'{code(config)[changed[0]]}' has changed since this run began" if changed else ""
-    what += f" (it was '{folder.model}')" if changed[:1] == ["model"] else ""
-    try:
-        restore(training, folder.checkpoint)
-    except InputError as error:
-        if not changed or "is not a checkpoint" not in str(error):
-            raise
-        raise InputError(
-            f"{what}, so that the checkpoint no longer fits: put it back as it was, or train anew in another folder"
-        ) from error
-    if changed:
-        warnings.warn(what, stacklevel=2)
+    then = training.sources = lexists(folder.checkpoint) and read_json(folder.sources) or now
+    for name in now:
+        if then.get(name, now[name]) != now[name]:
+            file = config.data if name == "data" else code(config)[name]
+            before = f" (it was '{folder.model}')" if name == "model" else ""
+            raise InputError(
+                f"'{file}' has changed since this run began{before}: put it back as it was, or train anew in another "
+                "folder"
+            )
+    restore(training, folder.checkpoint)
 
 
 def write_sources(training: Training, config: Config, folder: Folder) -> None:
-    """Record what is one's own, once."""
-    if training.sources and not lexists(folder.sources):
+    """Record what is one's own, as it is when the run begins."""
+    if training.sources and training.sources != read_json(folder.sources):
         write_json(folder.sources, training.sources)
         if "model" in training.sources:
             write(folder.model, read(code(config)["model"]))
@@ -618,8 +620,12 @@ def restore(training: Training, path: Path) -> None:
     """
     if (state := read_state(path)) is None:
         return
-    then, now = state.get("recipe", {}), fixed(training)
-    if others := [f"its {name} is {then[name]!r}, not {now[name]!r}" for name in then if then[name] != now.get(name)]:
+    now = fixed(training)
+    with fitting(path):
+        then = dict(state.get("recipe", {}))
+    if others := [
+        f"its {name} is {then[name]!r}, not {now.get(name)!r}" for name in then if then[name] != now.get(name)
+    ]:
         raise InputError(
             f"'{path}' is a checkpoint of another run ({', '.join(others)}): put the right one, or the right "
             "config.json or data, in its place, or train anew in another folder"
@@ -668,6 +674,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch does not look at the checksums
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            if archive.infolist()[0].header_offset or content.rfind(b"PK\5\6") + END != len(content):
+                raise zipfile.BadZipFile("something was added to it")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state["format"]
     except Exception as error:  # whatever zipfile, pickle and torch find wrong with it
@@ -699,7 +707,10 @@ def read_config(path: Path) -> Config | None:
     try:
         for name in options:
             choose("option", name, SETTINGS)
-        return Config(**options)
+        config = Config(**options)
+        if missing := [name for name in ALWAYS if name not in options]:
+            raise InputError(f"it does not say its {', '.join(missing)}")
+        return config
     except InputError as error:
         raise InputError(f"'{path}' is not the record of a run ({error}): choose another folder") from error
 
@@ -714,21 +725,31 @@ def read_result(path: Path) -> dict[str, dict[str, Any]]:
     """
     found = read_json(path) or {}
     for name, part in found.items():
-        if name not in ("training", "evaluation") or not isinstance(part, dict) or type(part.get("step")) is not int:
+        told = {"held_out": 0.0, **part} if name in RESULT and isinstance(part, dict) else {}
+        kinds = RESULT.get(name, RESULT["evaluation"])
+        if wrong := [key for key, kind in kinds.items() if type(told.get(key)) is not kind]:
             raise InputError(
-                f"'{path}' is not the result of a run ({name!r}): delete it, or put a whole copy in its place"
+                f"'{path}' is not the result of a run (no right {', '.join(wrong)} in {name!r}): delete it, or put a "
+                "whole copy in its place"
             )
     return found
 
 
 def of(training: Training, known: dict[str, dict[str, Any]], folder: Folder) -> dict[str, dict[str, Any]]:
-    """Return what ``known``, of ``result.json``, says of this run; what another run left is warned of."""
-    own = weights(training.model)
-    strange = [n for n, part in known.items() if part["step"] == training.step and part.get("weights", own) != own]
-    if strange:
+    """Return what ``known``, of ``result.json``, says of this run; what another run left is warned of.
+
+    This run's training is one that its history tells of. What does not say of which weights it is goes with that.
+    """
+    own, told = weights(training.model), known.get("training", {})
+    trained = any(told == {**told, **record, "seconds": told.get("seconds")} for record in training.history)
+
+    def is_strange(name: str) -> bool:
+        other = known[name].get("weights", own if trained else None) != own
+        return (known[name]["step"] == training.step and other) or (name == "training" and not trained)
+
+    if strange := list(filter(is_strange, known)):
         warnings.warn(
-            f"'{folder.result}' has the {' and '.join(strange)} of another run (of other weights): left out",
-            stacklevel=3,
+            f"'{folder.result}' has the {' and '.join(strange)} of another run or checkpoint: left out", stacklevel=3
         )
     return {name: part for name, part in known.items() if name not in strange}
 
