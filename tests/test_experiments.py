@@ -240,6 +240,14 @@ def test_whole_numbers_that_were_saved_as_others_are_shown_the_same(tmp_path, na
         assert str(experiments.Table(experiments.find(name).table(found))) == before
 
 
+def test_a_part_of_an_epoch_is_none(tmp_path):
+    """In all lines of a run, whose count is then right."""
+    text = Path("results/flow-vae.csv").read_text()
+    (tmp_path / "flow-vae.csv").write_text(text.replace(",20,100,8,", ",20.5,100,8,"))
+    with pytest.raises(InputError, match="line 2 of .* has epochs '20.5', not a whole number: mend"):
+        experiments.load("flow-vae", folder=tmp_path)
+
+
 def test_a_table_under_the_name_of_another_experiment_is_refused(tmp_path):
     (tmp_path / "lag-text.csv").write_bytes(Path("results/lag-toy.csv").read_bytes())
     with pytest.raises(InputError, match="is of no run of 'lag-text': its data is 'synthetic-text', not 'ptb'"):

@@ -199,7 +199,8 @@ def kinds(experiment: Experiment) -> dict[str, tuple[str, re.Pattern]]:
     for name in experiment.keys:
         values = {config[name] for preset in experiment.presets.values() for config in preset.grid}
         if not any(isinstance(value, str) for value in values):
-            found[name] = ("a number", re.compile(f"(?:{NUMBER.pattern}){'?' * (None in values)}"))
+            kind, fits = ("a number", NUMBER) if any(isinstance(value, float) for value in values) else KINDS["seed"]
+            found[name] = (kind, re.compile(f"(?:{fits.pattern}){'?' * (None in values)}"))
     return found
 
 
@@ -250,10 +251,11 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
         warnings.warn(f"'{path}' does not say how many numbers a run has: whether it lacks some cannot be told")
     if lines and not files.is_ended(path) and runs.count(runs[-1]) == 1:
         found.loc[found.index[-1], COUNT] = "0"
+    found = found.assign(**{name: found[name].map(canonical) for name in experiment.keys})
     if wrong := fault(found, experiment):
         line, what = wrong
         raise InputError(f"line {line} of '{path}' {what}: mend that line or delete it; nothing was written")
-    return found.assign(**{name: found[name].map(canonical) for name in experiment.keys}).reset_index(drop=True)
+    return found.reset_index(drop=True)
 
 
 def whole(found: DataFrame, experiment: Experiment) -> Series:
