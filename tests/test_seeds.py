@@ -67,6 +67,22 @@ def test_checks_of_stored_results_are_told_apart(outcomes):
     assert kinds["anew"] == "holds"
 
 
+def test_a_name_of_a_function_or_a_loop_of_its_own_is_not_that_of_a_stored_table(tmp_path):
+    path = notebook(
+        tmp_path,
+        "table = open('results/a.csv').read()",
+        "row = table\nchecks.holds(row, 'stored')",
+        "def width(row):\n    return [table for table in row]\nchecks.holds(width('ab'), 'measured')",
+        "for row in ('a', 'b'):\n    checks.holds(row, 'measured')",
+        "checks.holds(max((1, 2), key=lambda table: -table), 'measured')",
+        "def reads():\n    return table\nchecks.holds(reads(), 'stored')",
+        "for row in table:\n    checks.holds(row, 'stored')",
+    )
+    checked = {(stored, n.value) for node, stored in seeds.statements(path) for n in seeds.ast.walk(node)
+               if isinstance(n, seeds.ast.Constant) and n.value in ("stored", "measured")}  # fmt: skip
+    assert checked == {(True, "stored"), (False, "measured")}
+
+
 def bounds(kind, margins):
     return seeds.bounds(kind, pd.Series(margins, dtype=float), int((np.asarray(margins) < 0).sum()))
 

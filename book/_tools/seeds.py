@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import subprocess
+import symtable
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -61,17 +62,26 @@ def move_seeds(by: int) -> None:
     torch.manual_seed = lambda seed: global_seed((seed + by) % 2**63)
 
 
+def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    """A scope and all inside of it."""
+    yield table
+    for inner in table.get_children():
+        yield from scopes(inner)
+
+
 def statements(path: Path) -> Iterator[tuple[ast.stmt, bool]]:
     """Every statement of a notebook's code, and whether it depends on what is read from ``results/``."""
     stored: set[str] = set()
     for source in code(path):
         for node in ast.parse(source).body:
-            inside = list(ast.walk(node))
-            names = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-            reads = "results/" in ast.unparse(node) or "experiments.load" in ast.unparse(node)
+            said = ast.unparse(node)
+            top = symtable.symtable(said, path.name, "exec")
+            names = {s.get_name() for t in scopes(top) for s in t.get_symbols() if s.is_referenced() and s.is_global()}
+            bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_namespace()}
+            loops = [inner.target for inner in ast.walk(node) if isinstance(inner, ast.For)]
+            names -= {n.id for target in loops for n in ast.walk(target) if isinstance(n, ast.Name)}
+            reads = "results/" in said or "experiments.load" in said
             depends = reads or bool(names & stored)
-            bound = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            bound |= {n.name for n in inside if isinstance(n, ast.FunctionDef | ast.ClassDef)}
             stored = stored | bound if depends else stored - bound
             yield node, depends
 
