@@ -1113,7 +1113,12 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
             ["experiment", "show", "stl-figure-1", "--results", str(tmp_path), "--figure", str(tmp_path / "a.png")]
         )
     out = capsys.readouterr().out
-    assert "preset smoke, cpu" in out and "elbo-path" in out and "1.25" in out and (tmp_path / "a.png").exists()
+    assert (
+        "preset smoke, 2 of 2 runs, cpu" in out
+        and "elbo-path" in out
+        and "1.25" in out
+        and (tmp_path / "a.png").exists()
+    )
 
 
 def test_the_list_says_what_is_done_and_how_long_it_takes(tmp_path, capsys, monkeypatch):

@@ -474,6 +474,7 @@ def show_experiment(
       vaelib experiment show stl-figure-1 --figure figure-1.png
     """
     from vaelib import experiments
+    from vaelib.experiments.results import finished
 
     if figure is not None and not figure.suffix:
         raise InputError(f"--figure must be a file's name with an ending, such as table-2.png, but is '{figure}'")
@@ -482,7 +483,11 @@ def show_experiment(
     have = [each for each in experiment.presets if each in set(found["preset"])]
     preset = have[-1]
     found = found[found["preset"] == preset]
-    typer.echo(f"{experiment.reproduces}\npreset {preset}, {', '.join(sorted(set(found['device'])))}\n")
+    with warnings.catch_warnings(action="ignore"):  # loading it has said them
+        whole = finished(experiment, results)
+    runs = [task.key in whole for task in experiment.tasks(preset)]
+    devices = ", ".join(sorted(set(found["device"])))
+    typer.echo(f"{experiment.reproduces}\npreset {preset}, {sum(runs)} of {len(runs)} runs, {devices}\n")
     table(*experiment.table(found))
     if figure is not None:
         from matplotlib.figure import Figure
