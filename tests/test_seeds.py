@@ -104,6 +104,19 @@ def test_the_margins_of_a_comparison_bound_its_rate():
     assert np.mean(covered) > 0.9
 
 
+def test_a_bias_that_is_another_for_each_seed_is_judged_by_its_logarithm_too():
+    """And one that is often too small to be seen is refuted all the same."""
+    assert all(bounds("biased", 4 * np.exp(1.6 + 0.35 * z[:20]) - 4)[0] < 1e-4 for z in Z)
+    assert all(bounds("biased", 4 * np.exp(0.5 + 0.35 * z) - 4)[0] > 1e-4 for z in Z)
+    assert all(bounds("biased", abs(z + 5) - 4)[0] > 1e-4 for z in Z)
+
+
+def test_rates_have_bounds_where_the_distribution_is_0_or_1_to_rounding():
+    for z in Z:  # scipy's noncentral t is NaN at one end or the other for some of them
+        least, most = bounds("below", 18 + 8 * z[:16])
+        assert 0 <= least < most < 1
+
+
 def test_margins_far_from_or_below_zero_have_bounds_too():
     few = np.array([90.0, 91, 90, 92, 90])
     assert bounds("below", np.array([40.0, 30, 42, 35, 38, 41, 36]))[1] < 1e-3

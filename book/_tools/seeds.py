@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import subprocess
 import symtable
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).parents[2]
@@ -235,15 +237,15 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
     """Bounds of the rate at which a check fails, each at 99 %: from the count, and closer from the margins.
 
     The margins of ``unbiased`` are 4 - |z|, and z is normal, around 0 if the claim is true: the sum of z**2 is a
-    chi-squared variable whose noncentrality is bounded. Those of a comparison are normal: the rate is the
-    probability of a negative one, of which the noncentral t distribution gives exact bounds.
+    chi-squared variable whose noncentrality is bounded. Those of a comparison are normal. Those of ``biased`` are
+    |z| - 4; where the bias is another for each seed, log |z| may be normal instead, and the wider bounds count.
     """
     from scipy import optimize, stats
 
     n = len(margins)
     low = stats.beta.ppf(1 - CONFIDENCE, failures, n - failures + 1) if failures else 0.0
     high = stats.beta.ppf(CONFIDENCE, failures + 1, n - failures) if failures < n else 1.0
-    if margins.isna().any() or n < 5 or margins.std() == 0:
+    if margins.isna().any() or n < 5 or margins.std() <= 1e-9 * margins.abs().max():
         return low, high
     if kind == "unbiased":
         total = ((4 - margins) ** 2).sum()
@@ -257,24 +259,42 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
         shifts = quantile(CONFIDENCE), quantile(1 - CONFIDENCE)
         least, most = (float(stats.norm.sf(4 - d) + stats.norm.sf(4 + d)) for d in shifts)
     else:
-        t = n**0.5 * margins.mean() / margins.std()
-
-        def level_at(p: float) -> float:
-            ends = -37 / n**0.5, 37 / n**0.5
-            gaps = [stats.nct.cdf(t, n - 1, n**0.5 * k) - p for k in ends]
-            if gaps[0] * gaps[1] > 0:  # it lies beyond them
-                return ends[int(gaps[1] > 0)]
-            return optimize.brentq(lambda k: stats.nct.cdf(t, n - 1, n**0.5 * k) - p, *ends)
-
-        levels = [
-            level_at(p)
-            if abs(t) < 30
-            else t / n**0.5 - (1 if p == CONFIDENCE else -1) * 2.33 * (1 / n + t**2 / n / 2 / (n - 1)) ** 0.5
-            for p in (1 - CONFIDENCE, CONFIDENCE)
-        ]
-        least, most = (float(stats.norm.sf(level)) for level in levels)
-        least, most = min(least, most), max(least, most)
+        scales = [margins, np.log1p(margins / 4)] if kind == "biased" and margins.min() > -4 else [margins]
+        leasts, mosts = zip(*map(normal_bounds, scales), strict=True)
+        least, most = min(leasts), max(mosts)
     return max(low, least), max(low, most) if failures == 0 else high
+
+
+def normal_bounds(margins: pd.Series) -> tuple[float, float]:
+    """Bounds, each at 99 %, of the probability that a normal variable of which these are draws is negative.
+
+    The noncentral t distribution gives exact ones.
+    """
+    from scipy import optimize, stats
+
+    n = len(margins)
+    t = n**0.5 * margins.mean() / margins.std()
+
+    def below(k: float) -> float:
+        """How probable a t below the observed one is at the level k; scipy has NaN where it is 0 or 1 to rounding."""
+        p = stats.nct.cdf(t, n - 1, n**0.5 * k)
+        return float(n**0.5 * k < t) if math.isnan(p) else p
+
+    def level_at(p: float) -> float:
+        ends = -37 / n**0.5, 37 / n**0.5
+        gaps = [below(k) - p for k in ends]
+        if gaps[0] * gaps[1] > 0:  # it lies beyond them
+            return ends[int(gaps[1] > 0)]
+        return optimize.brentq(lambda k: below(k) - p, *ends)
+
+    levels = [
+        level_at(p)
+        if abs(t) < 30
+        else t / n**0.5 - (1 if p == CONFIDENCE else -1) * 2.33 * (1 / n + t**2 / n / 2 / (n - 1)) ** 0.5
+        for p in (1 - CONFIDENCE, CONFIDENCE)
+    ]
+    rates = [float(stats.norm.sf(level)) for level in levels]
+    return min(rates), max(rates)
 
 
 def tabulate(paths: list[Path]) -> None:
