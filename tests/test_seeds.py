@@ -112,9 +112,9 @@ def test_a_bias_that_is_another_for_each_seed_is_judged_by_its_logarithm_too():
 
 
 def test_rates_have_bounds_where_the_distribution_is_0_or_1_to_rounding():
-    for z in Z:  # scipy's noncentral t is NaN at one end or the other for some of them
-        least, most = bounds("below", 18 + 8 * z[:16])
-        assert 0 <= least < most < 1
+    for z in Z:  # scipy's noncentral t is NaN far from some of these
+        least, most = bounds("below", z[:20] - 3)
+        assert 0.9 < least <= most <= 1
 
 
 def test_margins_far_from_or_below_zero_have_bounds_too():
