@@ -114,7 +114,7 @@ def test_a_bias_that_is_another_for_each_seed_is_judged_by_its_logarithm_too():
 def test_rates_have_bounds_where_the_distribution_is_0_or_1_to_rounding():
     for z in Z:  # scipy's noncentral t is NaN far from some of these
         least, most = bounds("below", z[:20] - 3)
-        assert 0.9 < least <= most <= 1
+        assert 0.8 < least <= most <= 1  # 0.79 is what twenty failures alone say
 
 
 def test_margins_far_from_or_below_zero_have_bounds_too():
