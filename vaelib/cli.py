@@ -393,9 +393,13 @@ def list_experiments(results: ResultsFolder = Path("results")) -> None:
             typer.echo(f"    {explain(error)}")
             continue
         for preset, size in experiment.presets.items():
-            done = sum(task.key in have for task in experiment.tasks(preset))
             time = f"{duration(size.minutes)} of one core, {duration(size.minutes / jobs)} here"
-            typer.echo(f"    {preset}: {size.runs} runs, {done} done; {time}")
+            typer.echo(f"    {preset}: {size.runs} runs, {made(experiment, preset, have)} done; {time}")
+
+
+def made(experiment: Any, preset: str, have: set[tuple[str, ...]]) -> int:
+    """Return how many runs of a preset are among those of the keys ``have``."""
+    return sum(task.key in have for task in experiment.tasks(preset))
 
 
 @experiment_app.command("run")
@@ -484,10 +488,9 @@ def show_experiment(
     preset = have[-1]
     found = found[found["preset"] == preset]
     with warnings.catch_warnings(action="ignore"):  # loading it has said them
-        whole = finished(experiment, results)
-    runs = [task.key in whole for task in experiment.tasks(preset)]
-    devices = ", ".join(sorted(set(found["device"])))
-    typer.echo(f"{experiment.reproduces}\npreset {preset}, {sum(runs)} of {len(runs)} runs, {devices}\n")
+        runs = made(experiment, preset, finished(experiment, results))
+    runs = f"{runs} of {experiment.presets[preset].runs} runs"
+    typer.echo(f"{experiment.reproduces}\npreset {preset}, {runs}, {', '.join(sorted(set(found['device'])))}\n")
     table(*experiment.table(found))
     if figure is not None:
         from matplotlib.figure import Figure
