@@ -150,3 +150,23 @@ def test_the_flattering_value_is_neither_the_bound_nor_below_the_likelihood(belo
     with refused:
         checks.below(flattering, torch.zeros_like(flattering))
     checks.below(bound, torch.zeros_like(bound))
+
+
+def ovis(sign=1, own=0.0):
+    """OVIS at gamma = 0, with the other sign of its own weight or a part of it in the baseline."""
+
+    def rule(log_w):
+        w = log_w.softmax(0)
+        return Weights(w, None, -(1 - w).clamp(1e-12).log() - sign * w + own * w)
+
+    return Row("mine", "iwae", None, 2, "", rule)
+
+
+def test_the_quadrature_tells_ovis_from_its_near_misses():
+    truth, rws = exactly(TABLEAU["iwae-total"]), exactly(TABLEAU["rws"])
+    checks.same(exactly(ovis()), truth)
+    for gamma in (0.5, 1.0):
+        checks.same(exactly(ovis(own=gamma)), truth + gamma * rws)
+    for wrong in (ovis(own=0.01), ovis(sign=-1)):
+        with refused:
+            checks.same(exactly(wrong), truth)
