@@ -24,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from vaelib import cli, data, estimators, experiments, files, models, runs
+from vaelib import cli, data, estimators, experiments, files, models, report, runs
 from vaelib.config import Config
 from vaelib.data import images, text
 from vaelib.errors import InputError
@@ -108,7 +108,13 @@ def test_a_command_line_is_run_or_refused(folder, command, words):
         assert Config(**asdict(config)) == config and 0 < config.k < 2**31 and 0 < config.lr < math.inf
 
 
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+ABSURD = st.sampled_from(
+    [
+        10**400, -(10**400), 2**63, 1e308, 1e39, 5e-324, -0.0, math.nan, math.inf, "", "a\0b", "a\nb", "a\0.py:f",
+        "\ud800", "\ud800.py:f", "\ud800:f", "x" * 5000, f"{'x' * 5000}:f", "os:system", "torch:save", ":", "x.npy",
+    ]
+)  # fmt: skip
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | ABSURD
 JSON = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )
@@ -128,6 +134,40 @@ def test_a_configuration_is_one_or_is_refused(folder, options):
         assert all(type(name) is str and value > 0 for name, value in config.sizes.items())
         path.write_text(json.dumps(asdict(config)))
         assert runs.read_config(path) == config
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder):
+    """Return a run of one epoch."""
+    runs.train(folder / "trained", Config(sizes={"latent": 1}, epochs=1, batch_size=700, device="cpu"))
+    return folder / "trained"
+
+
+@few
+@given(
+    st.sampled_from([["train", "--quiet"], ["evaluate", "--samples", "1", "--limit", "2"], ["show"]]),
+    st.sampled_from([*Config.__dataclass_fields__]),
+    ABSURD | st.lists(ABSURD, max_size=1) | st.dictionaries(st.sampled_from(["latent", "\ud800"]), ABSURD, min_size=1),
+)
+@example(["train"], "checkpoint_seconds", 10**400)
+@example(["evaluate"], "model", "a\0.py:f")
+@example(["show"], "model", "\ud800.py:f")
+@example(["evaluate"], "model", "os:system")
+@example(["train"], "data", "x" * 5000)
+@example(["show"], "sizes", {"latent": 10**400})
+def test_a_run_with_an_absurd_setting_is_used_or_refused(run_dir, command, name, value):
+    """No traceback, and one short sentence, whatever stands in config.json and whatever is done with the run."""
+    config, said = (run_dir / "config.json").read_text(), io.StringIO()
+    (run_dir / "config.json").write_text(json.dumps({**json.loads(config), name: value}))
+    try:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+            patch.setattr(report, "page", lambda *_: "")
+            cli.main([*command, str(run_dir)])
+    except SystemExit as end:
+        assert end.code in (None, 0) or end.code == 2 and said.getvalue().count("\n") == 1
+        assert len(said.getvalue().replace(str(run_dir), "")) < 500
+    finally:
+        (run_dir / "config.json").write_text(config)
 
 
 KNOWN = {*estimators.ESTIMATORS, *estimators.ALIASES}

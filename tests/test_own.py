@@ -510,6 +510,9 @@ def test_a_module_has_models_too(file, tmp_path, monkeypatch):
         ("vae.py:nothing", "must return a module with an encoder and a joint, .* but returned a NoneType"),
         ("vae.py:half_a_model", "must return a module with an encoder and a joint, .* but its encoder is a NoneType"),
         ("nowhere.models:build", "there is no module 'nowhere.models' for the model"),
+        ("os:system", "'os' is a module of Python's own, which builds no model"),
+        ("vaelib.models:build", "'vaelib.models:build' must be called with one argument, start"),
+        ("torch:zeros", "'torch:zeros' must be called with one argument, start"),
         ("..models:build", "'..models' is no name of a module, in the model '..models:build': give FILE.py:FUNCTION"),
         (
             "flow.py:build",

@@ -351,7 +351,17 @@ def test_a_recipe_that_cannot_be_meant(values, sentence):
     [
         ({"sizes": 3}, "sizes must map names to whole numbers"),
         ({"sizes": {"latent": 0}}, "size 'latent' must be a whole number of at least 1"),
-        ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a positive number"),
+        ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a number of at least 0"),
+        (
+            {"checkpoint_seconds": 10**400},
+            "checkpoint_seconds must be a number of at least 0, but is 10{39}[.]{3}0{17}$",
+        ),
+        ({"checkpoint_seconds": False}, "checkpoint_seconds must be a number of at least 0"),
+        *(({name: 10**400}, f"{name} must be a positive number") for name in ("lr", "adam_eps", "clip")),
+        ({"lr": 10**5000}, "lr must be a positive number, but is a int too long to be shown$"),
+        ({"model": "a\0.py:f"}, r"model must be a name, but is 'a\\x00.py:f'"),
+        ({"model": "\ud800.py:f"}, r"model must be a name, but is '\\ud800.py:f'"),
+        ({"data": "x" * 5000}, "data must be a name, but is 'x{39}[.]{3}x{16}'$"),
         ({"compile": "yes"}, "compile must be true or false, but is 'yes'"),
         ({"lr": -1.0}, "lr must be"),
     ],

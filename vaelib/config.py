@@ -7,13 +7,16 @@ means is written beside it, once, for the help of the command line too.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vaelib.errors import InputError, choose, positive, true_or_false, typed, whole_number
+from vaelib.errors import InputError, between, choose, positive, shown, true_or_false, typed, whole_number
 
 LOGS = {"tensorboard": "TensorBoard"}
+LONGEST = 4096  # bytes of a path on Linux
 DEVICES = {"auto": "a GPU if there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
 
 
@@ -23,11 +26,19 @@ def setting(default: Any, text: str) -> Any:
     return field(**made, metadata={"help": text})
 
 
+def is_name(value: Any) -> bool:
+    """Tell whether ``value`` is text that a file could be called, as data and models may be called by their files."""
+    try:
+        return isinstance(value, str) and "\0" not in value and len(os.fsencode(value)) < LONGEST
+    except UnicodeEncodeError:
+        return False
+
+
 def names(recipe: Any, *fields: str) -> None:
     """Raise InputError unless these fields of a recipe are names, whatever they are names of."""
     for name in fields:
-        if not isinstance(value := getattr(recipe, name), str):
-            raise InputError(f"{typed(name)} must be a name, but is {value!r}")
+        if not is_name(value := getattr(recipe, name)):
+            raise InputError(f"{typed(name)} must be a name, but is {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -112,8 +123,9 @@ class Config(Recipe):
             if not self.validate:
                 raise InputError(f"{typed('patience')} waits for a better held-out bound: add {typed('validate')}")
         if not isinstance(self.sizes, Mapping):
-            raise InputError(f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {self.sizes!r}")
+            raise InputError(
+                f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {shown(self.sizes)}"
+            )
         for name, value in self.sizes.items():
-            whole_number(f"size '{name}'", value, least=1)
-        if self.checkpoint_seconds != 0:
-            positive("checkpoint_seconds", self.checkpoint_seconds)
+            whole_number(f"size {shown(name)}", value, least=1)
+        between("checkpoint_seconds", self.checkpoint_seconds, 0, math.inf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,15 @@ class InputError(ValueError):
 def typed(name: str) -> str:
     """Return the name of an argument as it was typed: ``k`` in Python, ``--k`` at the command line."""
     return OPTIONS.get().get(name, name)
+
+
+def shown(value: Any) -> str:
+    """Return how a message writes a value that was given: as Python does, cut to some 60 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than some thousands of digits
+        text = f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}"
 
 
 @contextmanager
@@ -74,31 +84,36 @@ def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
         return options[name]
     near = difflib.get_close_matches(name.lower(), options, n=1)
     hint = f", did you mean '{near[0]}'?" if near else ";"
-    raise InputError(f"no {what} is called '{name}'{hint} choose from: {', '.join(options)}")
+    raise InputError(f"no {what} is called {shown(name)}{hint} choose from: {', '.join(options)}")
 
 
 def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
     """Raise InputError unless ``value`` is a whole number of at least ``least``, and no more than ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{typed(name)} must be a whole number of at least {least}, but is {value!r}")
+        raise InputError(f"{typed(name)} must be a whole number of at least {least}, but is {shown(value)}")
     if value > most:
-        raise InputError(f"{typed(name)} must be a whole number of at most {most}, but is {value!r}")
+        raise InputError(f"{typed(name)} must be a whole number of at most {most}, but is {shown(value)}")
 
 
 def true_or_false(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is one of these."""
     if not isinstance(value, bool):
-        raise InputError(f"{typed(name)} must be true or false, but is {value!r}")
+        raise InputError(f"{typed(name)} must be true or false, but is {shown(value)}")
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether ``value`` is a number that a float can hold: not NaN, not infinite, no whole number beyond them."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def between(name: str, value: Any, least: float, most: float) -> None:
     """Raise InputError unless ``value`` is a finite number from ``least`` to ``most``."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most or value == math.inf:
+    if not is_finite(value) or not least <= value <= most:
         limits = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise InputError(f"{typed(name)} must be a number {limits}, but is {value!r}")
+        raise InputError(f"{typed(name)} must be a number {limits}, but is {shown(value)}")
 
 
 def positive(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is a positive number."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{typed(name)} must be a positive number, but is {value!r}")
+    if not is_finite(value) or value <= 0:
+        raise InputError(f"{typed(name)} must be a positive number, but is {shown(value)}")

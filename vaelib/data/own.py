@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def image_set(path: Path) -> ImageSet:
 
 def is_own(name: str) -> bool:
     """Whether a data set's name is that of a file or folder of one's own."""
-    return Path(name).suffix.lower() in READERS or "/" in name or "\\" in name or bool(name) and Path(name).is_dir()
+    return Path(name).suffix.lower() in READERS or "/" in name or "\\" in name or os.path.isdir(name)
 
 
 def digest(path: Path) -> str:

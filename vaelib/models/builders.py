@@ -225,7 +225,7 @@ def build(
     """
     builder = builder_of(name) if isinstance(name, str) and ":" in name else choose("model", name, MODELS)
     for size, value in sizes.items():
-        choose(f"size of model '{name}'", size, builder.__kwdefaults__ or {})
+        choose(f"size of model '{name}'", size, getattr(builder, "__kwdefaults__", None) or {})
         whole_number(f"{size} of model '{name}'", value, least=1)
     start = Start(data_dim, mean, generator, shape)
     if ":" not in name:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, shown
 from vaelib.files import read
 
 EXTRAS = {"zuko": "'vaelib[zuko]'"}
@@ -55,20 +56,32 @@ def builder(name: str) -> Callable[..., nn.Module]:
     place, _, function = name.rpartition(":")
     path = file_of(name)
     if path is None and not all(map(str.isidentifier, place.split("."))):
-        raise InputError(f"'{place}' is no name of a module, in the model '{name}': give FILE.py:FUNCTION")
+        raise InputError(f"{shown(place)} is no name of a module, in the model {shown(name)}: give FILE.py:FUNCTION")
+    if path is None and place.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(f"'{place}' is a module of Python's own, which builds no model: give FILE.py:FUNCTION")
     try:
         module = imported(place) if path is None else executed(path)
     except ModuleNotFoundError as error:
         if path is None and place.startswith(error.name or ""):
             raise InputError(
-                f"there is no module '{place}' for the model '{name}': see where you are, or give FILE.py:FUNCTION"
+                f"there is no module {shown(place)} for the model {shown(name)}: see where you are, or give "
+                "FILE.py:FUNCTION"
             ) from error
         raise InputError(
             f"'{place}' imports '{error.name}', which is not installed here: install it, such as by "
             f"`pip install {EXTRAS.get(error.name, error.name)}`"
         ) from error
     found = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    return choose(f"function of '{place}'", function, found)
+    return callable_with_start(choose(f"function of '{place}'", function, found), name)
+
+
+def callable_with_start(function: Callable[..., nn.Module], name: str) -> Callable[..., nn.Module]:
+    """Return ``function``, or raise InputError if it cannot be called as a builder is."""
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError) as error:  # a ValueError where it does not say what it takes
+        raise InputError(f"'{name}' must be called with one argument, start, and sizes that have defaults") from error
+    return function
 
 
 def code(name: str) -> dict[str, Path]:
