@@ -605,7 +605,7 @@ def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(
 
     def stop(run):
         if run.step == 13:
-            runs.save(run, path)
+            runs.save(run, runs.Folder(tmp_path))
             raise Stop
 
     with pytest.raises(Stop):
@@ -635,7 +635,7 @@ def test_training_leaves_the_global_generator_alone(text):
 
 
 def test_another_vocabulary_than_the_checkpoint_s_gets_a_sentence(text, tmp_path):
-    runs.save(prepare(small(text), text.train, text.valid), tmp_path / "checkpoint.pt")
+    runs.save(prepare(small(text), text.train, text.valid), runs.Folder(tmp_path))
     words = list(text.vocabulary.words)
     words[5], words[6] = words[6], words[5]
     swapped = replace(text.train, vocabulary=data.Vocabulary(tuple(words)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -237,6 +239,38 @@ def test_advice_is_shown_before_it_is_written(image, monkeypatch):
     with pytest.raises(InputError, match="no room"):
         report.advise(image, device="cpu", show=shown.append)
     assert shown == [given]
+
+
+def test_what_is_shown_of_a_run_is_not_written_into_another(image, tmp_path, monkeypatch):
+    """The folder is renamed, and another comes into its place, while the page or the advice is computed."""
+    place = tmp_path / "run"
+    for command in ("show", "advise"):
+        for name in ("run", "other"):
+            shutil.copytree(image, tmp_path / name)
+        before = sorted(os.listdir(place))
+
+        def turn(*_, **__):
+            place.rename(tmp_path / "old")
+            (tmp_path / "other").rename(place)
+            return SimpleNamespace(as_dict=dict)
+
+        monkeypatch.setattr("vaelib.gradients.advise", turn)
+        monkeypatch.setattr(report, "page", lambda *_: str(turn()))
+        with pytest.raises(InputError, match="run' is not the folder any more"):
+            getattr(report, command)(place, device="cpu")
+        assert sorted(os.listdir(place)) == before
+        for name in ("run", "old"):
+            shutil.rmtree(tmp_path / name)
+
+
+def test_a_run_that_is_at_work_is_not_shown(image, monkeypatch):
+    """It is told before anything is computed."""
+    monkeypatch.setattr("vaelib.gradients.advise", None)
+    monkeypatch.setattr(report, "page", None)
+    with runs.in_use(runs.Folder(image)):
+        for command in (report.show, report.advise):
+            with pytest.raises(InputError, match="another process works in"):
+                command(image, device="cpu")
 
 
 def test_advice_that_nobody_can_see_is_written_all_the_same(image, monkeypatch):

@@ -379,6 +379,62 @@ def test_one_process_a_folder(finished, tmp_path):
     runs.train(run_dir, TINY)  # free again
 
 
+def turned(place, other, how):
+    """Put the run in ``other`` where ``place`` leads; return where the one that was there is now."""
+    if how == "renamed":
+        place.rename(place.with_name("old"))
+        other.rename(place)
+        return place.with_name("old")
+    first = place.resolve()
+    place.unlink()
+    place.symlink_to(other)
+    return first
+
+
+def begun(tmp_path, how):
+    """Return where a command is to work: a folder, or a link to one."""
+    (tmp_path / "run").mkdir() if how == "renamed" else (tmp_path / "first").mkdir()
+    if how == "linked":
+        (tmp_path / "run").symlink_to(tmp_path / "first")
+    return tmp_path / "run"
+
+
+def files_in(run_dir):
+    return {path.name: path.read_bytes() for path in run_dir.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["renamed", "linked"])
+@pytest.mark.parametrize("kept", [True, False], ids=["locked", "never-locked"])
+def test_a_run_writes_nothing_into_another_that_came_into_its_place(finished, tmp_path, how, kept):
+    place, other, steps, old = begun(tmp_path, how), copy_of(finished, tmp_path), [], None
+    if not kept:
+        (other / ".lock").unlink()
+    before = files_in(other)
+
+    def turn(fraction):
+        nonlocal old
+        steps.append(fraction)
+        if len(steps) == STEPS + 5:
+            old = turned(place, other, how)
+
+    with pytest.raises(InputError, match="run' is not the folder any more that this command began in"):
+        runs.train(place, TINY, report=turn)
+    assert files_in(place) == before and len(steps) == 2 * STEPS
+    runs.train(old, TINY)
+    assert not differences(contents(finished), contents(old))
+
+
+@pytest.mark.parametrize("how", ["renamed", "linked"])
+def test_an_evaluation_is_not_written_into_another_run(finished, tmp_path, how):
+    place, other = begun(tmp_path, how), copy_of(finished, tmp_path)
+    for name, content in files_in(finished).items():
+        (place / name).write_bytes(content)
+    before = files_in(other)
+    with pytest.raises(InputError, match="not the folder any more"):
+        runs.evaluate(place, 2, limit=2, show=lambda found: turned(place, other, how))
+    assert files_in(place) == before
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
     """A file size limit stands in for the full disk: the same OSError, at the same place."""
     run_dir = tmp_path / "run"

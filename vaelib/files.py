@@ -17,6 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,27 @@ A_DAY = 86_400.0
 
 class InUse(InputError):
     """Another process holds a lock."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock that is held: the file in a folder that is locked, and its open handle."""
+
+    path: Path
+    handle: int
+
+    def check(self) -> None:
+        """Raise InputError if another folder is in the place of the one that is locked."""
+        folder = self.path.parent
+        try:
+            same = os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+        except OSError:
+            same = not os.path.lexists(folder)  # that it is gone is told by what writes there
+        if not same:
+            raise InputError(
+                f"'{folder}' is not the folder any more that this command began in (it was renamed, or a link to it "
+                "was turned): nothing was written there; what was done before is in the old one, go on by its new name"
+            )
 
 
 @contextmanager
@@ -221,8 +243,10 @@ def is_ended(path: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[Lock | None]:
     """Hold the lock of a folder, or of a file that is made if need be, until the block or the process ends.
+
+    It gives the lock; None where the system knows none.
 
     Raises
     ------
@@ -230,7 +254,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         if another process holds it, and we are not to wait.
     """
     if fcntl is None:
-        yield
+        yield None
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -239,7 +263,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             folder = path if path.is_dir() else path.parent
             raise InUse(f"another process works in '{folder}': wait for it, or choose another folder") from None
-        yield
+        yield Lock(path, handle)
     finally:
         os.close(handle)
 

@@ -71,11 +71,10 @@ def show(run_dir: str | Path, device: str = "auto") -> Path:
     InputError
         if there is no run in the folder, it is in use or damaged.
     """
-    run, path = runs.load(run_dir, device), Path(run_dir) / "report.html"
-    text = page(run, str(run_dir))
-    with runs.in_use(runs.Folder(Path(run_dir))):
-        files.write(path, text.encode(errors="replace"))  # a folder's name need not be text
-    return path
+    with runs.at_rest(run_dir) as folder:
+        text = page(runs.load(folder, device), str(run_dir))
+        files.write(folder.file("report.html"), text.encode(errors="replace"))  # a folder's name need not be text
+    return folder.path / "report.html"
 
 
 def advise(
@@ -96,20 +95,21 @@ def advise(
     InputError
         as :func:`show` and :func:`vaelib.gradients.advise`.
     """
-    run, folder = runs.load(run_dir, device), Path(run_dir)
-    x = observations(run, "train", 2000, seed)
-    noise = torch.Generator(x.device).manual_seed(seed)
-    given = gradients.advise(
-        run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
-        progress=progress,
-    )  # fmt: skip
-    try:
-        show(given)
-    finally:
-        with runs.in_use(runs.Folder(folder)):
-            files.write_json(folder / "advice.json", given.as_dict())
-            files.write(folder / "advice.png", png(lambda figure: plots.advice(figure, given), (7.2, 4.4), {}))
-    return given, [folder / "advice.json", folder / "advice.png"]
+    with runs.at_rest(run_dir) as folder:
+        run = runs.load(folder, device)
+        x = observations(run, "train", 2000, seed)
+        noise = torch.Generator(x.device).manual_seed(seed)
+        given = gradients.advise(
+            run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
+            progress=progress,
+        )  # fmt: skip
+        try:
+            show(given)
+        finally:
+            files.write_json(folder.file("advice.json"), given.as_dict())
+            picture = png(lambda figure: plots.advice(figure, given), (7.2, 4.4), {})
+            files.write(folder.file("advice.png"), picture)
+    return given, [folder.path / "advice.json", folder.path / "advice.png"]
 
 
 def observations(run: Run, part: str, most: int, seed: int = 0) -> Tensor:

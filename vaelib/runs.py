@@ -39,7 +39,7 @@ from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config
 from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
-from vaelib.files import in_shell, locked, read, read_json, sweep, write, write_json
+from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
 from vaelib.posteriors import as_posterior
 from vaelib.training import Diverged, HeldOut, Training, mean_bound, stream
 
@@ -72,37 +72,44 @@ FREE = {"epochs", "patience", "log", "device", "checkpoint_seconds", "compile"}
 
 @dataclass(frozen=True)
 class Folder:
-    """The paths in a run's folder."""
+    """The paths in a run's folder; if it is locked, as long as that folder is there."""
 
     path: Path
+    lock: Lock | None = None
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file; raise InputError if another folder has come into the place of the locked one."""
+        if self.lock:
+            self.lock.check()
+        return self.path / name
 
     @property
     def config(self) -> Path:
-        return self.path / "config.json"
+        return self.file("config.json")
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        return self.file("checkpoint.pt")
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.file("metrics.jsonl")
 
     @property
     def result(self) -> Path:
-        return self.path / "result.json"
+        return self.file("result.json")
 
     @property
     def sources(self) -> Path:
-        return self.path / "sources.json"
+        return self.file("sources.json")
 
     @property
     def model(self) -> Path:
-        return self.path / "model.py"
+        return self.file("model.py")
 
     @property
     def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+        return self.file("tensorboard")
 
 
 def train(
@@ -137,7 +144,7 @@ def train(
     if seen(images, training) is not images:
         chosen = f"{typed('binarisation')} {training.split.binarisation}"
         say(f"{chosen}, since the likelihood of {config.model} is Bernoulli and these images are not black and white")
-    with in_use(folder):
+    with in_use(folder) as folder:
         stored = read_config(folder.config)
         if stored is not None:
             check_same(stored, config, folder)
@@ -196,7 +203,7 @@ def go_on(
         nonlocal saved, due
         after_step(training)
         if training.epoch_ends or stop or time.monotonic() >= due:
-            save(training, folder.checkpoint)
+            save(training, folder)
             saved, due = training.step, time.monotonic() + seconds
         if training.epoch_ends:
             write_metrics(folder.metrics, training)
@@ -269,7 +276,7 @@ class Run:
         return joint
 
 
-def load(run_dir: str | Path, device: str = "auto") -> Run:
+def load(run_dir: str | Path | Folder, device: str = "auto") -> Run:
     """Return the run in a folder that ``vaelib train`` made, as its checkpoint holds it.
 
     Raises
@@ -277,7 +284,7 @@ def load(run_dir: str | Path, device: str = "auto") -> Run:
     InputError
         if there is none, or it is damaged.
     """
-    training, images = trained(Folder(named(run_dir)), device)
+    training, images = trained(run_dir if isinstance(run_dir, Folder) else Folder(named(run_dir)), device)
     return Run(training.model, training.recipe, training.history, images)
 
 
@@ -333,13 +340,10 @@ def evaluate(
     InputError
         if there is no run in the folder, it is in use or damaged, or an argument is out of range.
     """
-    folder = Folder(named(run_dir))
     if limit is not None:
         whole_number("limit", limit, least=2)
     whole_number("seed", seed, least=0, most=2**63 - 1)
-    if not lexists(folder.checkpoint):
-        trained(folder, device)  # which says so, and makes no folder
-    with in_use(folder), enough_memory("chunk", "limit"):
+    with at_rest(run_dir) as folder, enough_memory("chunk", "limit"):
         known = read_result(folder.result)
         training, images = trained(folder, device)
         known = of(training, known, folder)
@@ -519,6 +523,7 @@ def tensorboard(folder: Folder, training: Training) -> Callable[[Training], None
 
     def log(training: Training) -> None:
         if training.epoch_ends:
+            folder.file("tensorboard")  # which is opened by its name each time
             record = training.history[-1]
             for name in ("bound", "held_out", "lr"):
                 if name in record:
@@ -559,14 +564,24 @@ def named(folder: str | Path) -> Path:
 
 
 @contextmanager
-def in_use(folder: Folder) -> Iterator[None]:
-    """Make the folder, keep every other process out of it, and sweep up what a killed one left."""
+def at_rest(run_dir: str | Path) -> Iterator[Folder]:
+    """Keep every other process out of the folder of a trained run; of one that has none, say so, and make no folder."""
+    folder = Folder(named(run_dir))
+    if not lexists(folder.checkpoint):
+        trained(folder, "cpu")
+    with in_use(folder) as folder:
+        yield folder
+
+
+@contextmanager
+def in_use(folder: Folder) -> Iterator[Folder]:
+    """Make the folder, keep every other process out of it, and sweep up what a killed one left; give it, locked."""
     if folder.path.exists() and not folder.path.is_dir():
         raise InputError(f"'{folder.path}' is a file, but a run needs a folder: choose another name")
     folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.path / ".lock"):
+    with locked(folder.path / ".lock") as lock:
         sweep(folder.path)
-        yield
+        yield replace(folder, lock=lock)
 
 
 @contextmanager
@@ -590,12 +605,13 @@ def noticed(*signals: int) -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def save(training: Training, path: Path) -> None:
+def save(training: Training, folder: Folder) -> None:
     """Write the checkpoint of ``training``; if it cannot be written, or is not good, the one before it stays.
 
     Good is one whose parameters are finite, and have a finite bound.
     """
-    write_state({**training.state(), "history": training.metrics(), "recipe": fixed(training)}, path)
+    content = packed({**training.state(), "history": training.metrics(), "recipe": fixed(training)})
+    write(folder.checkpoint, content)
 
 
 def fixed(training: Training) -> dict[str, Any]:
@@ -655,9 +671,14 @@ def fitting(path: Path) -> Iterator[None]:
 
 def write_state(state: dict[str, Any], path: Path) -> None:
     """Write the record of a training, whole or not at all."""
+    write(path, packed(state))
+
+
+def packed(state: dict[str, Any]) -> memoryview:
+    """Return the record of a training as a file has it."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
