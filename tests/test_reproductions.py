@@ -117,16 +117,31 @@ NEEDS = {
 
 
 READING = {
+    "02-score-and-path.ipynb": ("cell-057", "cell-058"),
     "05-inference-lag.ipynb": ("lag-seeds-check", "lag-summary", "lag-summary-check"),
     "08-choosing.ipynb": ("cell-046", "cell-047"),
 }
 """The cells of a chapter that read results, and those they take names from."""
-IMPORTS = "from vaelib import checks, experiments\nfrom vaelib.experiments import lag\nlabel = str"
+IMPORTS = """
+import torch
+from matplotlib import pyplot as plt
+from vaelib import checks, experiments
+from vaelib.experiments import lag
+label = str
+"""
 
 TOY, TREEBANK = {"data": "synthetic-text", "at": None}, {"data": "ptb", "at": None}
 PAPER = {"metric": "nll", "recipe": "paper", "data": "mnist"}
 
+GAIN = {"metric": "nll", "k": 1, "estimator": "elbo-path"}
+
 CHAPTER_FAULTS = {
+    "02-score-and-path.ipynb": [
+        ("mlp-1, 121 epochs: ten seeds", {**GAIN, "model": "mlp-1", "epochs": 121, "seed": 3}, lambda nll: math.nan),
+        ("mlp-2, 40 epochs: path is ahead", {**GAIN, "model": "mlp-2", "epochs": 40}, lambda nll: nll + 1),
+        ("mlp-1: the gain falls", {**GAIN, "model": "mlp-1", "epochs": 40}, lambda nll: nll - 1),
+        ("mlp-1, 1 epochs: by 1.6 nats", {**GAIN, "model": "mlp-1", "epochs": 1}, lambda nll: nll + 0.2),
+    ],
     "05-inference-lag.ipynb": [
         ("plain: no active unit", {**TOY, "metric": "au", "method": "plain", "seed": 3}, lambda au: 1),
         ("aggressive: one", {**TOY, "metric": "au", "method": "aggressive", "seed": 2}, lambda au: 0),
