@@ -47,6 +47,19 @@ def test_what_others_call_part_is_left_alone(tmp_path):
     assert (tmp_path / f".x.{'0' * 32}.part").is_dir()
 
 
+def test_what_was_killed_is_swept_by_its_age_whatever_the_clock_said(tmp_path):
+    """A day on either side of now is old; less may be another's that still writes, by a clock not quite ours."""
+    ages = (-1e6, -100.0, 100.0, 1e6)
+    parts = [tmp_path / f".file.{i:032x}.part" for i in range(len(ages))]
+    for part, age in zip(parts, ages):
+        part.touch()
+        os.utime(part, (time.time() - age,) * 2)
+    files.write(tmp_path / "file", b"new")
+    assert [part.exists() for part in parts] == [False, True, True, False]
+    files.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 KILLED = """
 import sys; from pathlib import Path; from vaelib import files
 path = Path(sys.argv[1])

@@ -536,6 +536,58 @@ def test_a_flow_where_zuko_is_missing_says_what_to_install(tmp_path, monkeypatch
         models.build(f"{tmp_path}/flow.py:build", 5)
 
 
+KEEPS = """
+    import datetime
+
+    class Keeper(Encoder):
+        kept = 1
+
+        def get_extra_state(self):
+            return self.kept
+
+        def set_extra_state(self, kept):
+            self.kept = kept
+
+
+    def fine(start):
+        encoder = Keeper(start.pixels, 2)
+        encoder.kept = {"a": [1, 2.5, "b", None, (torch.ones(2), True)]}
+        return VAE(Joint(start.pixels, 2), encoder, binary=False)
+
+
+    def at_once(start):
+        model = fine(start)
+        model.encoder.kept = datetime.date(2026, 1, 1)
+        return model
+
+
+    def later(start):
+        model = fine(start)
+        joint = model.joint.forward
+
+        def forward(x, z):
+            if model.training and torch.is_grad_enabled():
+                model.encoder.kept = lambda: 1
+            return joint(x, z)
+
+        model.joint.forward = forward
+        return model
+"""
+
+
+def test_what_could_not_be_read_again_is_told_before_it_is_written(file, tmp_path):
+    """Before the first step if it is there by then, and always before it takes the place of what can be read."""
+    file.write_text(textwrap.dedent(MODEL) + textwrap.dedent(KEEPS))
+    config = Config(epochs=1, batch_size=100, device="cpu")
+    runs.train(tmp_path / "fine", replace(config, model=f"{file}:fine"))
+    assert runs.load(tmp_path / "fine").model.encoder.kept["a"][:4] == [1, 2.5, "b", None]
+    for name, kind, most in (("at_once", "date", 0), ("later", "function", 15)):
+        done = []
+        with pytest.raises(InputError, match=f"'encoder._extra_state' of the model's state_dict is a {kind} that"):
+            runs.train(tmp_path / name, replace(config, model=f"{file}:{name}"), report=done.append)
+        assert len(done) <= most and not (tmp_path / name / "checkpoint.pt").exists()
+
+
 def test_an_error_in_ones_own_file_reaches_one_as_it_is(tmp_path):
     (tmp_path / "vae.py").write_text("def build(start):\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):

@@ -99,7 +99,7 @@ def sweep(folder: Path, age: float = 0.0) -> None:
     """Remove what processes that were killed were writing in ``folder``, if it has not changed for ``age`` seconds."""
     for stray in folder.glob(".*.part"):
         with suppress(FileNotFoundError):
-            if PART.fullmatch(stray.name) and stray.is_file() and time.time() - stray.stat().st_mtime >= age:
+            if PART.fullmatch(stray.name) and stray.is_file() and abs(time.time() - stray.stat().st_mtime) >= age:
                 stray.unlink()
 
 

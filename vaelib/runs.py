@@ -161,6 +161,8 @@ def train(
             report(training.progress.done)
             log(training)
 
+        if "model" in training.sources and not training.step:
+            record(training)  # what could not be stored is told before anything is learnt
         try:
             go_on(training, folder, config.checkpoint_seconds, after_step, progress)
         except KeyboardInterrupt as stop:
@@ -610,8 +612,30 @@ def save(training: Training, folder: Folder) -> None:
 
     Good is one whose parameters are finite, and have a finite bound.
     """
-    content = packed({**training.state(), "history": training.metrics(), "recipe": fixed(training)})
+    content = packed(record(training))
     write(folder.checkpoint, content)
+
+
+def record(training: Training) -> dict[str, Any]:
+    """Return what the checkpoint of ``training`` holds.
+
+    Raises
+    ------
+    InputError
+        if there is something in its model, a hook or the estimator that could not be read again.
+    """
+    state = {**training.state(), "history": training.metrics(), "recipe": fixed(training)}
+    parts = {f"'{name}' of the model's state_dict": value for name, value in state["model"].items()}
+    for name, value in {**parts, "the state of a hook or of the estimator": state["hooks"]}.items():
+        try:
+            if type(value) is not Tensor:
+                unpacked(packed({"value": value}))
+        except Exception as error:  # whatever an object of the user's makes of it
+            raise InputError(
+                f"{name} is a {type(value).__name__} that could not be read again: let it be numbers, words and "
+                "tensors, and lists and dicts of them"
+            ) from error
+    return state
 
 
 def fixed(training: Training) -> dict[str, Any]:
@@ -681,6 +705,11 @@ def packed(state: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
+def unpacked(content: bytes | memoryview) -> dict[str, Any]:
+    """Return the record that :func:`packed` made ``content`` of; nothing but numbers, words and tensors is read."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def read_state(path: Path) -> dict[str, Any] | None:
     """Return the record in a file, numbers and words alone; None if there is no such file.
 
@@ -697,7 +726,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             if archive.infolist()[0].header_offset or content.rfind(b"PK\5\6") + END != len(content):
                 raise zipfile.BadZipFile("something was added to it")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = unpacked(content)
         version = state["format"]
     except Exception as error:  # whatever zipfile, pickle and torch find wrong with it
         unsafe = isinstance(error, pickle.UnpicklingError)  # torch would say how to load it all the same
