@@ -53,7 +53,10 @@ def log_sum_exp(log_w: Tensor) -> Tensor:
 
 def possible(log_w: Tensor) -> Tensor:
     """Return ``log_w`` with no gradient where it is minus infinity: what is impossible teaches nothing."""
-    return log_w.masked_fill(log_w == -math.inf, -math.inf) if log_w.requires_grad else log_w
+    if not log_w.requires_grad:
+        return log_w
+    never = log_w == -math.inf
+    return log_w.masked_fill(never, -math.inf) if tracing() or never.any() else log_w
 
 
 def normalised(log_w: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ def ready(q: Any, eps: Latent | None) -> Posterior:
 
 def functions_in(value: Any) -> Iterator[Any]:
     """Yield the modules and functions that a posterior holds, also in tuples, lists and posteriors inside it."""
+    if isinstance(value, Tensor):  # as most of what it holds
+        return
     if isinstance(value, dict | tuple | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from functions_in(part)
