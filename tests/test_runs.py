@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -923,6 +925,55 @@ def test_what_is_refused_as_code_comes_with_no_advice_to_load_it_all_the_same(fi
     with pytest.raises(InputError, match="it holds more than numbers and words") as caught:
         runs.load(run_dir)
     assert "weights_only" not in str(caught.value) and "option" not in str(caught.value)
+
+
+def spoil_a_weight(state):
+    state["model"]["joint.decode.logits.weight"][0, 0] = math.nan
+
+
+def half_the_weights(state):
+    state["model"] = {name: value.half() for name, value in state["model"].items()}
+
+
+def spoil_a_moment(state):
+    state["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.inf)
+
+
+def halve_a_moment(state):
+    state["optimizer"]["state"][0]["exp_avg"] = state["optimizer"]["state"][0]["exp_avg"].half()
+
+
+def spoil_a_bound(state):
+    state["bounds"][-1] = math.nan
+
+
+def spoil_the_history(state):
+    state["history"] = re.sub('"bound": [-0-9.]+', '"bound": NaN', state["history"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (spoil_a_weight, "its joint.decode.logits.weight must be finite numbers of torch.float32"),
+        (half_the_weights, "its [a-z.0-9_]+ must be finite numbers of torch.float32"),
+        (spoil_a_moment, "its optimiser's exp_avg_sq must be finite numbers"),
+        (halve_a_moment, "its optimiser's exp_avg must be finite numbers of torch.float32 or torch.float64"),
+        (spoil_a_bound, "its bounds must be a tensor .* of finite numbers"),
+        (spoil_the_history, "the bounds in its history must be finite"),
+    ],
+)
+def test_a_checkpoint_with_numbers_that_no_training_saves_is_refused(finished, tmp_path, spoil, part):
+    """By all that reads it; none of them changes it, and as it was it is read."""
+    run_dir = copy_of(finished, tmp_path)
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    runs.load(run_dir)
+    spoil(state)
+    torch.save(state, run_dir / "checkpoint.pt")
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    for use in (runs.load, runs.evaluate, lambda path: runs.train(path, replace(TINY, epochs=3))):
+        with pytest.raises(InputError, match=rf"checkpoint.pt' is not a checkpoint of this run's .* \({part}"):
+            use(run_dir)
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
 def test_another_world_is_told(finished, tmp_path):

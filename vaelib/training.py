@@ -24,7 +24,17 @@ from tqdm import tqdm
 from vaelib import estimators, evaluation, fast, objectives, posteriors
 from vaelib.config import Recipe
 from vaelib.data import Sentences, Split
-from vaelib.errors import InputError, between, choose, enough_memory, positive, true_or_false, typed, whole_number
+from vaelib.errors import (
+    InputError,
+    between,
+    choose,
+    enough_memory,
+    is_finite,
+    positive,
+    true_or_false,
+    typed,
+    whole_number,
+)
 from vaelib.estimators import Estimator
 from vaelib.optimizers import build_optimizer
 from vaelib.posteriors import Latent, map_latent
@@ -604,13 +614,31 @@ def check_record(state: dict[str, Any], training: Training) -> None:
     true_or_false("whether it stopped", state["stopped"])
     for name in ("order", "bounds"):
         shape = list(getattr(training, name).shape)
-        if not isinstance(state[name], Tensor) or list(state[name].shape) != shape:
-            raise InputError(f"its {name} must be a tensor {shape}")
+        if not isinstance(state[name], Tensor) or list(state[name].shape) != shape or not state[name].isfinite().all():
+            raise InputError(f"its {name} must be a tensor {shape} of finite numbers")
     if not all(0 <= i < len(training.split) for i in state["order"].aminmax()):
         raise InputError(f"its order must be of {len(training.split)} observations")
     epochs, history = state["step"] // training.steps_per_epoch, state["history"]
     if not isinstance(history, list) or len(history) != epochs or not all(isinstance(each, dict) for each in history):
         raise InputError(f"its history must be of the {epochs} epochs that are done")
+    if not all(is_finite(epoch.get(name, 0)) for epoch in history for name in ("bound", "held_out")):
+        raise InputError("the bounds in its history must be finite")
+    parameters = dict(training.model.named_parameters(remove_duplicate=False))
+    for name, own in training.model.state_dict().items():
+        if isinstance(own, Tensor):
+            check_numbers(
+                name, state["model"].get(name), (own.dtype,), finite=name in parameters
+            )  # a buffer need not be
+    dtypes = (torch.float32, torch.float64, *{p.dtype for p in parameters.values()} - {torch.float32, torch.float64})
+    for moments in state["optimizer"]["state"].values():
+        for name, value in moments.items():
+            check_numbers(f"optimiser's {name}", value, dtypes)
+
+
+def check_numbers(name: str, found: Any, dtypes: Sequence[torch.dtype], finite: bool = True) -> None:
+    """Raise InputError if a tensor of a record is of another type than a training has, or not finite."""
+    if isinstance(found, Tensor) and (found.dtype not in dtypes or finite and not found.isfinite().all()):
+        raise InputError(f"its {name} must be finite numbers of {' or '.join(map(str, dtypes))}")
 
 
 # --- what goes together -----------------------------------------------------------------------------------------------
