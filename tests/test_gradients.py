@@ -587,7 +587,7 @@ def test_the_scaled_row_is_unbiased_for_every_scale():
 
 
 def test_the_bias_test_raises_false_alarms_no_more_often_than_it_says():
-    """500 seeds at a rate of 5 %: at most 25 + 4 sqrt(25 * 0.95) = 44 alarms; and not none, or it could not fail."""
+    """500 seeds at a rate of 5%: at most 25 + 4 sqrt(25 * 0.95) = 44 alarms; and not none, or it could not fail."""
     joint, encoder = OneLayerJoint(), OneLayerEncoder()
     alarms = sum(
         gradients.bias_test(

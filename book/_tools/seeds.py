@@ -266,7 +266,7 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
 
 
 def normal_bounds(margins: pd.Series) -> tuple[float, float]:
-    """Bounds, each at 99 %, of the probability that a normal variable of which these are draws is negative.
+    """Bounds, each at 99%, of the probability that a normal variable of which these are draws is negative.
 
     The noncentral t distribution gives exact ones.
     """

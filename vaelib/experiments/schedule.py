@@ -3,7 +3,7 @@
 What was decided before the first run. The paper's recipe, dynamically binarised MNIST, all test images. After each of
 the eight stages (1, 4, 13, 40, 121, 364, 1,093 and 3,280 epochs), -log p(x) by 1,000 importance samples, by 5,000 after
 the last; the same seed has the same initial weights, data, noise and test draws with every estimator. What counts is
-the mean of the paired differences and its 95 % interval by Student's t: an estimator is *ahead* where that lies on its
+the mean of the paired differences and its 95% interval by Student's t: an estimator is *ahead* where that lies on its
 side of 0; the two are *alike* where it lies within :data:`MARGIN`; all else, and whatever fewer than :data:`FEWEST`
 seeds say, is *undecided*.
 """
