@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 import textwrap
@@ -586,6 +587,108 @@ def test_what_could_not_be_read_again_is_told_before_it_is_written(file, tmp_pat
         with pytest.raises(InputError, match=f"'encoder._extra_state' of the model's state_dict is a {kind} that"):
             runs.train(tmp_path / name, replace(config, model=f"{file}:{name}"), report=done.append)
         assert len(done) <= most and not (tmp_path / name / "checkpoint.pt").exists()
+
+
+FORGETS = """
+    import random
+
+    import numpy as np
+
+    class Forgetful(Encoder):
+        steps = 0
+
+        def forward(self, x):
+            self.steps += self.training
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x * self.factor())
+
+
+    class Counts(Forgetful):
+        def factor(self):
+            return min(1.0, (1 + self.steps) / 50)
+
+
+    class CountsCalls(Forgetful):
+        def factor(self):
+            return 1.0 + self.calls
+
+
+    class DrawsByNumPy(Forgetful):
+        def factor(self):
+            return np.random.rand()
+
+
+    class Draws(Forgetful):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.scale = np.random.rand() + random.random()
+
+        def factor(self):
+            return self.scale
+
+
+    def model(kind, start):
+        return VAE(Joint(start.pixels, 2), kind(start.pixels, 2), binary=False)
+
+
+    def counts(start):
+        return model(Counts, start)
+
+
+    def counts_calls(start):
+        return model(CountsCalls, start)
+
+
+    def draws_by_numpy(start):
+        return model(DrawsByNumPy, start)
+
+
+    def draws(start):
+        return model(Draws, start)
+"""
+
+
+@pytest.fixture
+def forgetful(file):
+    file.write_text(textwrap.dedent(MODEL) + textwrap.dedent(FORGETS))
+    return Config(epochs=1, batch_size=100, device="cpu"), str(file)
+
+
+@pytest.mark.parametrize("name", ["counts_calls", "draws_by_numpy"])
+def test_a_loss_that_is_another_each_time_is_told_before_the_first_step(forgetful, tmp_path, name):
+    config, file = forgetful
+    with pytest.raises(InputError, match="another loss for the same batch than when it was saved, at step 0: it keeps"):
+        runs.train(tmp_path / "run", replace(config, model=f"{file}:{name}"), report=lambda fraction: 1 / 0)
+
+
+def test_what_is_kept_outside_the_state_dict_is_noticed(forgetful, tmp_path):
+    config, file = forgetful
+    config = replace(config, model=f"{file}:counts")
+    step = runs.train(tmp_path / "run", config)["training"]["step"]
+    for use in (
+        lambda: runs.load(tmp_path / "run"),
+        lambda: runs.evaluate(tmp_path / "run", 2),
+        lambda: runs.train(tmp_path / "run", replace(config, epochs=2)),
+    ):
+        with pytest.raises(
+            InputError, match=f"when it was saved, at step {step}: .* register what it keeps as a buffer"
+        ):
+            use()
+
+
+def test_what_numpy_and_python_draw_for_a_model_follows_from_its_seed(forgetful, tmp_path):
+    config, file = forgetful
+    config = replace(config, model=f"{file}:draws")
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    runs.train(tmp_path / "run", config)
+    assert before == (np.random.get_state()[1].tolist(), random.getstate())
+    scale = runs.load(tmp_path / "run").model.encoder.scale
+    runs.train(tmp_path / "run", replace(config, epochs=2))
+    runs.train(tmp_path / "whole", replace(config, epochs=2))
+    runs.train(tmp_path / "other", replace(config, seed=1))
+    assert runs.load(tmp_path / "other").model.encoder.scale != scale
+    ends = [runs.load(tmp_path / name).model.state_dict() for name in ("run", "whole")]
+    assert all(torch.equal(*pair) for pair in zip(*(end.values() for end in ends)))
 
 
 def test_an_error_in_ones_own_file_reaches_one_as_it_is(tmp_path):

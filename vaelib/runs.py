@@ -41,13 +41,16 @@ from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
 from vaelib.posteriors import as_posterior
-from vaelib.training import Diverged, HeldOut, Training, mean_bound, stream
+from vaelib.training import Diverged, HeldOut, Training, mean_bound, stream, world
 
 FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
 
 END = 22
 """Bytes of the record with which a zip archive ends, see the specification APPNOTE.TXT, 4.3.16."""
+
+ALIKE = 1e-3
+"""The relative difference of losses up to which a model is the same: TF32, which some GPUs multiply in, makes less."""
 
 LSTM = "lstm"
 """The model for sentences."""
@@ -162,7 +165,7 @@ def train(
             log(training)
 
         if "model" in training.sources and not training.step:
-            record(training)  # what could not be stored is told before anything is learnt
+            check_kept(training, record(training), folder.checkpoint)  # told before anything is learnt
         try:
             go_on(training, folder, config.checkpoint_seconds, after_step, progress)
         except KeyboardInterrupt as stop:
@@ -635,7 +638,7 @@ def record(training: Training) -> dict[str, Any]:
                 f"{name} is a {type(value).__name__} that could not be read again: let it be numbers, words and "
                 "tensors, and lists and dicts of them"
             ) from error
-    return state
+    return {**state, "probe": training.probe()} if "model" in training.sources else state
 
 
 def fixed(training: Training) -> dict[str, Any]:
@@ -672,12 +675,31 @@ def restore(training: Training, path: Path) -> None:
         )
     with fitting(path):
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
+    check_kept(training, state, path)
     if waiting := [hook for hook in training.hooks if isinstance(hook, HeldOut)]:
         training.stopped = any(hook.has_waited(training) for hook in waiting)  # the patience may be another now
     if training.step > training.total_steps:
         done = training.step / training.steps_per_epoch
         raise InputError(
             f"'{path}' has done {done:g} epochs, but only {training.recipe.epochs} are asked for: ask for more"
+        )
+
+
+def check_kept(training: Training, state: dict[str, Any], path: Path) -> None:
+    """Raise InputError if a model of one's own gives other losses than when its ``state`` was recorded.
+
+    On another kind of device or in another world the noise may be another, and nothing is compared.
+    """
+    if "probe" not in state or (state["device"], state["world"]) != (training.device.type, world()):
+        return
+    with fitting(path):
+        then, now = state["probe"].to(training.device), training.probe()
+        alike = bool((now - then).abs().sum() <= ALIKE * then.abs().sum())
+    if not alike:
+        raise InputError(
+            f"the model gives another loss for the same batch than when it was saved, at step {training.step}: it "
+            "keeps something outside its state_dict, or draws numbers by others than torch; register what it keeps "
+            "as a buffer, or return it from get_extra_state, and train anew in another folder"
         )
 
 

@@ -22,7 +22,7 @@ from vaelib.models.encoders import (
 from vaelib.models.joints import DiscreteJoint, Guided, HierarchicalJoint, Joint
 from vaelib.models.linear import LinearEncoder, LinearGaussian
 from vaelib.models.own import builder as builder_of
-from vaelib.models.own import whole
+from vaelib.models.own import seeded, whole
 from vaelib.models.vae import VAE, Start
 
 
@@ -230,7 +230,5 @@ def build(
     start = Start(data_dim, mean, generator, shape)
     if ":" not in name:
         return builder(start, **sizes)
-    with torch.random.fork_rng(devices=(), enabled=generator is not None):  # PyTorch's layers take its own generator
-        if generator is not None:
-            torch.default_generator.manual_seed(generator.initial_seed())
+    with seeded(generator):
         return whole(builder(start, **sizes), name)

@@ -18,10 +18,13 @@ import importlib
 import importlib.util
 import inspect
 import os
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -135,6 +138,24 @@ def executed(path: Path):
     finally:
         sys.path.remove(str(path.absolute().parent))
     return module
+
+
+@contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Let what is drawn from the generators of PyTorch, NumPy and Python follow from this one's seed; put them back."""
+    if generator is None:
+        yield
+        return
+    seed, arrays, plain = generator.initial_seed(), np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(arrays)
+            random.setstate(plain)
 
 
 def whole(model: nn.Module, name: str) -> nn.Module:
