@@ -248,6 +248,14 @@ def test_a_part_of_an_epoch_is_none(tmp_path):
         experiments.load("flow-vae", folder=tmp_path)
 
 
+def test_runs_of_another_grid_are_named(tmp_path):
+    """A number altered alike in all lines of a run is a setting of no cell, and nothing else tells."""
+    text = Path("results/flow-vae.csv").read_text()
+    (tmp_path / "flow-vae.csv").write_text(text.replace(",20,100,8,", ",21,100,8,"))
+    with pytest.warns(UserWarning, match="runs in .* are of no configuration .* has epochs '21', not '20'$"):
+        experiments.load("flow-vae", folder=tmp_path)
+
+
 def test_a_table_under_the_name_of_another_experiment_is_refused(tmp_path):
     (tmp_path / "lag-text.csv").write_bytes(Path("results/lag-toy.csv").read_bytes())
     with pytest.raises(InputError, match="is of no run of 'lag-text': its data is 'synthetic-text', not 'ptb'"):
@@ -433,7 +441,9 @@ def test_differences_are_paired_by_seed():
         found, ["data", "method"], data=lambda f: f["data"].replace("b", "a"), method="plain"
     )
     assert shifted["value"].tolist() == [0.0, 3.0, 0.0, 2.0, 8.0]
-    with pytest.raises(InputError, match="several lines are the same in method, seed"):
+    with pytest.raises(
+        InputError, match="several lines are the same in method, seed: choose one preset, and one metric"
+    ):
         experiments.differences(found, ["method"], method="plain")
 
 

@@ -27,7 +27,7 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from vaelib import __version__, files
-from vaelib.errors import InputError, choose
+from vaelib.errors import InputError, choose, typed
 from vaelib.experiments.experiment import Experiment, Lines, Measured, Task, as_text
 
 HERE = Path(__file__).parent.parent
@@ -102,7 +102,14 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
         )
     grid = [task.key[:-1] for each in experiment.presets for task in experiment.tasks(each, 1)]
     place = {key: i for i, key in enumerate(grid)}
-    order = [place.get(key[:-1], len(place)) for key in keys(found, experiment)]
+    order = [place.get(key[:-1], len(place)) for key in (runs := keys(found, experiment))]
+    if strange := sorted({key for key in runs if key[:-1] not in place}):
+        name, has, other = difference(["preset", *experiment.keys], strange[0][:-1], place)
+        warnings.warn(
+            f"{len(strange)} runs in '{path_of(experiment, Path(folder))}' are of no configuration of the preset that "
+            f"they name, but shown with it: the first has {name} {has!r}, not {other!r}",
+            stacklevel=2,
+        )
     found = found.apply(lambda column: column if column.name in WORDS else as_numbers(column))
     found = found.astype({name: "float64" for name in ("at", "value", "standard_error", "seconds")})
     return (
@@ -138,7 +145,10 @@ def differences(frame: DataFrame, by: Sequence[str], **reference: Any) -> DataFr
     by = [*by, "seed"]
     values = frame.set_index(by)["value"]
     if not values.index.is_unique:
-        raise InputError(f"several lines are the same in {', '.join(by)}: choose a metric, a place and a preset first")
+        raise InputError(
+            f"several lines are the same in {', '.join(by)}: choose one {typed('preset')}, and one metric and place by "
+            "select(frame, metric, at), of a table with one configuration of each"
+        )
     partner = pd.MultiIndex.from_frame(frame.assign(**reference)[by])
     return frame.assign(value=frame["value"] - values.reindex(partner).to_numpy())[partner.isin(values.index)]
 
@@ -216,8 +226,7 @@ def fault(found: DataFrame, experiment: Experiment) -> tuple[int, str] | None:
     }
     for line, *arm in found[names].itertuples(name=None):
         if tuple(arm) not in arms:
-            alike = {sum(map(eq, arm, other)): other for other in sorted(arms) if other[0] == arm[0]}
-            name, has, other = next(each for each in zip(names, arm, alike[max(alike)]) if each[1] != each[2])
+            name, has, other = difference(names, arm, arms)
             return line, f"is of no run of '{experiment.name}': its {name} is {has!r}, not {other!r}"
     for line, metric, at in found[["metric", "at"]].itertuples(name=None):
         if metric not in (known := experiment.curves if at else experiment.metrics):
@@ -225,6 +234,12 @@ def fault(found: DataFrame, experiment: Experiment) -> tuple[int, str] | None:
     numbers = zip(keys(found, experiment), found["metric"], found["at"].map(canonical), strict=True)
     again = Series([*numbers], found.index, dtype=object).duplicated()
     return (again.idxmax(), "repeats a number of the same run") if again.any() else None
+
+
+def difference(names: Sequence[str], arm: Sequence[str], arms: Iterable[tuple[str, ...]]) -> tuple[str, str, str]:
+    """Return the first setting by which ``arm`` differs from the most alike of ``arms``: its name, and both values."""
+    alike = {sum(map(eq, arm, other)): other for other in sorted(arms) if other[0] == arm[0]}
+    return next(each for each in zip(names, arm, alike[max(alike)]) if each[1] != each[2])
 
 
 def path_of(experiment: Experiment, folder: Path) -> Path:
