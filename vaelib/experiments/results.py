@@ -102,7 +102,8 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
         )
     grid = [task.key[:-1] for each in experiment.presets for task in experiment.tasks(each, 1)]
     place = {key: i for i, key in enumerate(grid)}
-    order = [place.get(key[:-1], len(place)) for key in (runs := keys(found, experiment))]
+    runs = keys(found, experiment)
+    order = [place.get(key[:-1], len(place)) for key in runs]
     if strange := sorted({key for key in runs if key[:-1] not in place}):
         name, has, other = difference(["preset", *experiment.keys], strange[0][:-1], place)
         warnings.warn(
