@@ -327,7 +327,7 @@ def test_a_table_is_shown_or_refused(folder, name, data):
         assert len(counts) == len(finished) and sorted(counts) == sorted(
             found.drop_duplicates([*found.columns[: found.columns.get_loc("metric")]])["numbers"]
         )
-        assert found["value"].dtype == "float64"
+        assert results.loaded_runs(found, experiment) == finished and found["value"].dtype == "float64"
         found = found[found["preset"] == found["preset"].iloc[0]]
         assert str(experiments.Table(experiment.table(found)))
         experiment.figure(found, Figure())

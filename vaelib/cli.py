@@ -478,7 +478,7 @@ def show_experiment(
       vaelib experiment show stl-figure-1 --figure figure-1.png
     """
     from vaelib import experiments
-    from vaelib.experiments.results import finished
+    from vaelib.experiments.results import loaded_runs
 
     if figure is not None and not figure.suffix:
         raise InputError(f"--figure must be a file's name with an ending, such as table-2.png, but is '{figure}'")
@@ -487,9 +487,7 @@ def show_experiment(
     have = [each for each in experiment.presets if each in set(found["preset"])]
     preset = have[-1]
     found = found[found["preset"] == preset]
-    with warnings.catch_warnings(action="ignore"):  # loading it has said them
-        runs = made(experiment, preset, finished(experiment, results))
-    runs = f"{runs} of {experiment.presets[preset].runs} runs"
+    runs = f"{made(experiment, preset, loaded_runs(found, experiment))} of {experiment.presets[preset].runs} runs"
     typer.echo(f"{experiment.reproduces}\npreset {preset}, {runs}, {', '.join(sorted(set(found['device'])))}\n")
     table(*experiment.table(found))
     if figure is not None:

@@ -287,6 +287,12 @@ def finished(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
     return set(keys(found[whole(found, experiment)], experiment))
 
 
+def loaded_runs(found: DataFrame, experiment: Experiment) -> set[tuple[str, ...]]:
+    """Return the keys of the runs of a table that :func:`load` has returned, as :attr:`Task.key` has them."""
+    runs = found[["preset", *experiment.keys, "seed"]].drop_duplicates().astype(object)
+    return {tuple(map(as_text, run)) for run in runs.where(runs.notna(), None).itertuples(index=False)}
+
+
 def add(experiment: Experiment, task: Task, measured: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Add what a run measured to the table, unless it holds that run already; the table is whole at any moment."""
     with files.locked_around(path_of(experiment, folder)):
