@@ -713,6 +713,23 @@ def test_an_evaluation_that_nobody_can_see_is_written_all_the_same(finished, tmp
     assert contents(run_dir)["result"]["evaluation"]["samples"] == 2
 
 
+@pytest.mark.parametrize("told", [{}, {"k": 1}])
+def test_a_checkpoint_that_does_not_say_of_which_run_it_is_is_refused(finished, tmp_path, told):
+    run_dir = copy_of(finished, tmp_path)
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "recipe": told}, run_dir / "checkpoint.pt")
+    with pytest.raises(InputError, match="is a checkpoint of another run .*its batch_size is None, not "):
+        runs.load(run_dir)
+
+
+def test_a_stop_that_nothing_in_the_run_decided_does_not_count(finished, tmp_path):
+    """Not so a patience of before, which may be given up."""
+    run_dir = copy_of(finished, tmp_path)
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "stopped": True}, run_dir / "checkpoint.pt")
+    assert runs.train(run_dir, replace(TINY, epochs=3))["training"]["epoch"] == 3
+
+
 def test_a_checkpoint_of_another_run_is_named(finished, tmp_path):
     run_dir, other = copy_of(finished, tmp_path), tmp_path / "other"
     runs.train(other, replace(TINY, seed=1, lr=0.01))
@@ -823,7 +840,7 @@ def test_a_result_of_another_kind_is_told_before_anything_is_computed(finished, 
     assert (run_dir / "result.json").read_text() == text
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("name", runs.WRITTEN)
 def test_a_folder_with_files_of_that_name_but_no_run_is_not_touched(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"has a {name} but no config.json: choose another folder"):
@@ -951,9 +968,29 @@ def spoil_the_history(state):
     state["history"] = re.sub('"bound": [-0-9.]+', '"bound": NaN', state["history"])
 
 
+def forget_the_moments(state):
+    state["optimizer"]["state"].clear()
+
+
+def cut_a_moment(state):  # which fused Adam would read beyond its end
+    state["optimizer"]["state"][0]["exp_avg"] = state["optimizer"]["state"][0]["exp_avg"][:1].clone()
+
+
+def climb_down(state):
+    state["optimizer"]["param_groups"][0]["maximize"] = True
+
+
+def other_betas(state):
+    state["optimizer"]["param_groups"][0]["betas"] = (0.5, 0.5)
+
+
 @pytest.mark.parametrize(
     ("spoil", "part"),
     [
+        (forget_the_moments, "its optimiser must remember its exp_avg and exp_avg_sq, but remembers nothing"),
+        (cut_a_moment, r"its optimiser's exp_avg must be of the shape \[.*\], but is of \[1"),
+        (climb_down, "its optimiser's maximize must be False, but is True"),
+        (other_betas, r"its optimiser's betas must be \(0.9, 0.999\), but is \(0.5, 0.5\)"),
         (spoil_a_weight, "its joint.decode.logits.weight must be finite numbers of torch.float32"),
         (half_the_weights, "its [a-z.0-9_]+ must be finite numbers of torch.float32"),
         (spoil_a_moment, "its optimiser's exp_avg_sq must be finite numbers"),

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from vaelib import __version__, data, evaluation, models
-from vaelib.config import DEVICES, Config
+from vaelib.config import DEVICES, Config, Recipe
 from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
@@ -69,8 +69,17 @@ RESULT = {
 
 SETTINGS = {field.name: field for field in fields(Config)}
 
+RECIPE = {field.name for field in fields(Recipe)}
+"""What every checkpoint says of its run."""
+
 FREE = {"epochs", "patience", "log", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
+
+WRITTEN = (
+    "checkpoint.pt", "metrics.jsonl", "result.json", "sources.json", "model.py", "tensorboard", "report.html",
+    "advice.json", "advice.png",
+)  # fmt: skip
+"""What the commands write into a run's folder, besides config.json."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def train(
         stored = read_config(folder.config)
         if stored is not None:
             check_same(stored, config, folder)
-        elif strange := [path.name for path in (folder.checkpoint, folder.metrics, folder.result) if lexists(path)]:
+        elif strange := [name for name in WRITTEN if lexists(folder.file(name))]:
             raise InputError(f"'{run_dir}' has a {strange[0]} but no config.json: choose another folder")
         known = read_result(folder.result)
         restore_own(training, config, folder)
@@ -667,7 +676,9 @@ def restore(training: Training, path: Path) -> None:
     with fitting(path):
         then = dict(state.get("recipe", {}))
     if others := [
-        f"its {name} is {then[name]!r}, not {now.get(name)!r}" for name in then if then[name] != now.get(name)
+        f"its {name} is {then.get(name)!r}, not {now.get(name)!r}"
+        for name in [*then, *(now.keys() & RECIPE - then.keys())]
+        if name not in then or then[name] != now.get(name)
     ]:
         raise InputError(
             f"'{path}' is a checkpoint of another run ({', '.join(others)}): put the right one, or the right "
@@ -676,8 +687,8 @@ def restore(training: Training, path: Path) -> None:
     with fitting(path):
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
     check_kept(training, state, path)
-    if waiting := [hook for hook in training.hooks if isinstance(hook, HeldOut)]:
-        training.stopped = any(hook.has_waited(training) for hook in waiting)  # the patience may be another now
+    if all(isinstance(hook, HeldOut) for hook in training.hooks):  # the patience may be another now
+        training.stopped = any(hook.has_waited(training) for hook in training.hooks)
     if training.step > training.total_steps:
         done = training.step / training.steps_per_epoch
         raise InputError(

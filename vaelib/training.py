@@ -36,7 +36,7 @@ from vaelib.errors import (
     whole_number,
 )
 from vaelib.estimators import Estimator
-from vaelib.optimizers import build_optimizer
+from vaelib.optimizers import RULES, build_optimizer
 from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
@@ -630,9 +630,28 @@ def check_record(state: dict[str, Any], training: Training) -> None:
                 name, state["model"].get(name), (own.dtype,), finite=name in parameters
             )  # a buffer need not be
     dtypes = (torch.float32, torch.float64, *{p.dtype for p in parameters.values()} - {torch.float32, torch.float64})
-    for moments in state["optimizer"]["state"].values():
-        for name, value in moments.items():
-            check_numbers(f"optimiser's {name}", value, dtypes)
+    check_optimizer(state["optimizer"], training.optimizer, dtypes, begun=state["step"] > 0)
+
+
+def check_optimizer(state: dict, own: torch.optim.Optimizer, dtypes: Sequence[torch.dtype], begun: bool) -> None:
+    """Raise InputError unless ``state`` is one of this optimiser: its settings but for the rate, and its moments."""
+    memories = RULES[type(own)].memories
+    if begun and memories and not state["state"]:
+        raise InputError(f"its optimiser must remember its {' and '.join(memories)}, but remembers nothing")
+    for there, here in zip(state["param_groups"], own.param_groups, strict=True):
+        for name in here.keys() & there.keys() - {"params", "lr", "capturable", "fused", "foreach"}:
+            if there[name] != here[name]:
+                raise InputError(f"its optimiser's {name} must be {here[name]!r}, but is {there[name]!r}")
+        for index, parameter in zip(there["params"], here["params"], strict=True):
+            moments = state["state"].get(index, {})
+            for name, value in moments.items():
+                check_numbers(f"optimiser's {name}", value, dtypes)
+            for name in memories if moments else ():
+                if moments[name].shape != parameter.shape:
+                    raise InputError(
+                        f"its optimiser's {name} must be of the shape {list(parameter.shape)}, but is of "
+                        f"{list(moments[name].shape)}"
+                    )
 
 
 def check_numbers(name: str, found: Any, dtypes: Sequence[torch.dtype], finite: bool = True) -> None:

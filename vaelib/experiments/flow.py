@@ -150,7 +150,7 @@ def ends(found: DataFrame, at: int | None = None) -> DataFrame:
     curves = found[found["metric"] == "kl"]
     last = curves["steps"] if at is None else at
     near = curves[(curves["at"] <= last) & (curves["at"] > last - WINDOW * curves["every"])]
-    return near.groupby(["estimator", "seed"], sort=False, as_index=False)["value"].mean()
+    return over_seeds(near, ["estimator", "seed"])["mean"].rename("value").reset_index()
 
 
 def table_of_fits(found: DataFrame) -> Lines:
