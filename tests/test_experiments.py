@@ -248,6 +248,24 @@ def test_a_part_of_an_epoch_is_none(tmp_path):
         experiments.load("flow-vae", folder=tmp_path)
 
 
+def test_runs_of_another_grid_are_not_shown_beside_those_of_this_one(tmp_path):
+    """A setting altered in all lines of one run."""
+    name = "flow-vae"
+    whole = experiments.load(name, folder="results")
+    one = dict(whole.iloc[0])
+    lines = Path(f"results/{name}.csv").read_text().splitlines(keepends=True)
+    place, seed, kind = (lines[0].split(",").index(key) for key in ("epochs", "seed", "preset"))
+    for i, line in enumerate(lines):
+        words = line.split(",")
+        if (words[kind], words[seed], words[place]) == (one["preset"], str(one["seed"]), str(one["epochs"])):
+            words[place] = "7"
+            lines[i] = ",".join(words)
+    (tmp_path / f"{name}.csv").write_text("".join(lines))
+    with pytest.warns(UserWarning, match="and are left out: the first has epochs '7', not"):
+        found = experiments.load(name, folder=tmp_path)
+    assert len(found) < len(whole) and set(found["epochs"]) == set(whole["epochs"])
+
+
 def test_runs_of_another_grid_are_named(tmp_path):
     """A number altered alike in all lines of a run is a setting of no cell, and nothing else tells."""
     text = Path("results/flow-vae.csv").read_text()
@@ -1207,6 +1225,16 @@ def test_a_stage_goes_on_from_the_one_before_and_together_is_alone(tmp_path, mon
     assert [runs.load(path / stage, "cpu").history[-1]["epoch"] for stage in ("1", "4")] == [1, 4]
     first = runs.read_state(path / "1" / "checkpoint.pt"), runs.read_state(path / "4" / "checkpoint.pt")
     assert first[0]["step"] * 4 == first[1]["step"]
+
+
+def test_a_stage_at_which_another_process_is_does_not_begin(tmp_path):
+    before, place = tmp_path / "1", tmp_path / "4"
+    runs.train(before, runs.Config(model="linear", epochs=1, batch_size=500))
+    with runs.in_use(runs.Folder(place)), pytest.raises(InputError, match="another process works in"):
+        schedule.begin(place)
+    assert not (place / "config.json").exists()
+    schedule.begin(place)
+    assert (place / "checkpoint.pt").read_bytes() == (before / "checkpoint.pt").read_bytes()
 
 
 def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_path, monkeypatch):

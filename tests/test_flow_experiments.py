@@ -47,6 +47,14 @@ def test_path_and_total_have_one_value_and_two_gradients():
     assert (slope[True] - slope[False]).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:1 values in")
+def test_a_point_that_is_no_number_makes_a_mean_that_is_none(tmp_path):
+    text = Path("results/flow-ring.csv").read_text()
+    (tmp_path / "flow-ring.csv").write_text(text.replace(",63,kl,1500,0.03317385285,", ",63,kl,1500,nan,"))
+    ends = flow.ends(experiments.load("flow-ring", folder=tmp_path))
+    assert ends["value"].isna().sum() == 1
+
+
 @pytest.mark.parametrize("name", ["flow-ring", "flow-vae"])
 def test_one_command_makes_the_table_alone_or_together(name, tmp_path):
     grid.run(name, "smoke", device="cpu", together=True, results_folder=tmp_path, runs_folder=tmp_path / "runs")

@@ -59,6 +59,13 @@ def test_parts_and_labels_are_taken_by_their_names(tmp_path, names):
     assert torch.equal(images.train.grey, LEVELS[images.train.labels])
 
 
+def test_an_array_that_is_not_read_is_told(tmp_path):
+    """As of a test part whose name is written otherwise, in whose place a part of the training data would come."""
+    np.savez(tmp_path / "a.npz", x_train=BYTES[:12], X_test=BYTES[12:])
+    with pytest.warns(UserWarning, match="a.npz' has X_test too, which is not read: parts are called train, valid and"):
+        data.load(str(tmp_path / "a.npz"))
+
+
 @pytest.mark.parametrize("header", ["", "Label,a,b\n", "\ufefflabel,a,b\n"])
 def test_a_table_has_an_observation_a_line(tmp_path, header):
     rows = RANDOM.normal(size=(20, 3)).round(3)

@@ -144,9 +144,12 @@ def npz(path: Path, found: dict[str, np.ndarray] | None = None) -> dict[str, Par
     found = loaded(path) if found is None else found
     if isinstance(found, np.ndarray):
         return {"train": (found, None)}
+    taken = set()
 
     def named(*names: str) -> np.ndarray | None:
-        return next((found[name] for name in names if name in found), None)
+        first = next((name for name in names if name in found), None)
+        taken.add(first)
+        return found.get(first)
 
     parts = {}
     for part, names in PARTS.items():
@@ -156,12 +159,18 @@ def npz(path: Path, found: dict[str, np.ndarray] | None = None) -> dict[str, Par
             parts[part] = images, named(*both)
     if "train" not in parts:
         rest = [name for name in found if name not in LABELS]
-        images = found[rest[0]] if len(rest) == 1 else named(*IMAGES)
+        images = named(rest[0]) if len(rest) == 1 else named(*IMAGES)
         if images is None or parts:
             raise InputError(
                 f"'{path}' has the arrays {', '.join(found)}, expected train and test, or one of images (and labels)"
             )
         parts["train"] = images, named(*LABELS)
+    if left := found.keys() - taken:
+        warnings.warn(
+            f"'{path}' has {', '.join(sorted(left))} too, which is not read: parts are called train, valid and test, "
+            "such as x_train and y_train",
+            stacklevel=2,
+        )
     return parts
 
 

@@ -89,6 +89,19 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
     found = found[fits]
     if preset is not None:
         found = found[found["preset"] == preset]
+    grid = [task.key[:-1] for each in experiment.presets for task in experiment.tasks(each, 1)]
+    place = {key: i for i, key in enumerate(grid)}
+    runs = keys(found, experiment)
+    order = Series([place.get(key[:-1], -1) for key in runs], found.index, dtype=int)
+    if strange := sorted({key for key in runs if key[:-1] not in place}):
+        alone = (order < 0).all()
+        name, has, other = difference(["preset", *experiment.keys], strange[0][:-1], place)
+        warnings.warn(
+            f"{len(strange)} runs in '{path_of(experiment, Path(folder))}' are of no configuration of the preset they "
+            f"name, {'as all there' if alone else 'and are left out'}: the first has {name} {has!r}, not {other!r}",
+            stacklevel=2,
+        )
+        found = found if alone else found[order >= 0]
     if wild := (~np.isfinite(found["value"].astype("float64"))).sum():
         warnings.warn(
             f"{wild} values in '{path_of(experiment, Path(folder))}' are not finite, nor is a mean with one of them",
@@ -99,17 +112,6 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
         raise InputError(
             f"'{folder}' has no results of '{experiment.name}'{f', preset {preset}' if preset else ''}: make them with "
             f"`vaelib experiment run {experiment.name} --preset {preset or 'short'}{option}`"
-        )
-    grid = [task.key[:-1] for each in experiment.presets for task in experiment.tasks(each, 1)]
-    place = {key: i for i, key in enumerate(grid)}
-    runs = keys(found, experiment)
-    order = [place.get(key[:-1], len(place)) for key in runs]
-    if strange := sorted({key for key in runs if key[:-1] not in place}):
-        name, has, other = difference(["preset", *experiment.keys], strange[0][:-1], place)
-        warnings.warn(
-            f"{len(strange)} runs in '{path_of(experiment, Path(folder))}' are of no configuration of the preset that "
-            f"they name, but shown with it: the first has {name} {has!r}, not {other!r}",
-            stacklevel=2,
         )
     found = found.apply(lambda column: column if column.name in WORDS else as_numbers(column))
     found = found.astype({name: "float64" for name in ("at", "value", "standard_error", "seconds")})

@@ -81,15 +81,15 @@ def begin(place: Path) -> None:
 
     Each stage has a run folder of its own, so that whoever trains a later one leaves it as it is.
     """
-    there = runs.Folder(place)
-    if there.checkpoint.exists():
+    if runs.Folder(place).checkpoint.exists():
         return
     before = (place.with_name(f"{epochs}") for epochs in reversed(STAGES) if epochs < int(place.name))
     for folder in map(runs.Folder, before):
         if "training" in runs.read_result(folder.result):
-            place.mkdir(parents=True, exist_ok=True)
-            for source, copy in ((folder.config, there.config), (folder.checkpoint, there.checkpoint)):
-                files.write(copy, files.read(source))
+            with runs.in_use(runs.Folder(place)) as there:
+                if not there.checkpoint.exists():  # as when another grid has been there in the meantime
+                    files.write(there.config, files.read(folder.config))
+                    files.write(there.checkpoint, files.read(folder.checkpoint))
             return
 
 
