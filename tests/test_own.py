@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import textwrap
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,15 @@ def test_parts_and_labels_are_taken_by_their_names(tmp_path, names):
     np.savez(tmp_path / "b.npz", images=BYTES, labels=np.arange(20))
     images = data.load(str(tmp_path / "b.npz"))
     assert torch.equal(images.train.grey, LEVELS[images.train.labels])
+
+
+def test_an_observation_with_a_slip_of_the_pen_is_not_lost_without_a_word(tmp_path):
+    (tmp_path / "a.csv").write_text("0.5,O.5,1\n" + "0,1,0.5\n" * 20)
+    with pytest.warns(UserWarning, match="the first line of .*a.csv', 0.5, o.5, 1 ..., is taken for names of columns"):
+        data.load(str(tmp_path / "a.csv"))
+    (tmp_path / "b.csv").write_text("label,0,1\n" + "2,1,0.5\n" * 20)  # as a data frame names its columns
+    with warnings.catch_warnings(action="error"):
+        data.load(str(tmp_path / "b.csv"))
 
 
 def test_an_array_that_is_not_read_is_told(tmp_path):

@@ -984,9 +984,19 @@ def other_betas(state):
     state["optimizer"]["param_groups"][0]["betas"] = (0.5, 0.5)
 
 
+def exchange_parameters(state):
+    state["optimizer"]["param_groups"][0]["params"][:2] = [1, 0]
+
+
+def slow_down(state):
+    state["decay"] = 0.5
+
+
 @pytest.mark.parametrize(
     ("spoil", "part"),
     [
+        (exchange_parameters, r"its optimiser's params must be \[0, 1, .*\], but is \[1, 0, "),
+        (slow_down, "its decay must be 1, as nothing in this run slows it down, but is 0.5"),
         (forget_the_moments, "its optimiser must remember its exp_avg and exp_avg_sq, but remembers nothing"),
         (cut_a_moment, r"its optimiser's exp_avg must be of the shape \[.*\], but is of \[1"),
         (climb_down, "its optimiser's maximize must be False, but is True"),

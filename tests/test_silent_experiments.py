@@ -275,3 +275,19 @@ def test_the_cost_holds_the_looks_at_the_scale(monkeypatch):
     )
     tracked = silent.TrackedScale(estimators.get("elbo-total"), model, images.train.grey[:10], every=4)
     assert experiments.cost_ratio(tracked, model, images.train.grey[:10]) == (3 + 8 / 4) / 2
+
+
+@pytest.mark.filterwarnings("ignore:1 values in")
+@pytest.mark.parametrize("metric", ["elbo", "diverged"])
+def test_a_number_that_is_none_is_seen_in_the_table(metric):
+    """Of a rate that it makes the best or the worst, it is not left out."""
+    found = load("silent-linear", "short", "results")
+    table = find("silent-linear").table
+    assert not any("nan" in cell for line in table(found) for cell in line)
+    rates = experiments.best_rates(found)
+    data, latent, estimator = rates.index[0]
+    arm = (found["data"] == data) & (found["latent"] == latent) & (found["estimator"] == estimator)
+    here = found[arm & (found["lr"] == rates.iloc[0]) & (found["metric"] == metric)]
+    found.loc[here.index[-1], "value"] = float("nan")
+    (line,) = (line for line in table(found) if {data, latent, estimator} <= set(line))
+    assert any("nan" in cell for cell in line)

@@ -612,6 +612,8 @@ def check_record(state: dict[str, Any], training: Training) -> None:
     between("its seconds", state["seconds"], 0, math.inf)
     positive("its decay", state["decay"])
     true_or_false("whether it stopped", state["stopped"])
+    if state["decay"] != 1 and all(isinstance(hook, HeldOut) for hook in training.hooks):
+        raise InputError(f"its decay must be 1, as nothing in this run slows it down, but is {state['decay']}")
     for name in ("order", "bounds"):
         shape = list(getattr(training, name).shape)
         if not isinstance(state[name], Tensor) or list(state[name].shape) != shape or not state[name].isfinite().all():
@@ -638,11 +640,13 @@ def check_optimizer(state: dict, own: torch.optim.Optimizer, dtypes: Sequence[to
     memories = RULES[type(own)].memories
     if begun and memories and not state["state"]:
         raise InputError(f"its optimiser must remember its {' and '.join(memories)}, but remembers nothing")
-    for there, here in zip(state["param_groups"], own.param_groups, strict=True):
-        for name in here.keys() & there.keys() - {"params", "lr", "capturable", "fused", "foreach"}:
+    for there, here, group in zip(
+        state["param_groups"], own.state_dict()["param_groups"], own.param_groups, strict=True
+    ):
+        for name in here.keys() & there.keys() - {"lr", "capturable", "fused", "foreach"}:
             if there[name] != here[name]:
                 raise InputError(f"its optimiser's {name} must be {here[name]!r}, but is {there[name]!r}")
-        for index, parameter in zip(there["params"], here["params"], strict=True):
+        for index, parameter in zip(here["params"], group["params"], strict=True):
             moments = state["state"].get(index, {})
             for name, value in moments.items():
                 check_numbers(f"optimiser's {name}", value, dtypes)

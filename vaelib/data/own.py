@@ -179,8 +179,11 @@ def table(path: Path) -> dict[str, Part]:
     if (text := read_text(path)) is None:
         raise InputError(f"there is no file '{path}': see where you are, or give the whole path")
     header, lines = names_of_columns(text)
-    if header and all(map(is_number, header)):
-        warnings.warn(f"the first line of '{path}', 0, 1, 2 ..., is taken for names of columns", stacklevel=2)
+    counted, numbers = [str(i) for i in range(len(header))], [name for name in header if is_number(name)]
+    if numbers == counted != [] or numbers != counted[: len(numbers)]:
+        warnings.warn(
+            f"the first line of '{path}', {', '.join(header[:3])} ..., is taken for names of columns", stacklevel=2
+        )
     if not "".join(text.splitlines()[lines:]).strip():
         raise InputError(f"'{path}' has no line of numbers")
     try:

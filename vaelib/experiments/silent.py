@@ -180,7 +180,7 @@ ARM = ["data", "latent", "estimator"]
 
 def best_rates(found: DataFrame, at: int | None = None, arm: Sequence[str] = ARM) -> Series:
     """Return the learning rate of the highest mean ELBO at an epoch, the last if None, for each arm of a study."""
-    means = over_seeds(at_epoch(found, "elbo", at), [*arm, "lr"])["mean"]
+    means = over_seeds(at_epoch(found, "elbo", at), [*arm, "lr"])["mean"].fillna(math.inf)  # so that it is seen
     return means.groupby(list(arm), sort=False).idxmax().str[-1].rename("lr")
 
 
@@ -203,11 +203,11 @@ def shortfalls(found: DataFrame) -> DataFrame:
     """
     run = [*ARM, "lr", "seed"]
     first, last = (at_epoch(found, "elbo", at).set_index(run)["value"] for at in (0, None))
-    ends = last.reindex(first.index).fillna(first).reset_index()
-    best = last.groupby(["data", "latent"]).max().rename("best")
+    ends = last.reindex(first.index).where(first.index.isin(last.index), first).reset_index()
+    best = last.groupby(["data", "latent"]).agg(lambda elbos: elbos.max(skipna=False)).rename("best")
     ends = ends.join(best, on=["data", "latent"])
-    lost = (ends["best"] - ends["value"]).groupby([ends[name] for name in (*ARM, "seed")], sort=False).mean()
-    return over_seeds(lost.rename("value").reset_index(), ARM)
+    lost = (ends["best"] - ends["value"]).groupby([ends[name] for name in (*ARM, "seed")], sort=False)
+    return over_seeds(lost.agg(lambda rates: rates.mean(skipna=False)).rename("value").reset_index(), ARM)
 
 
 EARLY = 3
@@ -218,7 +218,7 @@ def table_linear(found: DataFrame) -> Lines:
     rates cost, and by how much the silent gradient leads.
     """
     early, best, rates = at_best_rate(found, EARLY), at_best_rate(found), best_rates(found)
-    diverged = select(found, "diverged").groupby(ARM)["value"].sum()
+    diverged = select(found, "diverged").groupby(ARM)["value"].agg(lambda runs: runs.sum(skipna=False))
     elbos = {
         "elbo early": over_seeds(at_epoch(early, "elbo", EARLY), ARM),
         "elbo": final(best, "elbo", ARM),
