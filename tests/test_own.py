@@ -345,7 +345,12 @@ MODEL = """
 def file(tmp_path):
     path = tmp_path / "vae.py"
     path.write_text(textwrap.dedent(MODEL))
-    yield path
+    return path
+
+
+@pytest.fixture(autouse=True)
+def tableau_as_it_was():
+    yield
     TABLEAU.pop("own-half", None)
 
 
