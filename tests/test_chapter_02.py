@@ -340,6 +340,7 @@ def test_a_figure_without_a_name_or_a_page_without_the_figure_stops_the_build(tm
 
 @pytest.fixture
 def shown(monkeypatch):
+    plt.close("all")  # of other tests
     found = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: found.append(data))
     yield found
