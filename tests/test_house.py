@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -414,6 +415,13 @@ def test_what_is_loaded_where_it_is_asked_for_is_found():
         "from vaelib import models; models.build('pixelcnn', 16, layers=3, maps=2)"
     )
     assert {"vaelib.estimators.silent", "torch"} <= loaded("from vaelib import silent, discrete, gdreg, tableau")
+
+
+def test_every_change_that_is_planted_has_its_one_place():
+    """A changed line takes its entry in tests/mutants/changes.json with it."""
+    changes = json.loads((ROOT / "tests/mutants/changes.json").read_text())
+    counts = [(ROOT / change["file"]).read_text().count(change["old"]) for change in changes]
+    assert [change for change, count in zip(changes, counts, strict=True) if count != 1] == []
 
 
 def test_the_package_s_own_names():
