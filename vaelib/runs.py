@@ -624,7 +624,7 @@ def save(training: Training, folder: Folder) -> None:
 
     Good is one whose parameters are finite, and have a finite bound.
     """
-    content = packed(record(training))
+    content = packed(record(training))  # before the folder is looked at, so that it is written at once then
     write(folder.checkpoint, content)
 
 

@@ -628,9 +628,8 @@ def check_record(state: dict[str, Any], training: Training) -> None:
     parameters = dict(training.model.named_parameters(remove_duplicate=False))
     for name, own in training.model.state_dict().items():
         if isinstance(own, Tensor):
-            check_numbers(
-                name, state["model"].get(name), (own.dtype,), finite=name in parameters
-            )  # a buffer need not be
+            # a buffer need not be finite
+            check_numbers(name, state["model"].get(name), (own.dtype,), finite=name in parameters)
     dtypes = (torch.float32, torch.float64, *{p.dtype for p in parameters.values()} - {torch.float32, torch.float64})
     check_optimizer(state["optimizer"], training.optimizer, dtypes, begun=state["step"] > 0)
 

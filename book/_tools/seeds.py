@@ -234,7 +234,7 @@ def rows(chapter: str, runs: list[list[dict]], code: str) -> Iterator[dict]:
 
 
 def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
-    """Bounds of the rate at which a check fails, each at 99 %: from the count, and closer from the margins.
+    """Bounds of the rate at which a check fails, each at 99%: from the count, and closer from the margins.
 
     The margins of ``unbiased`` are 4 - |z|, and z is normal, around 0 if the claim is true: the sum of z**2 is a
     chi-squared variable whose noncentrality is bounded. Those of a comparison are normal. Those of ``biased`` are

@@ -60,7 +60,8 @@ KINDS = {
 def load(experiment: Experiment, preset: str | None = None, folder: str | Path | None = None) -> DataFrame:
     """Return the measured numbers of an experiment's whole runs, a line each, in the order of its grid.
 
-    Columns are those of the file, with numbers as numbers; where nothing stands it is NaN, or None among words.
+    Columns are those of the file, with numbers as numbers; where nothing stands it is NaN, or None among words. Runs
+    that lack numbers are left out, and beside runs of the grid those of no configuration of it; a warning says so.
     :func:`vaelib.experiments.load` does it by name.
 
     Parameters
