@@ -35,7 +35,7 @@ MOVED = {
 
 _ELSEWHERE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Refresh" content="0; url={target}">
-<title>{title}</title><meta name="robots" content="noindex"></head>
+<title>{title}</title><meta name="robots" content="noindex"><link rel="icon" href="data:,"></head>
 <body><main><h1>{title}</h1><p>{sentence} <a href="{target}">{words}</a>.</p></main></body></html>
 """
 
