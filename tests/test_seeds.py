@@ -148,15 +148,19 @@ def test_a_row_that_exceeds_its_rate_is_found():
 
 def test_rows_that_are_missing_stale_or_few_are_found(tmp_path):
     path = notebook(tmp_path, "x = 1")
-    runs = [[outcome()]] * seeds.FEWEST
+    runs = [[outcome()]] * seeds.SEEDS
     found = pd.DataFrame(seeds.rows("a", runs, seeds.digest(path)), columns=seeds.COLUMNS)
     assert seeds.missing(found, [path]) == []
     assert seeds.missing(found.iloc[:0], [path]) == ["a: never run"]
-    assert seeds.missing(found.assign(runs=3), [path]) == ["a: 3 of 20 seeds"]
+    assert seeds.missing(found.assign(runs=3), [path]) == ["a: 3 of 50 seeds"]
     notebook(tmp_path, "x = 1  # a comment")
     assert seeds.missing(found, [path]) == []
     notebook(tmp_path, "x = 2")
     assert seeds.missing(found, [path]) == ["a: run with other code"]
+
+
+def test_every_notebook_that_needs_fewer_seeds_is_there():
+    assert [seeds.enough(path) for path in NOTEBOOKS if path.stem in seeds.SLOW] == [seeds.FEWER] * len(seeds.SLOW)
 
 
 def test_a_run_depends_on_what_the_notebook_comes_to_import(tmp_path, monkeypatch):

@@ -34,8 +34,11 @@ TABLE, KEPT = ROOT / "results/seeds.csv", ROOT / ".seeds"
 STRIDE = 1_000_003
 """How far one run's seeds lie from the next's."""
 
-SEEDS, FEWEST = 50, 20
-"""Other seeds of each notebook by default, and how many a row needs to count as complete."""
+SEEDS, FEWER = 50, 20
+"""Other seeds of a notebook, and of one of :data:`SLOW`."""
+
+SLOW = ("05-inference-lag", "08-choosing")
+"""Notebooks that train for more than a minute."""
 
 CONFIDENCE = 0.99
 COLUMNS = ["chapter", "check", "kind", "runs", "failures", "margin_median", "margin_lowest", "stated", "at_least",
@@ -180,7 +183,12 @@ def kept(path: Path) -> Path:
     return KEPT / path.stem / digest(path)
 
 
-def run(paths: list[Path], seeds: int, workers: int) -> None:
+def enough(path: Path) -> int:
+    """How many other seeds a notebook needs to count as complete."""
+    return FEWER if path.stem in SLOW else SEEDS
+
+
+def run(paths: list[Path], seeds: int | None, workers: int) -> None:
     """Run what has not been run yet, ``workers`` notebooks at a time, and write the table at the end."""
 
     def one(job: tuple[Path, int]) -> None:
@@ -192,8 +200,8 @@ def run(paths: list[Path], seeds: int, workers: int) -> None:
         print(f"{path.stem}, seed {seed}", flush=True)
 
     folders = {path: kept(path) for path in paths}
-    todo = ((path, seed) for seed in range(1, seeds + 1) for path in paths)
-    jobs = [(path, seed) for path, seed in todo if not (folders[path] / f"{seed}.json").exists()]
+    todo = sorted((seed, path) for path in paths for seed in range(1, (seeds or enough(path)) + 1))
+    jobs = [(path, seed) for seed, path in todo if not (folders[path] / f"{seed}.json").exists()]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, jobs))
     tabulate(paths)
@@ -323,8 +331,8 @@ def missing(table: pd.DataFrame, paths: list[Path]) -> list[str]:
             found.append(f"{path.stem}: never run")
         elif set(of["code"]) != {digest(path)}:
             found.append(f"{path.stem}: run with other code")
-        elif of["runs"].max() < FEWEST:
-            found.append(f"{path.stem}: {of['runs'].max()} of {FEWEST} seeds")
+        elif of["runs"].max() < enough(path):
+            found.append(f"{path.stem}: {of['runs'].max()} of {enough(path)} seeds")
     return found
 
 
@@ -372,7 +380,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "one", "fresh"])
     parser.add_argument("what", nargs="*")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, help=f"by default {SEEDS}, and {FEWER} of {' and '.join(SLOW)}")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_intermixed_args(arguments)
     if given.command == "one":
