@@ -234,6 +234,13 @@ def test_more_epochs_go_on(finished, tmp_path):
     assert contents(run_dir)["config"]["epochs"] == 3
 
 
+def test_a_run_in_a_folder_called_as_its_data_goes_on(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy_of(finished, tmp_path).rename(TINY.data)
+    runs.train(TINY.data, replace(TINY, epochs=3))
+    assert runs.evaluate(TINY.data, samples=2)
+
+
 def test_another_configuration_is_refused_by_its_differences(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
     with pytest.raises(InputError, match=r"lr is 0.001 there and 0.01 here; seed is 0 there and 3 here\): leave these"):

@@ -469,7 +469,8 @@ def seen(images: Images | Text, training: Training) -> Images | Text:
 def sources(config: Config) -> dict[str, str]:
     """Return the SHA-256 of what has no name here, and so may change: data, and the files of a model that is loaded."""
     found = {name: hashlib.sha256(read(path) or b"").hexdigest() for name, path in code(config).items()}
-    return found | ({"data": data.own.digest(Path(config.data))} if data.own.is_own(config.data) else {})
+    named = config.data in data.DATASETS or config.data in data.TEXTS  # a folder may be called the same
+    return found | ({"data": data.own.digest(Path(config.data))} if data.own.is_own(config.data) and not named else {})
 
 
 def code(config: Config) -> dict[str, Path]:
