@@ -611,6 +611,55 @@ def test_what_could_not_be_read_again_is_told_before_it_is_written(file, tmp_pat
         assert len(done) <= most and not (tmp_path / name / "checkpoint.pt").exists()
 
 
+KINDS = """
+    class Knows(Encoder):
+        def __init__(self, pixels, kind):
+            super().__init__(pixels, 2)
+            whole = torch.eye(pixels)
+            self.register_buffer("known", {
+                "sparse": lambda: whole.to_sparse(),
+                "uncoalesced": lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 1.0], whole.shape),
+                "rows": lambda: whole.to_sparse_csr(),
+                "conjugate": lambda: whole.to(torch.cfloat).conj(),
+                "quantised": lambda: torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8),
+                "empty": lambda: whole[:0],
+                "nested": lambda: torch.nested.nested_tensor([whole[0], whole[1, 1:]]),
+            }[kind]())
+
+
+    for kind in ("sparse", "uncoalesced", "rows", "conjugate", "quantised", "empty", "nested"):
+        vars()[kind] = lambda start, kind=kind: VAE(Joint(start.pixels, 2), Knows(start.pixels, kind), binary=False)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of what it calls beta or deprecated
+@pytest.mark.parametrize("kind", ["sparse", "uncoalesced", "rows", "conjugate", "quantised", "empty"])
+def test_a_tensor_of_any_kind_that_can_be_kept_goes_on_and_is_told_from_others(file, tmp_path, kind):
+    file.write_text(textwrap.dedent(MODEL) + textwrap.dedent(KINDS))
+    config = Config(model=f"{file}:{kind}", epochs=1, batch_size=500, device="cpu")
+    runs.train(tmp_path / "run", config)
+    model, found = runs.load(tmp_path / "run").model, runs.evaluate(tmp_path / "run", 2, limit=2)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["training"]["weights"] == found["weights"]
+    known = model.state_dict()["encoder.known"]
+    if known.numel() and not known.is_quantized:
+        model.encoder.known = known * 3
+        assert runs.weights(model) != found["weights"]
+
+
+def test_a_tensor_that_cannot_be_kept_is_told_before_the_first_step(file, tmp_path):
+    file.write_text(textwrap.dedent(MODEL) + textwrap.dedent(KINDS))
+    config = Config(model=f"{file}:nested", epochs=1, batch_size=500, device="cpu")
+    with pytest.raises(InputError, match=r"'encoder.known' of the model's state_dict is a tensor \(nested\) that no"):
+        runs.train(tmp_path / "run", config, report=lambda fraction: 1 / 0)
+
+
+def test_the_weights_of_a_dense_model_are_called_as_ever():
+    """Stored results have this name of them."""
+    model = torch.nn.Linear(2, 1)
+    model.load_state_dict({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])})
+    assert runs.weights(model) == runs.short(np.array([1, 2, 3], np.float32).tobytes())
+
+
 FORGETS = """
     import random
 

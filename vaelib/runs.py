@@ -175,6 +175,7 @@ def train(
 
         if "model" in training.sources and not training.step:
             check_kept(training, record(training), folder.checkpoint)  # told before anything is learnt
+            weights(training.model)  # and so is what cannot be told from others
         try:
             go_on(training, folder, config.checkpoint_seconds, after_step, progress)
         except KeyboardInterrupt as stop:
@@ -562,8 +563,22 @@ def provenance(training: Training) -> dict[str, Any]:
 
 def weights(model: torch.nn.Module) -> str:
     """Return the beginning of the SHA-256 of all that a model has learnt."""
-    learnt = [value.detach().cpu().contiguous() for value in model.state_dict().values() if isinstance(value, Tensor)]
-    return short(b"".join(value.reshape(-1).view(torch.uint8).numpy().tobytes() for value in learnt))
+    learnt = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return short(b"".join(content(name, value.detach().cpu()) for name, value in learnt.items()))
+
+
+def content(name: str, value: Tensor) -> bytes:
+    """Return the bytes of a tensor, of a sparse one those of its indices and values; InputError if it has none."""
+    try:
+        if value.layout != torch.strided:
+            value = value.to_sparse_coo().coalesce()
+            return content(name, value.indices()) + content(name, value.values())
+        return value.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError) as error:
+        kind = "nested" if value.is_nested else value.layout
+        raise InputError(
+            f"'{name}' of the model's state_dict is a tensor ({kind}) that no run can keep: let it be dense or sparse"
+        ) from error
 
 
 def short(content: bytes) -> str:
