@@ -33,3 +33,22 @@ def test_a_package_without_notebooks_says_so(tmp_path):
     with pytest.raises(InputError, match="came without notebooks: make them with `make editions`"):
         notebooks.copy(tmp_path / "here", (tmp_path,))
     assert not (tmp_path / "here").exists()
+
+
+def test_a_notebook_that_did_not_fit_on_the_disk_comes_the_next_time(small_disk, tmp_path):
+    (tmp_path / "a.ipynb").write_text("x" * 100_000)
+    (small_disk / "filler").write_bytes(b"x" * 100_000)
+    with pytest.raises(InputError, match="a.ipynb' could not be written .No space left on device"):
+        notebooks.copy(small_disk / "book", (tmp_path,))
+    (small_disk / "filler").unlink()
+    assert notebooks.copy(small_disk / "book", (tmp_path,)) == ([small_disk / "book/a.ipynb"], [])
+    assert (small_disk / "book/a.ipynb").stat().st_size == 100_000
+
+
+def test_a_link_to_nothing_is_not_written_through(tmp_path):
+    for name in ("from", "to"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "from/a.ipynb").write_text("as shipped")
+    (tmp_path / "to/a.ipynb").symlink_to(tmp_path / "elsewhere")
+    assert notebooks.copy(tmp_path / "to", (tmp_path / "from",)) == ([], [tmp_path / "to/a.ipynb"])
+    assert not (tmp_path / "elsewhere").exists()

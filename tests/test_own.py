@@ -76,12 +76,13 @@ def test_an_array_that_is_not_read_is_told(tmp_path):
         data.load(str(tmp_path / "a.npz"))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["Linux", "Windows", "old Mac"])
 @pytest.mark.parametrize("header", ["", "Label,a,b\n", "\ufefflabel,a,b\n"])
-def test_a_table_has_an_observation_a_line(tmp_path, header):
+def test_a_table_has_an_observation_a_line(tmp_path, header, end):
     rows = RANDOM.normal(size=(20, 3)).round(3)
     rows[:, 0] = np.arange(20)
     text = header + "\n".join(",".join(map(str, row)) for row in rows)
-    (tmp_path / "a.csv").write_text(text, "utf-8")
+    (tmp_path / "a.csv").write_text(text, "utf-8", newline=end)
     images = data.load(str(tmp_path / "a.csv"))
     found = images.train.grey.numpy()
     if header:
@@ -229,6 +230,11 @@ WRONG = {
         "a.npz",
         lambda path: np.savez(path, train=BYTES, test=BYTES[:, :2]),
         "images of different shapes ({'train': (4, 6), 'test': (2, 6)})",
+    ),
+    "bytes beside numbers": (
+        "a.npz",
+        lambda path: np.savez(path, train=BYTES, test=BYTES.astype("float32")),
+        "different scales (train: uint8, test: float32), and only bytes are divided by 255: save them all as one type",
     ),
     "ragged lines": ("a.csv", lambda path: path.write_text("1,2\n3\n"), "not lines of as many numbers each"),
     "words": ("a.csv", lambda path: path.write_text("a,b\n1,two\n"), "not lines of as many numbers each"),
@@ -435,21 +441,31 @@ def test_a_file_may_be_mended_as_long_as_nothing_was_trained(file, tmp_path):
     assert (tmp_path / "run" / "model.py").read_text() == before and runs.load(tmp_path / "run").history
 
 
-def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["beside", "vaelib_parts"])
+def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path, monkeypatch, name):
     """As a program of the kind would find it: a new process has not read it before."""
-    (tmp_path / "beside.py").write_text("NOISE = 0.3")
+    (tmp_path / f"{name}.py").write_text("NOISE = 0.3")
     file.write_text(
         file.read_text()
         .replace("0.3", "NOISE")
-        .replace("import torch\n", "import torch\nfrom beside import NOISE\n", 1)
+        .replace("import torch\n", f"import torch\nfrom {name} import NOISE\n", 1)
     )
     config = Config(model=f"{file}:build", epochs=1, batch_size=100, device="cpu")
     runs.train(tmp_path / "run", config)
-    assert "beside.py" in json.loads((tmp_path / "run" / "sources.json").read_text())
-    (tmp_path / "beside.py").write_text("NOISE = 0.4")
-    with pytest.raises(InputError, match="beside.py' has changed since this run began: put it back"):
+    assert f"{name}.py" in json.loads((tmp_path / "run" / "sources.json").read_text())
+    (tmp_path / f"{name}.py").write_text("NOISE = 0.4")
+    with pytest.raises(InputError, match=f"{name}.py' has changed since this run began: put it back"):
         runs.load(tmp_path / "run")
-    monkeypatch.delitem(sys.modules, "beside")
+    monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_file_that_goes_to_its_own_folder_leaves_the_run_where_it_is(file, tmp_path, monkeypatch):
+    file.write_text("import os\nos.chdir(os.path.dirname(__file__))\n" + file.read_text())
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    runs.train("run", Config(model=f"{file}:build", epochs=1, batch_size=100, device="cpu"))
+    assert (here / "run/result.json").exists()
 
 
 def test_data_that_changed_are_refused(tmp_path):

@@ -812,6 +812,17 @@ def test_a_result_of_before_weights_were_noted_stays(finished, tmp_path):
     assert runs.train(run_dir, TINY) == old
 
 
+def test_patience_is_no_matter_before_the_first_epoch_has_ended(tmp_path, monkeypatch):
+    waiting = replace(TINY, epochs=1, validate=True, patience=1, checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_write(patch, 5, "after")
+        runs.train(tmp_path / "run", waiting)
+    assert not runs.load(tmp_path / "run").history
+    runs.train(tmp_path / "run", waiting)
+    runs.train(tmp_path / "at once", waiting)
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "at once"))
+
+
 def test_more_patience_goes_on_where_less_had_stopped(tmp_path):
     still = replace(TINY, epochs=6, lr=1e-30, validate=True, patience=1)
     assert runs.train(tmp_path, still)["training"]["epoch"] == 2

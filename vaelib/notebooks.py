@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+from os.path import lexists
 from pathlib import Path
 
 from vaelib.errors import InputError
+from vaelib.files import write
 
 HERE = Path(__file__).parent
 PLACES = (HERE / "book", HERE.parent / "_build/editions/reader")
@@ -23,7 +24,8 @@ def copy(folder: Path, places: tuple[Path, ...] | None = None) -> tuple[list[Pat
     Raises
     ------
     InputError
-        if this package came without notebooks; it says how to make them.
+        if this package came without notebooks, and how to make them; if one could not be written, which is then not
+        there.
     """
     sources = next((found for place in places or PLACES if (found := sorted(place.glob("*.ipynb")))), [])
     if not sources:
@@ -32,8 +34,9 @@ def copy(folder: Path, places: tuple[Path, ...] | None = None) -> tuple[list[Pat
     new, kept = [], []
     for source in sources:
         target = folder / source.name
-        if target.exists():
+        if lexists(target):
             kept.append(target)
         else:
-            new.append(Path(shutil.copyfile(source, target)))
+            write(target, source.read_bytes())
+            new.append(target)
     return new, kept

@@ -216,7 +216,7 @@ class HeldOut(Hook):
     def has_waited(self, training: Training) -> bool:
         """Whether the last ``patience`` epochs had no higher bound than the best before them."""
         bounds = [epoch["held_out"] for epoch in training.history]
-        return self.patience is not None and len(bounds) - 1 - int(np.argmax(bounds)) >= self.patience
+        return self.patience is not None and bounds != [] and len(bounds) - 1 - int(np.argmax(bounds)) >= self.patience
 
 
 def mean_bound(training: Training, x: Tensor, noise: torch.Generator) -> float:

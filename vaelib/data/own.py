@@ -78,6 +78,12 @@ def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
     """Return the parts, as levels; part by a fixed seed what came in one piece."""
     if empty := [name for name, (images, _) in parts.items() if images.ndim and not len(images)]:
         raise InputError(f"'{path}' has nothing in its part {empty[0]}: put observations there, or leave it out")
+    if len({images.dtype == np.uint8 for images, _ in parts.values()}) > 1:
+        kinds = ", ".join(f"{name}: {images.dtype}" for name, (images, _) in parts.items())
+        raise InputError(
+            f"the parts of '{path}' are on different scales ({kinds}), and only bytes are divided by 255: save them "
+            "all as one type"
+        )
     known = classes([labels for _, labels in parts.values() if labels is not None])
     arrays = {name: (levels(images, path), known(labels)) for name, (images, labels) in parts.items()}
     shapes = {name: images.shape[1:] for name, (images, _) in arrays.items()}
@@ -187,7 +193,7 @@ def table(path: Path) -> dict[str, Part]:
     if not "".join(text.splitlines()[lines:]).strip():
         raise InputError(f"'{path}' has no line of numbers")
     try:
-        rows = np.loadtxt(io.StringIO(text), delimiter=",", comments=None, skiprows=lines, ndmin=2)
+        rows = np.loadtxt(io.StringIO(text, newline=None), delimiter=",", comments=None, skiprows=lines, ndmin=2)
     except ValueError as error:
         raise InputError(f"'{path}' is not lines of as many numbers each, parted by commas ({error})") from None
     if header and len(header) != rows.shape[1]:

@@ -102,20 +102,17 @@ def code(name: str) -> dict[str, Path]:
     if folder.name not in ("site-packages", "dist-packages"):
         for key, module in list(sys.modules.items()):
             file = Path(getattr(module, "__file__", None) or "").resolve()
-            if file != path.resolve() and file.is_relative_to(folder) and not key.startswith("vaelib"):
+            if file != path.resolve() and file.is_relative_to(folder):
                 inside, top = file.relative_to(folder), key.partition(".")[0]
-                if inside.parts[:1] in ((top,), (f"{top}.py",)):
+                if top != "vaelib" and inside.parts[:1] in ((top,), (f"{top}.py",)):
                     found[str(inside)] = file
     return found
 
 
 def imported(place: str):
     """Return a module, also one in the folder where we are."""
-    sys.path.insert(0, os.getcwd())
-    try:
+    with looking_in(os.getcwd()):
         return importlib.import_module(place)
-    finally:
-        sys.path.remove(os.getcwd())
 
 
 def executed(path: Path):
@@ -129,15 +126,25 @@ def executed(path: Path):
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     module.__source__ = content
-    sys.path.insert(0, str(path.absolute().parent))
     try:
-        exec(compile(content, str(path), "exec"), module.__dict__)
+        with looking_in(str(path.absolute().parent)):
+            exec(compile(content, str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(str(path.absolute().parent))
     return module
+
+
+@contextmanager
+def looking_in(folder: str) -> Iterator[None]:
+    """Let modules be found in ``folder`` too, and come back to where we are from wherever they go."""
+    here = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        os.chdir(here)
 
 
 @contextmanager
