@@ -676,6 +676,60 @@ def test_the_weights_of_a_dense_model_are_called_as_ever():
     assert runs.weights(model) == runs.short(np.array([1, 2, 3], np.float32).tobytes())
 
 
+GROWS = """
+    class Grows(Encoder):
+        def __init__(self, pixels):
+            super().__init__(pixels, 2)
+            self.register_buffer("bank", torch.zeros(0, pixels))
+
+        def forward(self, x):
+            if self.training:
+                self.bank = torch.cat([self.bank, x[:1]])
+            return super().forward(x)
+
+
+    class Reads(Grows):
+        def _load_from_state_dict(self, state, prefix, *others):
+            self.bank = state[f"{prefix}bank"].clone()
+            super()._load_from_state_dict(state, prefix, *others)
+
+
+    class Appears(Encoder):
+        def forward(self, x):
+            if self.training:
+                self.register_buffer("seen", x[0])
+            return super().forward(x)
+
+
+    def grows(start):
+        return VAE(Joint(start.pixels, 2), Grows(start.pixels), binary=False)
+
+
+    def reads(start):
+        return VAE(Joint(start.pixels, 2), Reads(start.pixels), binary=False)
+
+
+    def appears(start):
+        return VAE(Joint(start.pixels, 2), Appears(start.pixels, 2), binary=False)
+"""
+
+
+def test_a_state_that_the_model_as_it_is_built_could_not_take_is_told_when_it_would_be_saved(file, tmp_path):
+    file.write_text(textwrap.dedent(MODEL) + textwrap.dedent(GROWS))
+    config = Config(epochs=1, batch_size=500, device="cpu")
+    for name, sentence in (
+        ("grows", r"'encoder.bank' .* is of shape \[2, 64\], but was of shape \[0, 64\] when the model was built"),
+        ("appears", r"'encoder.seen' .* is of shape \[64\], but was not there when the model was built"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            runs.train(tmp_path / name, replace(config, model=f"{file}:{name}"))
+        assert not (tmp_path / name / "checkpoint.pt").exists()
+    config = replace(config, model=f"{file}:reads")
+    runs.train(tmp_path / "reads", config)
+    runs.train(tmp_path / "reads", replace(config, epochs=2))
+    assert runs.load(tmp_path / "reads").model.encoder.bank.shape == (4, 64)
+
+
 FORGETS = """
     import random
 

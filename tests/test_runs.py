@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -506,7 +507,7 @@ def test_bad_data_leave_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate(finished, tmp_path):
+def test_evaluate(finished, tmp_path, monkeypatch):
     run_dir = copy_of(finished, tmp_path)
     found = runs.evaluate(run_dir, samples=200, limit=40, seed=3)
     assert found == runs.evaluate(run_dir, samples=200, limit=40, seed=3)
@@ -529,7 +530,17 @@ def test_evaluate(finished, tmp_path):
     result = json.loads((run_dir / "result.json").read_text())
     assert result["training"] == json.loads((finished / "result.json").read_text())["training"]
     assert result["evaluation"]["samples"] == 200
-    runs.train(run_dir, replace(TINY, epochs=3))
+    with warnings.catch_warnings(action="error"):
+        runs.train(run_dir, TINY)
+
+    class Looks(training.Training):
+        def run(self, *arguments):
+            assert json.loads((run_dir / "result.json").read_text()) == result, "it can still be copied"
+            super().run(*arguments)
+
+    monkeypatch.setattr(runs, "Training", Looks)
+    with pytest.warns(UserWarning, match=f"the evaluation in '.*result.json', of step {2 * STEPS}, is left out once"):
+        runs.train(run_dir, replace(TINY, epochs=3))
     assert "evaluation" not in json.loads((run_dir / "result.json").read_text()), "it is of another state"
 
 
@@ -998,6 +1009,10 @@ def exchange_parameters(state):
     state["optimizer"]["param_groups"][0]["params"][:2] = [1, 0]
 
 
+def cut_a_weight(state):
+    state["model"]["encoder.mean.weight"] = state["model"]["encoder.mean.weight"][1:]
+
+
 def slow_down(state):
     state["decay"] = 0.5
 
@@ -1009,6 +1024,10 @@ def slow_down(state):
         (slow_down, "its decay must be 1, as nothing in this run slows it down, but is 0.5"),
         (forget_the_moments, "its optimiser must remember its exp_avg and exp_avg_sq, but remembers nothing"),
         (cut_a_moment, r"its optimiser's exp_avg must be of the shape \[.*\], but is of \[1"),
+        (
+            cut_a_weight,
+            r"Error.* size mismatch for encoder.mean.weight: .*\[2, 8\].*\[3, 8\]",
+        ),
         (climb_down, "its optimiser's maximize must be False, but is True"),
         (other_betas, r"its optimiser's betas must be \(0.9, 0.999\), but is \(0.5, 0.5\)"),
         (spoil_a_weight, "its joint.decode.logits.weight must be finite numbers of torch.float32"),

@@ -164,6 +164,12 @@ def train(
             raise InputError(f"'{run_dir}' has a {strange[0]} but no config.json: choose another folder")
         known = read_result(folder.result)
         restore_own(training, config, folder)
+        if "evaluation" in known and not (training.over and known["evaluation"]["step"] == training.step):
+            warnings.warn(
+                f"the evaluation in '{folder.result}', of step {known['evaluation']['step']}, is left out once this "
+                "run has gone on: keep a copy of that file, or evaluate anew then",
+                stacklevel=2,
+            )
         log = tensorboard(folder, training) if config.log else lambda training: None
         write_json(folder.config, asdict(config))
         write_sources(training, config, folder)
@@ -453,7 +459,7 @@ def build(config: Config, images: Images | Text) -> Training:
     hooks = [HeldOut(images.valid, config.patience)] if config.validate else []
     model = model.to(find_device(config.device))
     training = Training(model, images.train, config.estimator, config, hooks, config.compile)
-    training.sources = sources(config)
+    training.sources, training.shapes = sources(config), shapes(training.model)
     return training
 
 
@@ -652,6 +658,8 @@ def record(training: Training) -> dict[str, Any]:
     InputError
         if there is something in its model, a hook or the estimator that could not be read again.
     """
+    if "model" in training.sources:
+        check_shapes(training)
     state = {**training.state(), "history": training.metrics(), "recipe": fixed(training)}
     parts = {f"'{name}' of the model's state_dict": value for name, value in state["model"].items()}
     for name, value in {**parts, "the state of a hook or of the estimator": state["hooks"]}.items():
@@ -664,6 +672,28 @@ def record(training: Training) -> dict[str, Any]:
                 "tensors, and lists and dicts of them"
             ) from error
     return {**state, "probe": training.probe()} if "model" in training.sources else state
+
+
+def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of the tensors that a model's state is made of."""
+    return {name: list(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def check_shapes(training: Training) -> None:
+    """Raise InputError if a tensor has another shape than when the model was built, which could not be read again.
+
+    Unless the module that it is in has a way of its own to read it.
+    """
+    then, now, modules = training.shapes, shapes(training.model), dict(training.model.named_modules())
+    for name in {**then, **now}:
+        was, has = (f"of shape {found[name]}" if name in found else "not there" for found in (then, now))
+        module = modules.get(name.rpartition(".")[0], training.model)
+        its_own = type(module)._load_from_state_dict != torch.nn.Module._load_from_state_dict
+        if was != has and not its_own and not module._load_state_dict_pre_hooks:
+            raise InputError(
+                f"'{name}' of the model's state_dict is {has}, but was {was} when the model was built, and so could "
+                "not be read again: build it as it will be, or return it from get_extra_state"
+            )
 
 
 def fixed(training: Training) -> dict[str, Any]:
@@ -737,9 +767,14 @@ def fitting(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise InputError(
-            f"'{path}' is not a checkpoint of this run's model and data ({str(error).partition(chr(10))[0]}): "
+            f"'{path}' is not a checkpoint of this run's model and data ({first_line(error)}): "
             "put a whole copy in its place, or train anew in another folder"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says; of one that is a list, its head and its first entry."""
+    return str(error).replace(":\n\t", ": ").partition("\n")[0]
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
@@ -779,7 +814,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         version = state["format"]
     except Exception as error:  # whatever zipfile, pickle and torch find wrong with it
         unsafe = isinstance(error, pickle.UnpicklingError)  # torch would say how to load it all the same
-        why = "it holds more than numbers and words" if unsafe else str(error).partition("\n")[0]
+        why = "it holds more than numbers and words" if unsafe else first_line(error)
         raise InputError(
             f"'{path}' is cut or altered, or no checkpoint ({why}): "
             "put a whole copy in its place, or train anew in another folder; nothing was changed"
