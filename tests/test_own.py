@@ -521,6 +521,30 @@ def test_data_that_moved_are_the_same_and_without_sources_changed_ones_are_notic
             use()
 
 
+def test_a_project_that_moved_goes_on_once_it_is_told_where_its_files_are(file, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    file.rename(old / "vae.py")
+    np.save(old / "a.npy", BYTES)
+    config = Config(data=f"{old}/a.npy", model=f"{old}/vae.py:build", epochs=1, batch_size=4, device="cpu")
+    runs.train(old / "run", config)
+    old.rename(new)
+    for use in (lambda: runs.train(new / "run", config), lambda: runs.evaluate(new / "run")):
+        with pytest.raises(
+            InputError, match="no '.*old/a.npy', which the run .* `vaelib train .*/run --data PLACE --model PLACE`"
+        ):
+            use()
+    moved = replace(config, data=f"{new}/a.npy", model=f"{new}/vae.py:build", epochs=2)
+    np.save(new / "b.npy", BYTES[::-1])
+    with pytest.raises(InputError, match="data is '.*old/a.npy' there and '.*new/b.npy' here"):
+        runs.train(new / "run", replace(moved, data=f"{new}/b.npy"))
+    (new / "other.py").write_text((new / "vae.py").read_text().replace("0.3", "0.4"))
+    with pytest.raises(InputError, match="model is '.*old/vae.py:build' there and '.*new/other.py:build' here"):
+        runs.train(new / "run", replace(moved, model=f"{new}/other.py:build"))
+    assert runs.train(new / "run", moved)["training"]["epoch"] == 2
+    assert runs.load(new / "run").config.data == f"{new}/a.npy"
+
+
 def test_code_that_comes_with_a_run_is_not_run(run, file, tmp_path, monkeypatch):
     folder, config, _ = run
     monkeypatch.chdir(tmp_path)

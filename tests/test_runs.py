@@ -367,12 +367,15 @@ def test_a_configuration_of_before_an_option_existed_goes_on(finished, tmp_path)
     assert not differences(contents(finished), contents(run_dir))
 
 
-def test_a_checkpoint_without_a_configuration_is_not_touched(finished, tmp_path):
+def test_a_checkpoint_without_a_configuration_goes_on_by_the_options_it_is_of_and_by_no_others(finished, tmp_path):
     run_dir = copy_of(finished, tmp_path)
     (run_dir / "config.json").unlink()
-    with pytest.raises(InputError, match="has a checkpoint.pt but no config.json"):
-        runs.train(run_dir, TINY)
-    assert (run_dir / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.raises(InputError, match=r"\(its k is 2, not 3\): put .* or without a config.json that run's options"):
+        runs.train(run_dir, replace(TINY, k=3))
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    runs.train(run_dir, TINY)
+    assert not differences(contents(finished), contents(run_dir))
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -864,7 +867,8 @@ def test_a_result_of_another_kind_is_told_before_anything_is_computed(finished, 
 @pytest.mark.parametrize("name", runs.WRITTEN)
 def test_a_folder_with_files_of_that_name_but_no_run_is_not_touched(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match=f"has a {name} but no config.json: choose another folder"):
+    said = "is cut or altered" if name == "checkpoint.pt" else f"has a {name} but no config.json: choose another folder"
+    with pytest.raises(InputError, match=said):
         runs.train(tmp_path, TINY)
     assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "config.json").exists()
 

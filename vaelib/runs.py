@@ -159,8 +159,8 @@ def train(
     with in_use(folder) as folder:
         stored = read_config(folder.config)
         if stored is not None:
-            check_same(stored, config, folder)
-        elif strange := [name for name in WRITTEN if lexists(folder.file(name))]:
+            check_same(stored, config, folder, training.sources)
+        elif (strange := [name for name in WRITTEN if lexists(folder.file(name))]) and "checkpoint.pt" not in strange:
             raise InputError(f"'{run_dir}' has a {strange[0]} but no config.json: choose another folder")
         known = read_result(folder.result)
         restore_own(training, config, folder)
@@ -476,8 +476,14 @@ def seen(images: Images | Text, training: Training) -> Images | Text:
 def sources(config: Config) -> dict[str, str]:
     """Return the SHA-256 of what has no name here, and so may change: data, and the files of a model that is loaded."""
     found = {name: hashlib.sha256(read(path) or b"").hexdigest() for name, path in code(config).items()}
-    named = config.data in data.DATASETS or config.data in data.TEXTS  # a folder may be called the same
-    return found | ({"data": data.own.digest(Path(config.data))} if data.own.is_own(config.data) and not named else {})
+    path = own_data(config)
+    return found | ({"data": data.own.digest(path)} if path else {})
+
+
+def own_data(config: Config) -> Path | None:
+    """Return where data of one's own lie; None if there is a data set of that name, as a folder may be called too."""
+    named = config.data in data.DATASETS or config.data in data.TEXTS
+    return Path(config.data) if data.own.is_own(config.data) and not named else None
 
 
 def code(config: Config) -> dict[str, Path]:
@@ -486,15 +492,25 @@ def code(config: Config) -> dict[str, Path]:
 
 
 def check_place(config: Config, folder: Folder) -> None:
-    """Raise InputError if the model is code inside the run's folder: whoever gets such a folder would run it."""
+    """Raise InputError if what a run is of is not where it was, or is code inside its folder.
+
+    Whoever gets such a folder would run it.
+    """
+    own = {"data": own_data(config), "model": models.own.file_of(config.model) if ":" in config.model else None}
+    if lost := [name for name, path in own.items() if path and not path.exists() and lexists(folder.checkpoint)]:
+        places = " ".join(f"--{name} PLACE" for name in lost)
+        raise InputError(
+            f"there is no '{own[lost[0]]}', which the run in '{folder.path}' is of: bring it back, or say where it is "
+            f"now by `vaelib train {in_shell(folder.path)} {places}`"
+        )
     if ":" not in config.model:
         return
     place = config.model.rpartition(":")[0]
-    path = models.own.file_of(config.model) or Path(place.replace(".", "/"))
+    path = own["model"] or Path(place.replace(".", "/"))
     if folder.path.resolve() in path.resolve().parents:
         raise InputError(
             f"the model '{config.model}' lies inside '{folder.path}', and code that comes with a run is not run: look "
-            "at it, put it elsewhere, and write that place into config.json"
+            "at it, put it elsewhere, and give its place by --model"
         )
 
 
@@ -660,7 +676,7 @@ def record(training: Training) -> dict[str, Any]:
     """
     if "model" in training.sources:
         check_shapes(training)
-    state = {**training.state(), "history": training.metrics(), "recipe": fixed(training)}
+    state = {**training.state(), "history": training.metrics(), "recipe": fixed(training.recipe, training.sources)}
     parts = {f"'{name}' of the model's state_dict": value for name, value in state["model"].items()}
     for name, value in {**parts, "the state of a hook or of the estimator": state["hooks"]}.items():
         try:
@@ -696,10 +712,10 @@ def check_shapes(training: Training) -> None:
             )
 
 
-def fixed(training: Training) -> dict[str, Any]:
-    """Return what of a training's recipe stays while it goes on; one's own data and model may come to another place."""
-    kept = {name: value for name, value in asdict(training.recipe).items() if name not in FREE}
-    files = dict(training.sources)
+def fixed(recipe: Recipe, sources: dict[str, str]) -> dict[str, Any]:
+    """Return what of a recipe stays while a run goes on; one's own data and model may come to another place."""
+    kept = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    files = dict(sources)
     if "data" in files:
         kept["data"] = f"SHA-256 {files.pop('data')[:16]}"
     if files:
@@ -718,7 +734,7 @@ def restore(training: Training, path: Path) -> None:
     """
     if (state := read_state(path)) is None:
         return
-    now = fixed(training)
+    now = fixed(training.recipe, training.sources)
     with fitting(path):
         then = dict(state.get("recipe", {}))
     if others := [
@@ -728,7 +744,7 @@ def restore(training: Training, path: Path) -> None:
     ]:
         raise InputError(
             f"'{path}' is a checkpoint of another run ({', '.join(others)}): put the right one, or the right "
-            "config.json or data, in its place, or train anew in another folder"
+            "config.json or data, in its place, or without a config.json that run's options, or train anew elsewhere"
         )
     with fitting(path):
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
@@ -888,13 +904,17 @@ def of(training: Training, known: dict[str, dict[str, Any]], folder: Folder) -> 
     return {name: part for name, part in known.items() if name not in strange}
 
 
-def check_same(stored: Config, asked: Config, folder: Folder) -> None:
-    """Raise InputError, naming every difference, if ``asked`` is not the run that ``folder`` holds."""
+def check_same(stored: Config, asked: Config, folder: Folder, sources: dict[str, str]) -> None:
+    """Raise InputError, naming every difference, if ``asked`` is not the run that ``folder`` holds.
+
+    One's own data and model may lie elsewhere now, if what is there, ``sources``, is the same.
+    """
     old, new = asdict(stored), asdict(asked)
+    then, now = fixed(stored, read_json(folder.sources) or {}), fixed(asked, sources)
     differences = [
         f"{typed(name)} is {old[name]!r} there and {new[name]!r} here"
         for name in old
-        if name not in FREE and old[name] != new[name]
+        if name not in FREE and old[name] != new[name] and then[name] != now[name]
     ]
     if differences:
         raise InputError(
