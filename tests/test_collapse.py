@@ -615,10 +615,7 @@ def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(
     assert second.step == 13
     second.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values()))
-    timeless = [
-        [{k: v for k, v in record.items() if "seconds" not in k} for record in run.history] for run in (whole, second)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(whole) == timeless(second)
     broken = make()
     runs.restore(broken, path)
     broken.streams["noise"].manual_seed(1)
@@ -626,6 +623,62 @@ def test_a_training_taken_up_again_ends_bit_for_bit_where_one_in_one_piece_ends(
     assert not all(
         torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), broken.model.state_dict().values())
     )
+
+
+@pytest.mark.parametrize("method", ["plain", "aggressive-anneal", "sa-vae"])
+def test_a_training_goes_on_from_right_after_any_of_its_halvings(method, text, tmp_path):
+    """Also from the last one, which ends it, so that nothing but its evaluation is left."""
+    changes = {"optimizer": "adam", "lr": 0.1, "epochs": 12, "first_decay": 0, "patience": 1, "decays": 2}
+    recipe = replace(TEXT, batch_size=50, block=2, most=4, **changes, **METHODS[method])
+
+    class Killed(Exception):
+        pass
+
+    def make():
+        return prepare(small(text, dropout=0.5), text.train, text.valid, recipe)
+
+    def kill(run):
+        if run.decay == left:
+            runs.save(run, runs.Folder(tmp_path))
+            raise Killed
+
+    whole = make()
+    whole.run()
+    for left in (0.5, 0.25):
+        with pytest.raises(Killed):
+            make().run(kill)
+        second = make()
+        runs.restore(second, tmp_path / "checkpoint.pt")
+        assert second.decay == left and not second.optimizer.state and second.over == (left == 0.25)
+        second.run()
+        ends = [{**run.state(), "history": timeless(run), "hooks": run.hooks[2].state()} for run in (whole, second)]
+        for end in ends:
+            del end["seconds"]
+        assert equal(*ends)
+
+
+def timeless(run):
+    return [{k: v for k, v in record.items() if "seconds" not in k} for record in run.history]
+
+
+def equal(a, b):
+    """Whether two states are the same, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_every_method_can_be_rehearsed(method, text):
+    """Taken twice from the same record it has the same loss, the noise inside of the encoder included."""
+    run = prepare(small(text, dropout=0.5), text.train, text.valid, replace(TEXT, **METHODS[method]))
+    training.check_repeats(run)
+    if method == "sa-vae":
+        run.model.encoder.generator = torch.Generator().manual_seed(0)  # the negative control: one that none records
+        with pytest.raises(InputError, match="in training mode the model gives another loss for the same batch"):
+            training.check_repeats(run)
 
 
 def test_training_leaves_the_global_generator_alone(text):

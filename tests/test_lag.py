@@ -187,6 +187,39 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert untimed[0] == untimed[1]
 
 
+@pytest.mark.parametrize("decays", [1, 5])
+def test_a_run_killed_after_a_halving_goes_on(tmp_path, monkeypatch, decays):
+    """With Adam, as for images: at the next write, and where that halving was the last, in the evaluation."""
+    family = lag.FAMILIES["pixelcnn"]
+    recipe = replace(family.recipe, patience=1, decays=decays, lr=1e-12)  # so that nothing gets better
+    monkeypatch.setitem(lag.FAMILIES, "pixelcnn", replace(family, recipe=recipe))
+    config = {**find("lag-omniglot").presets["smoke"].grid[1], "epochs": 5, "images": 50}
+
+    def begun(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return [m for m in lag.run(config, 0, tmp_path / name, "cpu", QUIET) if "seconds" not in m.metric]
+
+    def killed(place, name, due=lambda *_: True):
+        do = getattr(place, name)
+
+        def kill(*arguments, **options):
+            if due(*arguments):
+                raise KeyboardInterrupt
+            return do(*arguments, **options)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(place, name, kill)
+            begun("killed")
+
+    whole = begun("whole")
+    killed(lag.runs, "write_metrics", lambda path, training: training.decay == 0.5)
+    killed(lag.evaluation, "log_likelihood")
+    ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed")]
+    assert ends[1]["stopped"] == (decays == 1) and ends[1]["decay"] < 1
+    assert all(torch.equal(*pair) for pair in zip(*(end["model"].values() for end in ends), strict=True))
+    assert begun("killed") == whole
+
+
 def cell(method, **changes):
     return {**find("lag-text").presets["smoke"].grid[0], "method": method, **changes}
 

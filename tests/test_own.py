@@ -770,7 +770,63 @@ FORGETS = """
 
     class Counts(Forgetful):
         def factor(self):
+            return 1.0 if self.steps < 8 else 0.5
+
+
+    class CountsSteps(Forgetful):
+        def factor(self):
             return min(1.0, (1 + self.steps) / 50)
+
+
+    class Trains(Forgetful):
+        def factor(self):
+            return 1 + 0.1 * self.draw() if self.training else 1
+
+
+    class LearnsWithNumPy(Trains):
+        def draw(self):
+            return np.random.rand()
+
+
+    class LearnsWithLittleNumPy(Trains):
+        def draw(self):
+            return 1e-3 * np.random.rand()
+
+
+    class LearnsWithRandom(Trains):
+        def draw(self):
+            return random.random()
+
+
+    class LearnsWithItsOwn(Trains):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.generator = torch.Generator().manual_seed(0)
+
+        def draw(self):
+            return torch.rand((), generator=self.generator)
+
+
+    class LearnsWithTorch(Trains):
+        def __init__(self, pixels, latent):
+            super().__init__(pixels, latent)
+            self.layers = nn.Sequential(nn.BatchNorm1d(pixels), nn.Dropout(0.2))
+            self.register_buffer("count", torch.zeros(()))
+            self.kept = 0
+
+        def draw(self):
+            self.count += 1
+            self.kept += 1
+            return torch.rand(()) + self.count / 100 + self.kept / 100
+
+        def forward(self, x):
+            return super().forward(self.layers(x))
+
+        def get_extra_state(self):
+            return self.kept
+
+        def set_extra_state(self, kept):
+            self.kept = kept
 
 
     class CountsCalls(Forgetful):
@@ -810,6 +866,30 @@ FORGETS = """
 
     def draws(start):
         return model(Draws, start)
+
+
+    def counts_steps(start):
+        return model(CountsSteps, start)
+
+
+    def learns_with_numpy(start):
+        return model(LearnsWithNumPy, start)
+
+
+    def learns_with_little_numpy(start):
+        return model(LearnsWithLittleNumPy, start)
+
+
+    def learns_with_random(start):
+        return model(LearnsWithRandom, start)
+
+
+    def learns_with_its_own(start):
+        return model(LearnsWithItsOwn, start)
+
+
+    def learns_with_torch(start):
+        return model(LearnsWithTorch, start)
 """
 
 
@@ -824,6 +904,47 @@ def test_a_loss_that_is_another_each_time_is_told_before_the_first_step(forgetfu
     config, file = forgetful
     with pytest.raises(InputError, match="another loss for the same batch than when it was saved, at step 0: it keeps"):
         runs.train(tmp_path / "run", replace(config, model=f"{file}:{name}"), report=lambda fraction: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["counts_steps", *(f"learns_with_{what}" for what in ("numpy", "little_numpy", "random", "its_own"))]
+)
+def test_so_is_one_that_is_another_in_training_mode_alone(forgetful, tmp_path, name):
+    config, file = forgetful
+    with pytest.raises(
+        InputError, match="in training mode the model gives another loss for the same batch .*: it keeps"
+    ):
+        runs.train(tmp_path / "run", replace(config, model=f"{file}:{name}"), report=lambda fraction: 1 / 0)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_what_draws_by_torch_and_keeps_what_is_read_again_goes_on_bit_for_bit(forgetful, tmp_path):
+    config, file = forgetful
+    config = replace(config, model=f"{file}:learns_with_torch")
+    runs.train(tmp_path / "run", config)
+    runs.train(tmp_path / "run", replace(config, epochs=2))
+    runs.train(tmp_path / "whole", replace(config, epochs=2))
+    ends = [runs.load(tmp_path / name).model.state_dict() for name in ("run", "whole")]
+    assert all(a == b if type(a) is int else torch.equal(a, b) for a, b in zip(*(end.values() for end in ends)))
+
+
+def test_a_buffer_that_grows_is_told_before_the_first_step(forgetful, tmp_path):
+    config, file = forgetful
+    grows = """
+    class Grows(Encoder):
+        def forward(self, x):
+            self.bank = torch.cat([self.bank, x[:1]]) if self.training else self.bank
+            return super().forward(x)
+
+
+    def grows(start):
+        encoder = Grows(start.pixels, 2)
+        encoder.register_buffer("bank", torch.zeros(0, start.pixels))
+        return VAE(Joint(start.pixels, 2), encoder, binary=False)
+    """
+    Path(file).write_text(Path(file).read_text() + textwrap.dedent(grows))
+    with pytest.raises(InputError, match=r"cannot load its state_dict of before \(size mismatch for encoder.bank: "):
+        runs.train(tmp_path / "run", replace(config, model=f"{file}:grows"), report=lambda fraction: 1 / 0)
 
 
 def test_what_is_kept_outside_the_state_dict_is_noticed(forgetful, tmp_path):

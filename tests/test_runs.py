@@ -997,6 +997,15 @@ def forget_the_moments(state):
     state["optimizer"]["state"].clear()
 
 
+def forget_one(state):
+    del state["optimizer"]["state"][0]
+
+
+def forget_how_many(state):  # as before this was recorded
+    state["optimizer"]["state"].clear()
+    del state["remembered"]
+
+
 def cut_a_moment(state):  # which fused Adam would read beyond its end
     state["optimizer"]["state"][0]["exp_avg"] = state["optimizer"]["state"][0]["exp_avg"][:1].clone()
 
@@ -1026,7 +1035,9 @@ def slow_down(state):
     [
         (exchange_parameters, r"its optimiser's params must be \[0, 1, .*\], but is \[1, 0, "),
         (slow_down, "its decay must be 1, as nothing in this run slows it down, but is 0.5"),
-        (forget_the_moments, "its optimiser must remember its exp_avg and exp_avg_sq, but remembers nothing"),
+        (forget_the_moments, r"its optimiser must remember its exp_avg and exp_avg_sq of \d+ parameters, .* so of 0"),
+        (forget_one, r"its optimiser must remember its exp_avg and exp_avg_sq of \d+ parameters, but does so of \d+"),
+        (forget_how_many, "its optimiser must remember its exp_avg and exp_avg_sq of 1 parameters, but does so of 0"),
         (cut_a_moment, r"its optimiser's exp_avg must be of the shape \[.*\], but is of \[1"),
         (
             cut_a_weight,

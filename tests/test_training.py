@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from vaelib import data, estimators, models, optimizers, runs, training
 from vaelib.config import Config, Recipe
 from vaelib.errors import InputError
 from vaelib.estimators import silent
-from vaelib.training import Diverged, Hook, Progress, Training
+from vaelib.training import Diverged, Hook, Progress, Training, check_repeats, train_step
 
 
 @pytest.fixture(scope="module")
@@ -614,6 +615,32 @@ def test_looking_at_a_model_leaves_it_as_it_was(split):
     assert model.encoder.norm.training and not model.encoder.drop.training
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_step_can_be_rehearsed_with_every_model(split, name):
+    model = models.build(name, 64, generator=torch.Generator().manual_seed(0), shape=(8, 8))
+    row = "elbo-path" if "mixture" in name else "elbo-score"  # the one takes no z without a path, the other no strata
+    check_repeats(small_training(split, row, model=model, k=4, batch_size=10))
+
+
+def test_a_rehearsal_leaves_a_training_as_it_was(split):
+    """With what a step in training mode moves: batch norm, spectral norm, and the generators."""
+
+    def run():
+        model, _ = small_model(), torch.manual_seed(0)
+        layers = nn.BatchNorm1d(64), nn.Dropout(0.2), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64))
+        model.encoder = nn.Sequential(*layers, model.encoder)
+        return small_training(split, model=model)
+
+    quiet, watched = run(), run()
+    quiet.run()
+    everywhere = torch.get_rng_state()
+    watched.run(check_repeats)
+    assert not differences(quiet.state(), watched.state()) and torch.equal(everywhere, torch.get_rng_state())
+    before = copy.deepcopy(watched.model.state_dict())
+    watched.coming_loss()
+    assert differences(before, watched.model.state_dict()), "a step does move it"
+
+
 # Hooks and what changes from step to step
 
 
@@ -648,6 +675,53 @@ def test_hooks_see_epochs_stop_the_training_and_finish(split):
     assert [record["lr"] for record in history] == [0.008, 0.004, 0.002] and run.over and hook.ends == 1
     assert [record["half"] for record in history] == [1.0, 0.5, 0.25] and run.progress.done == pytest.approx(1 / 3)
     assert run.run() is history and len(history) == 3
+
+
+class Restarts(Hook):
+    """Begins every epoch with a new optimiser."""
+
+    def after_epoch(self, training, record):
+        training.decay /= 2
+        training.restart_optimizer()
+
+
+class OfItsOwn(Hook):
+    """Takes the steps with an optimiser of its own, which remembers nothing."""
+
+    def update(self, training, x):
+        optimizer = torch.optim.SGD(training.model.parameters(), 1e-3)
+        return train_step(training.model, training.estimator, optimizer, x, training.noise(x))
+
+
+@pytest.mark.parametrize(("hook", "moments"), [(Restarts, (0, 14, 0)), (OfItsOwn, (0, 0, 0))])
+def test_what_an_optimiser_remembers_is_what_it_remembered_when_it_was_recorded(split, hook, moments):
+    """Nothing right after a restart, or where it takes no steps; what it did remember must not be lost."""
+
+    def run():
+        return small_training(split, hooks=[hook()])
+
+    whole = run()
+    whole.run()
+    for step, found in zip((STEPS, STEPS + 1, 2 * STEPS), moments, strict=True):
+        state, resumed = kill_at(run(), step), run()
+        assert len(state["optimizer"]["state"]) == found
+        resumed.load_state(copy.deepcopy(state))
+        resumed.run()
+        assert not differences(whole.state(), resumed.state())
+        state["optimizer"]["state"].pop(0, None)
+        refused = pytest.raises(InputError, match="of 14 parameters, but does so of 13") if found else nullcontext()
+        with refused:
+            run().load_state(state)
+
+
+def test_a_record_of_before_it_said_what_its_optimiser_remembers_is_taken(split):
+    whole, resumed = small_training(split), small_training(split)
+    state = kill_at(small_training(split), STEPS)
+    del state["remembered"]
+    whole.run()
+    resumed.load_state(state)
+    resumed.run()
+    assert not differences(whole.state(), resumed.state())
 
 
 def test_a_tracked_scale_resumes_bit_for_bit(split):

@@ -41,7 +41,7 @@ from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
 from vaelib.posteriors import as_posterior
-from vaelib.training import Diverged, HeldOut, Training, mean_bound, stream, world
+from vaelib.training import UNRECORDED, Diverged, HeldOut, Training, check_repeats, mean_bound, stream, world
 
 FORMAT = 2
 """Of ``checkpoint.pt``; raised whenever a reader of the old format would go wrong."""
@@ -182,6 +182,7 @@ def train(
         if "model" in training.sources and not training.step:
             check_kept(training, record(training), folder.checkpoint)  # told before anything is learnt
             weights(training.model)  # and so is what cannot be told from others
+            check_repeats(training)
         try:
             go_on(training, folder, config.checkpoint_seconds, after_step, progress)
         except KeyboardInterrupt as stop:
@@ -770,9 +771,8 @@ def check_kept(training: Training, state: dict[str, Any], path: Path) -> None:
         alike = bool((now - then).abs().sum() <= ALIKE * then.abs().sum())
     if not alike:
         raise InputError(
-            f"the model gives another loss for the same batch than when it was saved, at step {training.step}: it "
-            "keeps something outside its state_dict, or draws numbers by others than torch; register what it keeps "
-            "as a buffer, or return it from get_extra_state, and train anew in another folder"
+            f"the model gives another loss for the same batch than when it was saved, at step {training.step}: "
+            f"{UNRECORDED}, and train anew in another folder"
         )
 
 

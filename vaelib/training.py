@@ -7,6 +7,7 @@ folder, for the command line; :mod:`vaelib.collapse` brings hooks, :mod:`vaelib.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -41,6 +42,7 @@ from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
 STEPS_ON_GPU = 50  # drawn for, and captured, at once
+ROUNDING = 1e-5  # the relative difference of two losses that come of the same numbers, on a GPU in another order
 
 # --- schedules --------------------------------------------------------------------------------------------------------
 
@@ -432,9 +434,15 @@ class Training:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Put the model into evaluation mode, and afterwards it and all randomness back to where they were."""
+        with evaluation.evaluating(self.model), self.rewound():
+            yield
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Draw the same numbers each time, and afterwards put all randomness back to where it was."""
         before = {name: generator.get_state() for name, generator in self.streams.items()}
         try:
-            with evaluation.evaluating(self.model), drawing_from(torch.Generator(self.device)):
+            with drawing_from(torch.Generator(self.device)):
                 yield
         finally:
             for name, state in before.items():
@@ -557,13 +565,40 @@ class Training:
             **{name: getattr(self, name) for name in EVOLVES},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "remembered": len(self.optimizer.state_dict()["state"]),
             "streams": {name: generator.get_state() for name, generator in self.streams.items()},
             "hooks": [part.state() for part in self.keepers],
         }
 
     def probe(self) -> Tensor:
-        """Return the loss of the coming batch, ``[B]``; nothing notices."""
-        with torch.enable_grad(), self.undisturbed():
+        """Return the loss of the coming batch, ``[B]``, in evaluation mode; nothing notices."""
+        with self.undisturbed():
+            return self.coming_loss()
+
+    def rehearsal(self) -> Tensor:
+        """Return the loss of the coming batch, ``[B]``, in the mode of a step; what a record holds is put back.
+
+        Raises
+        ------
+        InputError
+            if that cannot be, as of a buffer that has grown.
+        """
+        now = self.model.state_dict()
+        state = {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in now.items()}
+        with self.rewound():
+            loss = self.coming_loss()
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(
+                "a call in training mode leaves a model that cannot load its state_dict of before "
+                f"({str(error).splitlines()[-1].strip()}): let all buffers be there from the start, of one shape"
+            ) from error
+        return loss
+
+    def coming_loss(self) -> Tensor:
+        """Return the loss of the coming batch, ``[B]``."""
+        with torch.enable_grad():
             x = self.split.batch(self.index(1)[0], self.streams["binarisation"])
             q = posteriors.as_posterior(self.model.encoder(x))
             return self.estimator.loss(self.model.joint, q, x, q.noise(self.recipe.k, self.streams["noise"])).detach()
@@ -631,14 +666,21 @@ def check_record(state: dict[str, Any], training: Training) -> None:
             # a buffer need not be finite
             check_numbers(name, state["model"].get(name), (own.dtype,), finite=name in parameters)
     dtypes = (torch.float32, torch.float64, *{p.dtype for p in parameters.values()} - {torch.float32, torch.float64})
-    check_optimizer(state["optimizer"], training.optimizer, dtypes, begun=state["step"] > 0)
+    remembered = state.get("remembered", int(state["step"] > 0))  # records of before do not say it
+    check_optimizer(state["optimizer"], training.optimizer, dtypes, remembered)
 
 
-def check_optimizer(state: dict, own: torch.optim.Optimizer, dtypes: Sequence[torch.dtype], begun: bool) -> None:
-    """Raise InputError unless ``state`` is one of this optimiser: its settings but for the rate, and its moments."""
+def check_optimizer(state: dict, own: torch.optim.Optimizer, dtypes: Sequence[torch.dtype], remembered: int) -> None:
+    """Raise InputError unless ``state`` is one of this optimiser: its settings but for the rate, and its moments.
+
+    ``remembered`` parameters had moments when it was recorded: none right after a restart.
+    """
     memories = RULES[type(own)].memories
-    if begun and memories and not state["state"]:
-        raise InputError(f"its optimiser must remember its {' and '.join(memories)}, but remembers nothing")
+    if memories and len(state["state"]) < remembered:
+        raise InputError(
+            f"its optimiser must remember its {' and '.join(memories)} of {remembered} parameters, but does so of "
+            f"{len(state['state'])}"
+        )
     for there, here, group in zip(
         state["param_groups"], own.state_dict()["param_groups"], own.param_groups, strict=True
     ):
@@ -661,6 +703,26 @@ def check_numbers(name: str, found: Any, dtypes: Sequence[torch.dtype], finite: 
     """Raise InputError if a tensor of a record is of another type than a training has, or not finite."""
     if isinstance(found, Tensor) and (found.dtype not in dtypes or finite and not found.isfinite().all()):
         raise InputError(f"its {name} must be finite numbers of {' or '.join(map(str, dtypes))}")
+
+
+UNRECORDED = (
+    "it keeps something outside its state_dict, or draws from another generator than torch's global one; register what "
+    "it keeps as a buffer, or return it from get_extra_state, or draw from that one"
+)
+"""What a checkpoint cannot hold, and what to do."""
+
+
+def check_repeats(training: Training) -> None:
+    """Raise InputError if the coming step, taken twice from the same record, has two losses.
+
+    A training that goes on from that record could not end as if it had not been interrupted.
+    """
+    then, now = training.rehearsal(), training.rehearsal()
+    if (now - then).abs().nansum() > ROUNDING * then.abs().nansum():
+        raise InputError(
+            "in training mode the model gives another loss for the same batch and noise from one call to the next: "
+            f"{UNRECORDED}"
+        )
 
 
 # --- what goes together -----------------------------------------------------------------------------------------------
