@@ -742,8 +742,8 @@ def test_a_state_that_the_model_as_it_is_built_could_not_take_is_told_when_it_wo
     file.write_text(textwrap.dedent(MODEL) + textwrap.dedent(GROWS))
     config = Config(epochs=1, batch_size=500, device="cpu")
     for name, sentence in (
-        ("grows", r"'encoder.bank' .* is of shape \[2, 64\], but was of shape \[0, 64\] when the model was built"),
-        ("appears", r"'encoder.seen' .* is of shape \[64\], but was not there when the model was built"),
+        ("grows", r"cannot load its state_dict of before \(size mismatch for encoder.bank: "),
+        ("appears", r'cannot load its state_dict of before \(Missing key.* "encoder.seen"'),
     ):
         with pytest.raises(InputError, match=sentence):
             runs.train(tmp_path / name, replace(config, model=f"{file}:{name}"))
@@ -926,25 +926,6 @@ def test_what_draws_by_torch_and_keeps_what_is_read_again_goes_on_bit_for_bit(fo
     runs.train(tmp_path / "whole", replace(config, epochs=2))
     ends = [runs.load(tmp_path / name).model.state_dict() for name in ("run", "whole")]
     assert all(a == b if type(a) is int else torch.equal(a, b) for a, b in zip(*(end.values() for end in ends)))
-
-
-def test_a_buffer_that_grows_is_told_before_the_first_step(forgetful, tmp_path):
-    config, file = forgetful
-    grows = """
-    class Grows(Encoder):
-        def forward(self, x):
-            self.bank = torch.cat([self.bank, x[:1]]) if self.training else self.bank
-            return super().forward(x)
-
-
-    def grows(start):
-        encoder = Grows(start.pixels, 2)
-        encoder.register_buffer("bank", torch.zeros(0, start.pixels))
-        return VAE(Joint(start.pixels, 2), encoder, binary=False)
-    """
-    Path(file).write_text(Path(file).read_text() + textwrap.dedent(grows))
-    with pytest.raises(InputError, match=r"cannot load its state_dict of before \(size mismatch for encoder.bank: "):
-        runs.train(tmp_path / "run", replace(config, model=f"{file}:grows"), report=lambda fraction: 1 / 0)
 
 
 def test_what_is_kept_outside_the_state_dict_is_noticed(forgetful, tmp_path):
