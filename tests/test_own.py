@@ -459,6 +459,35 @@ def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path
     monkeypatch.delitem(sys.modules, name)
 
 
+def test_each_model_has_the_module_that_lies_beside_it_as_it_is_now(file, tmp_path, monkeypatch):
+    """In one process: two projects with files of one name, one of them edited; what the model does not import is no part."""
+    found, key = {}, "parts_of_two_projects"
+    for folder, noise in (("a", "0.3"), ("b", "0.25"), ("a", "0.125")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{key}.py").write_text(f"NOISE = {noise}")
+        path = tmp_path / folder / "vae.py"
+        path.write_text(f"from {key} import NOISE\n" + file.read_text())
+        (tmp_path / folder / "not_imported.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path / folder)
+        monkeypatch.delitem(sys.modules, "not_imported", raising=False)
+        __import__("not_imported")
+        found[noise] = models.own.builder(f"{path}:build").__globals__["NOISE"]
+        assert models.own.code(f"{path}:build")[f"{key}.py"].content == f"NOISE = {noise}".encode()
+        assert models.own.code(f"{path}:build").keys() == {"model", f"{key}.py"}
+    assert found == {"0.3": 0.3, "0.25": 0.25, "0.125": 0.125}
+    for name in (key, "not_imported"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_what_is_recorded_is_what_was_run_though_the_file_was_saved_meanwhile(file, tmp_path):
+    text = file.read_text() + "\nfrom pathlib import Path\nPath(__file__).write_text('other = 1')\n"
+    file.write_text(text)
+    runs.train(tmp_path / "run", Config(model=f"{file}:build", epochs=1, batch_size=100, device="cpu"))
+    assert (tmp_path / "run/model.py").read_text() == text
+    with pytest.raises(InputError, match="vae.py'"):
+        runs.load(tmp_path / "run")
+
+
 def test_a_file_that_goes_to_its_own_folder_leaves_the_run_where_it_is(file, tmp_path, monkeypatch):
     file.write_text("import os\nos.chdir(os.path.dirname(__file__))\n" + file.read_text())
     here = tmp_path / "here"

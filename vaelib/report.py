@@ -95,6 +95,7 @@ def advise(
     InputError
         as :func:`show` and :func:`vaelib.gradients.advise`.
     """
+    whole_number("seed", seed, least=0, most=2**63 - 1)
     with runs.at_rest(run_dir) as folder:
         run = runs.load(folder, device)
         x = observations(run, "train", 2000, seed)

@@ -476,7 +476,7 @@ def seen(images: Images | Text, training: Training) -> Images | Text:
 
 def sources(config: Config) -> dict[str, str]:
     """Return the SHA-256 of what has no name here, and so may change: data, and the files of a model that is loaded."""
-    found = {name: hashlib.sha256(read(path) or b"").hexdigest() for name, path in code(config).items()}
+    found = {name: hashlib.sha256(source.content).hexdigest() for name, source in code(config).items()}
     path = own_data(config)
     return found | ({"data": data.own.digest(path)} if path else {})
 
@@ -487,15 +487,15 @@ def own_data(config: Config) -> Path | None:
     return Path(config.data) if data.own.is_own(config.data) and not named else None
 
 
-def code(config: Config) -> dict[str, Path]:
+def code(config: Config) -> dict[str, models.own.Source]:
     """Return the files of a model of one's own, see :func:`vaelib.models.own.code`."""
     return models.own.code(config.model) if ":" in config.model else {}
 
 
 def check_place(config: Config, folder: Folder) -> None:
-    """Raise InputError if what a run is of is not where it was, or is code inside its folder.
+    """Raise InputError if what a run is of is not where it was, is code inside its folder, or pictures around it.
 
-    Whoever gets such a folder would run it.
+    Whoever gets a folder with code would run it.
     """
     own = {"data": own_data(config), "model": models.own.file_of(config.model) if ":" in config.model else None}
     if lost := [name for name, path in own.items() if path and not path.exists() and lexists(folder.checkpoint)]:
@@ -503,6 +503,11 @@ def check_place(config: Config, folder: Folder) -> None:
         raise InputError(
             f"there is no '{own[lost[0]]}', which the run in '{folder.path}' is of: bring it back, or say where it is "
             f"now by `vaelib train {in_shell(folder.path)} {places}`"
+        )
+    if own["data"] and own["data"].resolve() in folder.path.resolve().parents:
+        raise InputError(
+            f"the run's folder '{folder.path}' lies inside its data '{own['data']}', where its pictures would be taken "
+            "for data: choose, or move it to, a place outside"
         )
     if ":" not in config.model:
         return
@@ -527,7 +532,7 @@ def restore_own(training: Training, config: Config, folder: Folder) -> None:
     then = training.sources = lexists(folder.checkpoint) and read_json(folder.sources) or now
     for name in now:
         if then.get(name, now[name]) != now[name]:
-            file = config.data if name == "data" else code(config)[name]
+            file = config.data if name == "data" else code(config)[name].path
             before = f" (it was '{folder.model}')" if name == "model" else ""
             raise InputError(
                 f"'{file}' has changed since this run began{before}: put it back as it was, or train anew in another "
@@ -541,7 +546,7 @@ def write_sources(training: Training, config: Config, folder: Folder) -> None:
     if training.sources and training.sources != read_json(folder.sources):
         write_json(folder.sources, training.sources)
         if "model" in training.sources:
-            write(folder.model, read(code(config)["model"]))
+            write(folder.model, code(config)["model"].content)
 
 
 def tensorboard(folder: Folder, training: Training) -> Callable[[Training], None]:

@@ -15,14 +15,15 @@ enters into :data:`vaelib.estimators.ESTIMATORS` can be used by its name. The fi
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,25 +88,34 @@ def callable_with_start(function: Callable[..., nn.Module], name: str) -> Callab
     return function
 
 
-def code(name: str) -> dict[str, Path]:
+class Source(NamedTuple):
+    """A file of code, and what stood in it when it was run."""
+
+    path: Path
+    content: bytes
+
+
+def code(name: str) -> dict[str, Source]:
     """Return the files that the code of a model is in, once it is loaded: ``model``, and what it imports from beside.
 
     Those go by their paths from the folder that the import started from.
     """
     place, path = name.rpartition(":")[0], file_of(name)
-    if path is None:
-        path = Path(sys.modules[place].__file__).resolve()
-        folder = path.parents[place.count(".") + (path.name == "__init__.py")]
-    else:
-        folder = path.resolve().parent
-    found = {"model": path}
-    if folder.name not in ("site-packages", "dist-packages"):
-        for key, module in list(sys.modules.items()):
-            file = Path(getattr(module, "__file__", None) or "").resolve()
-            if file != path.resolve() and file.is_relative_to(folder):
-                inside, top = file.relative_to(folder), key.partition(".")[0]
-                if top != "vaelib" and inside.parts[:1] in ((top,), (f"{top}.py",)):
-                    found[str(inside)] = file
+    if path is not None:
+        return sys.modules[key_of(path)].__sources__
+    path = Path(sys.modules[place].__file__).resolve()
+    folder = path.parents[place.count(".") + (path.name == "__init__.py")]
+    return {"model": Source(path, read(path) or b""), **beside(folder, sys.modules.keys() - {place})}
+
+
+def beside(folder: Path, keys: Iterable[str]) -> dict[str, Source]:
+    """Return the files of those modules of these names that lie in ``folder``, by their paths from there."""
+    found = {}
+    for key in () if folder.name in ("site-packages", "dist-packages") else sorted(keys):
+        file, top = Path(getattr(sys.modules[key], "__file__", None) or "").resolve(), key.partition(".")[0]
+        inside = file.relative_to(folder) if file.is_relative_to(folder) else Path()
+        if top != "vaelib" and inside.parts[:1] in ((top,), (f"{top}.py",)):
+            found[str(inside)] = Source(file, read(file) or b"")
     return found
 
 
@@ -115,30 +125,49 @@ def imported(place: str):
         return importlib.import_module(place)
 
 
+def key_of(path: Path) -> str:
+    """Return the name that a file goes by among the modules."""
+    return f"{path.stem} in {path.absolute().parent}"
+
+
 def executed(path: Path):
-    """Run a file as a module, once while it does not change; it may import those beside it."""
+    """Run a file as a module, once while neither it nor what it imports from beside it changes.
+
+    What it imports is what a new process would: not a module of the same name from elsewhere, or of before a change.
+    """
     if (content := read(path)) is None:
         raise InputError(f"there is no file '{path}' with a model: see where you are, or give the whole path")
-    name = f"{path.stem} in {path.absolute().parent}"
-    known = sys.modules.get(name)
-    if known is not None and known.__source__ == content:
+    key, folder = key_of(path), path.absolute().parent
+    known = sys.modules.get(key)
+    if known is not None and all(read(source.path) == source.content for source in known.__sources__.values()):
         return known
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    module.__source__ = content
+    module = module_from_spec(spec_from_file_location(key, path))
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if is_shadowed(name, folder)}
+    before, sys.modules[key] = {*sys.modules, key}, module
     try:
-        with looking_in(str(path.absolute().parent)):
+        with looking_in(str(folder)):
             exec(compile(content, str(path), "exec"), module.__dict__)
+        module.__sources__ = {"model": Source(path, content), **beside(folder.resolve(), sys.modules.keys() - before)}
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[key]
         raise
+    finally:
+        sys.modules.update(aside | {name: sys.modules[name] for name in aside if name in sys.modules})
     return module
+
+
+def is_shadowed(name: str, folder: Path) -> bool:
+    """Whether a module of that name in ``folder`` comes before any other but Python's own."""
+    top = name.partition(".")[0]
+    ours = top == "vaelib" or top in sys.stdlib_module_names or top.startswith("__")
+    return not ours and ((folder / f"{top}.py").exists() or (folder / top / "__init__.py").exists())
 
 
 @contextmanager
 def looking_in(folder: str) -> Iterator[None]:
     """Let modules be found in ``folder`` too, and come back to where we are from wherever they go."""
     here = os.getcwd()
+    importlib.invalidate_caches()
     sys.path.insert(0, folder)
     try:
         yield
