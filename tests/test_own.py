@@ -142,6 +142,16 @@ def test_a_folder_of_pictures_with_labels_and_parts(tmp_path):
     assert images.test.labels.tolist() == [0, 0, 1, 1, 1]  # 16, 18; 15, 17, 19
 
 
+def test_a_run_does_not_lie_in_its_own_pictures(tmp_path):
+    """Its own pictures, such as those of advice, would be data the next time."""
+    for i, image in enumerate(BYTES):
+        save(tmp_path / f"{i:02}.png", image)
+    config = Config(data=str(tmp_path), epochs=1, batch_size=4, sizes={"latent": 2}, device="cpu")
+    with pytest.raises(InputError, match="run's folder '.*inside' lies inside its data '.*a place outside"):
+        runs.train(tmp_path / "inside", config)
+    assert not (tmp_path / "inside/config.json").exists()
+
+
 def test_colours_come_channel_by_channel_from_wherever_they_are(tmp_path):
     colours = RANDOM.integers(0, 256, (10, 4, 6, 3), np.uint8)
     for i, image in enumerate(colours):

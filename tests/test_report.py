@@ -283,3 +283,8 @@ def test_advice_that_nobody_can_see_is_written_all_the_same(image, monkeypatch):
         report.advise(image, device="cpu", show=closed)
     assert json.loads((image / "advice.json").read_text()) == {"rows": []}
     assert (image / "advice.png").read_bytes() == b"a picture"
+
+
+def test_a_seed_that_is_none_is_told_before_the_run_is_looked_at(tmp_path):
+    with pytest.raises(InputError, match="seed must be a whole number of at least 0, but is -1"):
+        report.advise(tmp_path / "nothing", seed=-1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from vaelib import advice, evaluation, files, gradients, plots, runs
 from vaelib.advice import Advice, Estimate, Usage
 from vaelib.data import Text
-from vaelib.errors import InputError
+from vaelib.errors import InputError, whole_number
 from vaelib.posteriors import as_posterior
 from vaelib.runs import Run
 from vaelib.training import stream
