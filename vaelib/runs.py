@@ -499,7 +499,7 @@ def check_place(config: Config, folder: Folder) -> None:
     """
     own = {"data": own_data(config), "model": models.own.file_of(config.model) if ":" in config.model else None}
     if lost := [name for name, path in own.items() if path and not path.exists() and lexists(folder.checkpoint)]:
-        places = " ".join(f"--{name} PLACE" for name in lost)
+        places = " ".join({"data": "--data PLACE", "model": "--model FILE.py:FUNCTION"}[name] for name in lost)
         raise InputError(
             f"there is no '{own[lost[0]]}', which the run in '{folder.path}' is of: bring it back, or say where it is "
             f"now by `vaelib train {in_shell(folder.path)} {places}`"
@@ -698,7 +698,8 @@ def record(training: Training) -> dict[str, Any]:
 
 def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     """Return the shapes of the tensors that a model's state is made of."""
-    return {name: list(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: list(value.shape) for name, value in state.items() if not value.is_nested}
 
 
 def check_shapes(training: Training) -> None:
