@@ -3,8 +3,9 @@
 A notebook's code runs as a script in which every seed is moved: every generator, and torch's own, starts at its seed
 plus a multiple of a large number, so that initial weights, noise and the order of the data are others; only the
 generators of :mod:`vaelib.data` stay, which make and choose the data sets. Checks are recorded and do not stop the run.
-Each run is kept in ``.seeds/``; what has been run with the same code, of the notebook and of the package, is not run
-again. ``results/seeds.csv`` has a row for each check.
+Each run is kept in ``.seeds/``, with the names of the functions of the package that it called; where these and the
+notebook say what they said, it is not run again. ``results/seeds.csv`` has a row for each check, and
+``results/seeds-code.json`` the functions.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import symtable
 import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,15 +33,18 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).parents[2]
-TABLE, KEPT = ROOT / "results/seeds.csv", ROOT / ".seeds"
+TABLE, USED, KEPT = ROOT / "results/seeds.csv", ROOT / "results/seeds-code.json", ROOT / ".seeds"
 STRIDE = 1_000_003
 """How far one run's seeds lie from the next's."""
 
 SEEDS, FEWER = 50, 20
 """Other seeds of a notebook, and of one of :data:`SLOW`."""
 
-SLOW = ("05-inference-lag", "08-choosing")
-"""Notebooks that train for more than a minute."""
+SLOW = ("00-vae", "03-silent-gradients", "05-inference-lag", "06-mixtures-and-iwae", "08-choosing")
+"""Notebooks that train for more than half a minute."""
+
+QUIET = {"cache", "contextmanager", "dataclass", "no_grad"}
+"""Decorators that leave what they decorate where it is."""
 
 CONFIDENCE = 0.99
 COLUMNS = ["chapter", "check", "kind", "runs", "failures", "margin_median", "margin_lowest", "stated", "at_least",
@@ -124,30 +130,79 @@ def run_one(path: Path, seed: int) -> list[dict]:
     return [*outcomes, checks.Outcome("it runs to its end", "notebook", not error, None, 0.0, error)._asdict()]
 
 
-# --- many runs --------------------------------------------------------------------------------------------------------
+# --- what a run used --------------------------------------------------------------------------------------------------
 
 
-class Code(NamedTuple):
-    """What the syntax of a source says, without docstrings, comments and layout, and every module it may name."""
+@contextlib.contextmanager
+def called() -> Iterator[set[tuple[str, int]]]:
+    """Collect the file and the first line of every function that is called in the block."""
+    lines = set()
 
-    says: str
-    names: set[str]
+    def note(frame, event: str, argument) -> None:  # None: the lines inside are not traced
+        lines.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    for module in (sys, threading):
+        module.settrace(note)
+    try:
+        yield lines
+    finally:
+        for module in (sys, threading):
+            module.settrace(None)
 
 
-def digest(path: Path) -> str:
-    """What a run depends on: the code of the notebook and of the modules of the package that it comes to import."""
-    cells, package = [parsed(source) for source in code(path)], modules()
-    used, found = set(), list(cells)
-    while found:
-        new = found.pop().names & set(package) - used
-        used |= new
-        found += [package[name] for name in new]
-    says = "\n".join(part.says for part in [*cells, *(package[name] for name in sorted(used))])
-    return hashlib.sha256(says.encode()).hexdigest()[:12]
+def uses(lines: set[tuple[str, int]]) -> dict[str, str]:
+    """The modules of the package that are imported by now, and which of their functions begin at these lines."""
+    found = {name: set() for name in modules() if name in sys.modules}
+    names = {sys.modules[name].__file__: name for name in found}
+    for file, line in lines:
+        if file in names and (function := modules()[names[file]].lines.get(line)):
+            found[names[file]].add(function)
+    return {name: " ".join(sorted(functions)) for name, functions in sorted(found.items())}
+
+
+class Source(NamedTuple):
+    """A module, without docstrings, comments and layout, in the parts that it may be used by.
+
+    Attributes
+    ----------
+    body
+        what happens when it is imported.
+    functions
+        functions and methods by their names.
+    names
+        what classes, imports and plain assignments name: to have it does nothing. A class with a base has the heads of
+        its methods, which may take the place of the base's.
+    lines
+        the function that a line belongs to.
+    """
+
+    body: str
+    functions: dict[str, str]
+    names: list[tuple[str, str]]
+    lines: dict[int, str]
+
+
+def digest(path: Path, used: dict[str, str]) -> str:
+    """The code of a notebook, of what it ran of the package, and of all that is named in either."""
+    package = {name: modules()[name] for name in used if name in modules()}
+    says = {name: [used[name], source.body] for name, source in package.items()}
+    for name, source in package.items():
+        says[name] += [source.functions.get(function, "") for function in used[name].split()]
+    says["a notebook"] = [ast.unparse(Bare().visit(ast.parse(cell))) for cell in code(path)]
+    left = [(module, *one) for module, source in package.items() for one in source.names]
+    while True:
+        words = {name: set(re.findall(r"\w+", "\n".join(parts))) for name, parts in says.items()}
+        anywhere = set().union(*words.values())
+        new = [one for one in left if one[1] in (words[one[0]] if is_foreign(one[2]) else anywhere)]
+        if not new:
+            return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()[:12]
+        left = [one for one in left if one not in new]
+        for module, _, said in new:
+            says[module].append(said)
 
 
 @functools.cache
-def modules() -> dict[str, Code]:
+def modules() -> dict[str, Source]:
     """The modules of the package by their dotted names."""
     files = sorted((ROOT / "vaelib").rglob("*.py"))
     names = (file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in files)
@@ -156,18 +211,56 @@ def modules() -> dict[str, Code]:
     }
 
 
-def parsed(source: str) -> Code:
-    """Read a source; a module is named by an import, at the top or in a function, or by a string."""
-    tree, named = ast.parse(source), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            named |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            named.add(node.value)
-    parts = (name.split(".") for name in named)
-    return Code(ast.dump(Bare().visit(tree)), {".".join(part[:i]) for part in parts for i in range(1, len(part) + 1)})
+def parsed(source: str) -> Source:
+    """Read a source."""
+    tree, functions, names, lines = Bare().visit(ast.parse(source)), {}, [], {}
+
+    def take(nodes: list[ast.stmt], owner: ast.ClassDef | None = None) -> None:
+        for node in list(nodes):
+            if isinstance(node, ast.ClassDef) and owner is None:
+                take(node.body, node)
+                if is_quiet(node):
+                    names.append((node.name, ast.unparse(node)))
+                    nodes.remove(node)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{owner.name}.{node.name}" if owner else node.name
+                functions[name] = functions.get(name, "") + ast.unparse(node)
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                lines.update(dict.fromkeys(range(first, node.end_lineno + 1), name))
+                if is_quiet(node) and not (owner and owner.bases) and not node.name.startswith("__"):
+                    nodes.remove(node)
+                else:
+                    node.body = []
+            elif owner is None and not any(isinstance(inner, ast.Call) for inner in ast.walk(node)):
+                if given := named_by(node):
+                    names.extend(given)
+                    nodes.remove(node)
+
+    take(tree.body)
+    return Source(ast.unparse(tree), functions, names, lines)
+
+
+def is_foreign(said: str) -> bool:
+    """Whether this imports something from outside of the package, which others name as it comes from there."""
+    return said.startswith(("import ", "from ")) and not said.startswith("from vaelib")
+
+
+def is_quiet(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it changes nothing to define it: its decorators, if any, do not enter it anywhere."""
+    called = (decorator.func if isinstance(decorator, ast.Call) else decorator for decorator in node.decorator_list)
+    return all(ast.unparse(decorator).rpartition(".")[2] in QUIET for decorator in called)
+
+
+def named_by(node: ast.stmt) -> list[tuple[str, str]]:
+    """The names that an import or an assignment of one plain name gives, and what each is."""
+    match node:
+        case ast.Import() | ast.ImportFrom():
+            whence = f"from {'.' * node.level}{node.module or ''} " if isinstance(node, ast.ImportFrom) else ""
+            given = [(alias.asname or alias.name, alias.name) for alias in node.names]
+            return [(name.partition(".")[0], f"{whence}import {what} as {name}") for name, what in given]
+        case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)):
+            return [(name, ast.unparse(node))]
+    return []
 
 
 class Bare(ast.NodeTransformer):
@@ -178,9 +271,15 @@ class Bare(ast.NodeTransformer):
         return None if sentence else node
 
 
-def kept(path: Path) -> Path:
-    """The folder of a notebook's runs with its present code, a file a seed."""
-    return KEPT / path.stem / digest(path)
+# --- many runs --------------------------------------------------------------------------------------------------------
+
+
+def kept(path: Path) -> dict[int, dict]:
+    """The runs of a notebook by their seeds, of which it and what it ran are still the same."""
+    files = sorted((KEPT / path.stem).glob("*.json"))
+    runs = {int(file.stem): json.loads(file.read_text("utf-8")) for file in files}
+    now = functools.cache(lambda used: digest(path, json.loads(used)))
+    return {seed: run for seed, run in runs.items() if run["code"] == now(json.dumps(run["used"]))}
 
 
 def enough(path: Path) -> int:
@@ -193,15 +292,15 @@ def run(paths: list[Path], seeds: int | None, workers: int) -> None:
 
     def one(job: tuple[Path, int]) -> None:
         path, seed = job
-        done = launch(path, seed, folders[path] / f"{seed}.json")
+        done = launch(path, seed, KEPT / path.stem / f"{seed}.json")
         if done.returncode:
             print(f"{path.stem}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
             return
         print(f"{path.stem}, seed {seed}", flush=True)
 
-    folders = {path: kept(path) for path in paths}
+    found = {path: kept(path) for path in paths}
     todo = sorted((seed, path) for path in paths for seed in range(1, (seeds or enough(path)) + 1))
-    jobs = [(path, seed) for seed, path in todo if not (folders[path] / f"{seed}.json").exists()]
+    jobs = [(path, seed) for seed, path in todo if seed not in found[path]]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, jobs))
     tabulate(paths)
@@ -245,8 +344,9 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
     """Bounds of the rate at which a check fails, each at 99%: from the count, and closer from the margins.
 
     The margins of ``unbiased`` are 4 - |z|, and z is normal, around 0 if the claim is true: the sum of z**2 is a
-    chi-squared variable whose noncentrality is bounded. Those of a comparison are normal. Those of ``biased`` are
-    |z| - 4; where the bias is another for each seed, log |z| may be normal instead, and the wider bounds count.
+    chi-squared variable whose noncentrality is bounded. Those of the others are t - 4 for a difference of t standard
+    errors, and normal. One difference has a standard deviation of 1 of them; where they scatter more, it is another for
+    each seed, so that log t may be normal instead, and the wider bounds count.
     """
     from scipy import optimize, stats
 
@@ -267,7 +367,8 @@ def bounds(kind: str, margins: pd.Series, failures: int) -> tuple[float, float]:
         shifts = quantile(CONFIDENCE), quantile(1 - CONFIDENCE)
         least, most = (float(stats.norm.sf(4 - d) + stats.norm.sf(4 + d)) for d in shifts)
     else:
-        scales = [margins, np.log1p(margins / 4)] if kind == "biased" and margins.min() > -4 else [margins]
+        wide = margins.var() > stats.chi2.ppf(CONFIDENCE, n - 1) / (n - 1)
+        scales = [margins, np.log1p(margins / 4)] if wide and margins.min() > -4 else [margins]
         leasts, mosts = zip(*map(normal_bounds, scales), strict=True)
         least, most = min(leasts), max(mosts)
     return max(low, least), max(low, most) if failures == 0 else high
@@ -307,29 +408,42 @@ def normal_bounds(margins: pd.Series) -> tuple[float, float]:
 
 def tabulate(paths: list[Path]) -> None:
     """Write the rows of these notebooks into the table, from the runs of their present code."""
-    table = pd.read_csv(TABLE, dtype={"code": str}) if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
+    table, used = read()
     for path in paths:
-        runs = [json.loads(file.read_text("utf-8")) for file in sorted(kept(path).glob("*.json"))]
-        if runs:
-            new = pd.DataFrame(rows(path.stem, runs, digest(path)), columns=COLUMNS)
+        if runs := list(kept(path).values()):
+            used[path.stem] = together(runs)
+            outcomes, now = [run["outcomes"] for run in runs], digest(path, used[path.stem])
+            new = pd.DataFrame(rows(path.stem, outcomes, now), columns=COLUMNS)
             rest = table[table["chapter"] != path.stem]
             table = pd.concat([rest, new]) if len(rest) else new
     if len(table):
         write(TABLE, table.sort_values("chapter", kind="stable").to_csv(index=False))
+        write(USED, json.dumps(used, indent=1, sort_keys=True) + "\n")
 
 
-def read() -> pd.DataFrame:
-    return pd.read_csv(TABLE, dtype={"code": str})
+def together(runs: list[dict]) -> dict[str, str]:
+    """What any of some runs used."""
+    found = defaultdict(set)
+    for module, functions in (pair for one in runs for pair in one["used"].items()):
+        found[module].update(functions.split())
+    return {module: " ".join(sorted(functions)) for module, functions in sorted(found.items())}
 
 
-def missing(table: pd.DataFrame, paths: list[Path]) -> list[str]:
+def read() -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+    """The table, and what of the package the runs of each notebook used."""
+    if not TABLE.exists():
+        return pd.DataFrame(columns=COLUMNS), {}
+    return pd.read_csv(TABLE, dtype={"code": str}), json.loads(USED.read_text("utf-8"))
+
+
+def missing(table: pd.DataFrame, used: dict[str, dict[str, str]], paths: list[Path]) -> list[str]:
     """What the table lacks, or has of other code or of too few runs: a sentence a notebook."""
     found = []
     for path in paths:
         of = table[table["chapter"] == path.stem]
         if of.empty:
             found.append(f"{path.stem}: never run")
-        elif set(of["code"]) != {digest(path)}:
+        elif set(of["code"]) != {digest(path, used.get(path.stem, {}))}:
             found.append(f"{path.stem}: run with other code")
         elif of["runs"].max() < enough(path):
             found.append(f"{path.stem}: {of['runs'].max()} of {enough(path)} seeds")
@@ -355,7 +469,7 @@ def summary() -> str:
         "| notebook | checks | of them statistical | other seeds | failures | least median margin |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for chapter, of in read().groupby("chapter", sort=True):
+    for chapter, of in read()[0].groupby("chapter", sort=True):
         of = of[of["kind"] != "notebook"]
         judged = of[of["margin_median"].notna() & (of["kind"] != "stored")]
         least = f"{judged['margin_median'].min():.1f}" if len(judged) else ""
@@ -380,18 +494,22 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "one", "fresh"])
     parser.add_argument("what", nargs="*")
-    parser.add_argument("--seeds", type=int, help=f"by default {SEEDS}, and {FEWER} of {' and '.join(SLOW)}")
+    parser.add_argument("--seeds", type=int, help=f"by default {SEEDS}, and {FEWER} of {', '.join(SLOW)}")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_intermixed_args(arguments)
     if given.command == "one":
         path, seed, out = given.what
-        write(Path(out).resolve(), json.dumps(run_one(Path(path).resolve(), int(seed))))
+        path, out = Path(path).resolve(), Path(out).resolve()
+        with called() as lines:
+            outcomes = run_one(path, int(seed))
+        used = uses(lines)
+        write(out, json.dumps({"outcomes": outcomes, "used": used, "code": digest(path, used)}))
         return 0
     paths = [Path(name).resolve() for name in given.what] or sorted((ROOT / "book").glob("*.ipynb"))
     if given.command == "run":
         run(paths, given.seeds, given.workers)
-    table = read() if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
-    found = missing(table, paths) + exceeding(table[table["chapter"].isin([path.stem for path in paths])])
+    table, used = read()
+    found = missing(table, used, paths) + exceeding(table[table["chapter"].isin([path.stem for path in paths])])
     print("\n".join(found) or "every check keeps its rate")
     return bool(found)
 
