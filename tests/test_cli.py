@@ -330,6 +330,16 @@ def test_what_the_system_refuses_is_said_with_what_to_do(error, sentence):
     assert re.match(sentence, cli.explain(error))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("xelatex not found"), ValueError("Axis limits cannot be NaN or Inf")])
+def test_a_figure_that_cannot_be_drawn_is_one_sentence(vaelib, tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    code, _, err = vaelib("experiment", "show", "stl-figure-1", "--figure", tmp_path / "a.png")
+    assert code == 2 and err == f"vaelib: --figure '{tmp_path}/a.png': {error}\n" and not list(tmp_path.iterdir())
+
+
 def test_a_figure_is_written_whole_or_not_at_all(vaelib, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"an older one")
 

@@ -134,6 +134,30 @@ def test_the_first_mirror_that_gives_a_whole_file_is_used_and_only_once(mirrors,
     closed.close()
 
 
+def test_what_a_link_in_the_cache_leads_to_is_not_written_over(mirrors, cache, toy, tmp_path):
+    toy = replace(toy, addresses=(mirrors.add("/good", (200, BODY)),))
+    (tmp_path / "mine").write_bytes(b"mine")
+    (cache / "toy").mkdir(parents=True)
+    (cache / "toy/file.bin").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="file.bin' is cut or altered: .*; delete it and run `vaelib data fetch toy`"):
+        files.fetch("toy", [toy])
+    assert (tmp_path / "mine").read_bytes() == b"mine" and not mirrors.asked
+
+
+def test_a_mirror_that_sends_elsewhere_in_no_encoding_is_one_that_fails(mirrors, cache, toy, monkeypatch):
+    """As the page of a hotel's network may; ``requests`` then raises what is no error of its own."""
+    toy = replace(toy, addresses=(mirrors.add("/bad", (302, b"")), mirrors.add("/good", (200, BODY))))
+    end = BaseHTTPRequestHandler.end_headers
+
+    def with_a_place(handler):
+        if handler.path == "/bad":
+            handler._headers_buffer.append(b"Location: /\xff\xfe\r\n")
+        end(handler)
+
+    monkeypatch.setattr(BaseHTTPRequestHandler, "end_headers", with_a_place)
+    assert files.fetch("toy", [toy]).read_bytes() == BODY and mirrors.asked == ["/bad", "/good"]
+
+
 def test_an_altered_file_from_every_mirror_is_refused_and_named(mirrors, cache, toy):
     altered = bytes([BODY[0] ^ 1]) + BODY[1:]
     toy = replace(toy, addresses=(mirrors.add("/a", (200, altered)), mirrors.add("/b", (500, b""))))

@@ -493,12 +493,11 @@ def show_experiment(
     if figure is not None:
         from matplotlib.figure import Figure
 
-        canvas = Figure(figsize=(7, 4), layout="constrained")
-        experiment.figure(found, canvas)
-        drawn = io.BytesIO()
+        canvas, drawn = Figure(figsize=(7, 4), layout="constrained"), io.BytesIO()
         try:
+            experiment.figure(found, canvas)
             canvas.savefig(drawn, format=figure.suffix[1:])
-        except ValueError as error:  # a kind of file that matplotlib does not know
+        except (ValueError, RuntimeError) as error:  # a kind of file that needs what is not here, or a NaN to draw
             raise InputError(f"--figure '{figure}': {error}") from None
         write(figure, drawn.getvalue())
         typer.echo(f"\nfigure: {figure}")

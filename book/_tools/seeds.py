@@ -3,9 +3,9 @@
 A notebook's code runs as a script in which every seed is moved: every generator, and torch's own, starts at its seed
 plus a multiple of a large number, so that initial weights, noise and the order of the data are others; only the
 generators of :mod:`vaelib.data` stay, which make and choose the data sets. Checks are recorded and do not stop the run.
-Each run is kept in ``.seeds/``, with the names of the functions of the package that it called; where these and the
-notebook say what they said, it is not run again. ``results/seeds.csv`` has a row for each check, and
-``results/seeds-code.json`` the functions.
+Each run is kept in ``.seeds/``, with the names of the functions of the package that it called, which the first run of
+a notebook notes for all; where these and the notebook say what they said, it is not run again. ``results/seeds.csv``
+has a row for each check, and ``results/seeds-code.json`` the functions.
 """
 
 from __future__ import annotations
@@ -500,9 +500,12 @@ def main(arguments: list[str]) -> int:
     if given.command == "one":
         path, seed, out = given.what
         path, out = Path(path).resolve(), Path(out).resolve()
-        with called() as lines:
-            outcomes = run_one(path, int(seed))
-        used = uses(lines)
+        if before := list(kept(path).values()):  # to note every call takes as long again
+            outcomes, used = run_one(path, int(seed)), together(before)
+        else:
+            with called() as lines:
+                outcomes = run_one(path, int(seed))
+            used = uses(lines)
         write(out, json.dumps({"outcomes": outcomes, "used": used, "code": digest(path, used)}))
         return 0
     paths = [Path(name).resolve() for name in given.what] or sorted((ROOT / "book").glob("*.ipynb"))

@@ -137,7 +137,7 @@ def fetch(name: str, files: Sequence[File]) -> Path:
         place, file, path = found
         if not (fault := file.fault(path)):
             return path
-        if place != "cache" or not file.obtainable:
+        if place != "cache" or not file.obtainable or path.is_symlink():  # what a link leads to is somebody's own
             again = f"delete it and run `vaelib data fetch {name}` with a network, or " if file.obtainable else ""
             raise InputError(
                 f"'{path}' is cut or altered: it {fault}, expected {file.expected}; {again}put a whole copy there"
@@ -202,7 +202,7 @@ def receive(address: str, file: File, target: Path) -> None:
                     raise Faulty(f"it sends too slowly: {got:,} bytes so far")
                 out.write(content)
                 bar.update(len(content))
-    except (requests.RequestException, HTTPError) as error:
+    except (requests.RequestException, HTTPError, UnicodeError) as error:  # the last of an address to go to
         raise Faulty(type(error).__name__) from error
 
 
