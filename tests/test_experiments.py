@@ -745,6 +745,9 @@ def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
     assert path.read_text() == before
     ((preset, folders, table),) = gathered  # what runs leave beside numbers, also of a grid that ended before it was
     assert preset == "smoke" and table == path.parent and all((each / "measured.json").exists() for each in folders)
+    (folders[0] / "measured.json").unlink()  # half a run of this machine beside a table from another one
+    grid.run("stl-figure-3", "smoke", **where)
+    assert gathered[1][1] == folders[1:]
 
 
 def command(tmp_path, *arguments) -> subprocess.Popen:
@@ -1264,6 +1267,19 @@ def test_a_stack_is_of_its_members_and_goes_on_for_some_of_them(tmp_path, monkey
     again = in_stacks(tmp_path / "again", {1}, epochs=(4,))
     assert again and again.items() <= whole.items()
     assert in_stacks(tmp_path / "again", {2}) == other
+
+
+def test_a_stack_beyond_a_stage_that_is_wanted_stays_and_another_begins_beside_it(tmp_path, monkeypatch):
+    """As for a second table, or where the lines of a run were lost."""
+    monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
+    whole = in_stacks(tmp_path, {0, 1})
+    before = {path: path.read_bytes() for path in (tmp_path / "trained").iterdir()}
+    for count in (2, 3):
+        again = in_stacks(tmp_path, {1}, epochs=(1,))
+        assert again and again.items() <= whole.items()
+        assert in_stacks(tmp_path, {0, 1}) == whole
+        assert all(path.read_bytes() == content for path, content in before.items())
+        assert len(list((tmp_path / "trained").iterdir())) == count * len(before)
 
 
 @pytest.mark.parametrize("state", [b"cut", {"step": 1}, {"who": 3}, {"who": [("elbo-path", 0), ("elbo-total", 0)]}])

@@ -108,7 +108,7 @@ def run(
             listen()  # anew, since Ray has handlers of its own
             with tqdm(total=float(len(tasks)), unit="run", disable=not progress, bar_format=BAR) as bar:
                 failed = Grid(pool, waiting, table, bar, done=len(tasks) - len(waiting)).finish()
-    experiment.gather(preset, places, table)
+    experiment.gather(preset, [place for place in places if (place / "measured.json").exists()], table)
     if failed:
         first, why = next(iter(failed.items()))
         raise InputError(

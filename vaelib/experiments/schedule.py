@@ -113,15 +113,14 @@ def train_together(
         stages = sorted(group, key=lambda task: task.config["epochs"])
         images = data.load(name, "dynamic").to(device)
         wanted = list(dict.fromkeys((task.config["estimator"], task.seed) for task in stages))
-        place, who, state = stack_of(wanted, folder / "trained", f"{name}-{model}-k{k}")
+        steps = alone(stages[0], images, *wanted[0]).steps_per_epoch * stages[0].config["epochs"]
+        place, who, state = stack_of(wanted, steps, folder / "trained", f"{name}-{model}-k{k}")
         stack = StackedTraining([alone(stages[0], images, *one) for one in who], compile=device == "cuda")
         if state is not None:
             with runs.fitting(place):
                 stack.load_state(state)
         for epochs, stage in itertools.groupby(stages, lambda task: task.config["epochs"]):
             stack.recipe = replace(stack.recipe, epochs=epochs)
-            if stack.step > stack.total_steps:
-                raise InputError(f"'{place}' is beyond {epochs} epochs: delete it to train anew")
             stack.run(saved_now_and_then(place))
             for task in stage:
                 training = stack.trainings[who.index((task.config["estimator"], task.seed))]
@@ -137,18 +136,27 @@ Member = tuple[str, int]
 """One of the trainings of a stack: its estimator and its seed."""
 
 
-def stack_of(wanted: list[Member], folder: Path, name: str) -> tuple[Path, list[Member], dict[str, Any] | None]:
+def stack_of(
+    wanted: list[Member], steps: int, folder: Path, name: str
+) -> tuple[Path, list[Member], dict[str, Any] | None]:
     """Return the file, the members and the state of the stack that has all who are wanted, or else of a new one.
 
-    Members who are not wanted train along, since a stack of others would end in other digits.
+    Members who are not wanted train along, since a stack of others would end in other digits. A stack that has taken
+    more than ``steps`` is beyond the first stage that is wanted: it stays, and another of the same begins beside it.
     """
+    members = wanted
     for place in sorted(folder.glob(f"{name}-together-*.pt")):
         state = runs.read_state(place)
         with runs.fitting(place):
             who = [tuple(member) for member in state.pop("who")]
+            beyond = state["runs"][0]["step"] > steps
         if set(wanted) <= set(who):
-            return place, who, state
-    return folder / f"{name}-together-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]}.pt", wanted, None
+            if not beyond:
+                return place, who, state
+            members = who
+    first = f"{name}-together-{hashlib.sha256(repr(members).encode()).hexdigest()[:12]}"
+    places = (folder / f"{first}{again}.pt" for again in ("", *(f"-{n}" for n in range(1, 1000))))
+    return next(place for place in places if not place.exists()), members, None
 
 
 def alone(task: Task, images: data.Images, estimator: str, seed: int) -> Training:
