@@ -6,7 +6,7 @@ from os.path import lexists
 from pathlib import Path
 
 from vaelib.errors import InputError
-from vaelib.files import write
+from vaelib.files import read, write
 
 HERE = Path(__file__).parent
 PLACES = (HERE / "book", HERE.parent / "_build/editions/reader")
@@ -37,6 +37,6 @@ def copy(folder: Path, places: tuple[Path, ...] | None = None) -> tuple[list[Pat
         if lexists(target):
             kept.append(target)
         else:
-            write(target, source.read_bytes())
+            write(target, read(source) or b"")
             new.append(target)
     return new, kept
