@@ -155,7 +155,7 @@ def stack_of(
                 return place, who, state
             members = who
     first = f"{name}-together-{hashlib.sha256(repr(members).encode()).hexdigest()[:12]}"
-    places = (folder / f"{first}{again}.pt" for again in ("", *(f"-{n}" for n in range(1, 1000))))
+    places = (folder / f"{first}-{number}.pt" for number in itertools.count())
     return next(place for place in places if not place.exists()), members, None
 
 
