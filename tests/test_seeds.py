@@ -117,6 +117,14 @@ def test_rates_have_bounds_where_the_distribution_is_0_or_1_to_rounding():
         assert 0.8 < least <= most <= 1  # 0.79 is what twenty failures alone say
 
 
+def test_a_comparison_whose_margins_scatter_may_be_one_in_its_logarithm():
+    """Some twenty standard errors that vary by a factor are enough; two that scatter are not, nor is one failure."""
+    wide = 4 * np.exp(1.6 + 0.35 * Z) - 4
+    assert all(bounds("below", margins)[0] < 1e-4 for margins in wide)
+    assert all(bounds("below", 2 + 2 * z)[0] > 1e-4 for z in Z)
+    assert all(bounds("below", np.append(margins, -1.0))[0] > 1e-4 for margins in wide)
+
+
 def test_margins_far_from_or_below_zero_have_bounds_too():
     few = np.array([90.0, 91, 90, 92, 90])
     assert bounds("below", np.array([40.0, 30, 42, 35, 38, 41, 36]))[1] < 1e-3
