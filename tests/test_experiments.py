@@ -1269,6 +1269,25 @@ def test_a_stack_is_of_its_members_and_goes_on_for_some_of_them(tmp_path, monkey
     assert in_stacks(tmp_path / "again", {2}) == other
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stack_that_is_asked_to_stop_within_an_epoch_goes_on_from_there(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))
+    whole, steps, taken = in_stacks(tmp_path / "whole", {0, 1}), 5, []
+
+    def step(stack, x, eps, real=schedule.StackedTraining.plain_step):
+        taken.append(stack.step)
+        if len(taken) == steps:
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(stack, x, eps)
+
+    monkeypatch.setattr(schedule.StackedTraining, "plain_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        in_stacks(tmp_path / "cut", {0, 1})
+    assert len(taken) == steps
+    assert in_stacks(tmp_path / "cut", {0, 1}) == whole
+    assert taken[steps] == steps
+
+
 def test_a_stack_beyond_a_stage_that_is_wanted_stays_and_another_begins_beside_it(tmp_path, monkeypatch):
     """As for a second table, or where the lines of a run were lost."""
     monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
@@ -40,6 +41,8 @@ FEWEST = 10
 LEVEL = 0.95
 EVALUATED_AT_ONCE = 2000
 """Images, on a GPU."""
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""What asks a training to save and end."""
 
 
 def cells(data: str, arms: Iterable[tuple[str, str, int]], stages: Iterable[int], samples: int) -> list[Cell]:
@@ -121,7 +124,8 @@ def train_together(
                 stack.load_state(state)
         for epochs, stage in itertools.groupby(stages, lambda task: task.config["epochs"]):
             stack.recipe = replace(stack.recipe, epochs=epochs)
-            stack.run(saved_now_and_then(place))
+            train_on(stack, place)
+            save(stack, place)
             for task in stage:
                 training = stack.trainings[who.index((task.config["estimator"], task.seed))]
                 start = time.monotonic()
@@ -129,7 +133,6 @@ def train_together(
                 seconds = stack.seconds / len(who)
                 numbers = measured(found, training.history[-1]["bound"], seconds)
                 add(task, numbers, seconds + time.monotonic() - start)
-            save(stack, place)
 
 
 Member = tuple[str, int]
@@ -176,17 +179,20 @@ def save(stack: StackedTraining, place: Path) -> None:
     runs.write_state({**stack.state(), "who": who}, place)
 
 
-def saved_now_and_then(place: Path, seconds: float = 120.0) -> Callable[[StackedTraining], None]:
-    """Return what saves a stack at the end of an epoch, if the last time is long ago."""
+def train_on(stack: StackedTraining, place: Path, seconds: float = 120.0) -> None:
+    """Train a stack to the end of its recipe; save it now and then, and when it is asked to stop."""
     due = time.monotonic() + seconds
 
     def after_step(stack: StackedTraining) -> None:
         nonlocal due
-        if time.monotonic() >= due and stack.step % stack.steps_per_epoch == 0:
+        if stop or time.monotonic() >= due:
             save(stack, place)
             due = time.monotonic() + seconds
+        if stop:
+            raise KeyboardInterrupt
 
-    return after_step
+    with runs.noticed(*STOPS) as stop:
+        stack.run(after_step)
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
