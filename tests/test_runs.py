@@ -17,11 +17,13 @@ import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_training import Killed, differences
+from typer.testing import CliRunner
 
-from vaelib import bounds, data, evaluation, files, models, runs, training
+from vaelib import bounds, cli, data, evaluation, files, models, report, runs, training
 from vaelib.config import Config
 from vaelib.errors import InputError
 
@@ -508,6 +510,22 @@ def test_bad_data_leave_no_folder(tmp_path):
         with pytest.raises(InputError):
             runs.train(tmp_path / "run", bad)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_test_image_or_one_sample_has_no_error(tmp_path, recwarn):
+    bits = torch.Generator().manual_seed(0)
+    train, test = (torch.rand(n, 8, generator=bits).round().numpy() for n in (40, 1))
+    np.savez(tmp_path / "bits.npz", train=train, test=test)
+    runs.train(tmp_path / "run", replace(TINY, data=str(tmp_path / "bits.npz"), batch_size=20))
+    found = runs.evaluate(tmp_path / "run", samples=10)
+    assert math.isfinite(found["nll"]) and found["nll_error"] is None and found["sampling_error"] > 0
+    assert runs.evaluate(tmp_path / "run", samples=1)["sampling_error"] is None
+    assert "NaN" not in (tmp_path / "run/result.json").read_text()
+    said = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "run"), "--samples", "10"]).output
+    assert re.search(r"-log p\(x\): \d+\.\d\d nats \(1 test image, 10 samples each\)", said)
+    with pytest.raises(InputError, match="compares test observations, but .*bits.npz has one alone"):
+        report.show(tmp_path / "run")
+    assert not recwarn.list
 
 
 def test_evaluate(finished, tmp_path, monkeypatch):

@@ -233,9 +233,10 @@ def evaluate(
     from vaelib import runs
 
     def show(found: dict[str, Any]) -> None:
+        error = found["nll_error"]
         typer.echo(
-            f"-log p(x): {found['nll']:.2f} +- {found['nll_error']:.2f} nats "
-            f"({found['images']} test images, {found['samples']} samples each)\n"
+            f"-log p(x): {found['nll']:.2f} {'' if error is None else f'+- {error:.2f} '}nats "
+            f"({found['images']} test image{'s' * (error is not None)}, {found['samples']} samples each)\n"
             f"bound: {found['bound']:.2f} nats; active units: {', '.join(map(str, found['active_units']))}"
         )
         if found["mind"]:

@@ -126,6 +126,8 @@ def observations(run: Run, part: str, most: int, seed: int = 0) -> Tensor:
 def page(run: Run, name: str) -> str:
     """Return the page of a run as HTML: the verdict first, then what it rests on."""
     x = observations(run, "test", MAPPED)
+    if len(x) < 2:
+        raise InputError(f"the page of a run compares test observations, but {run.config.data} has one alone")
     generator = torch.Generator(x.device).manual_seed(0)
     used = advice.usage(run.model, x[:1000], generator)
     elbo = Estimate.of(advice.elbo(run.model, x[:1000], generator))

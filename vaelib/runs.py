@@ -355,7 +355,7 @@ def evaluate(
         ``nll``, the mean of :math:`-\log p(x)` in nats; ``nll_error``, its standard error over the images;
         ``sampling_error``, the part of that error which more samples would remove; ``bound``, the estimator's bound at
         its K; ``active_units``, one number a stochastic layer; ``mind``, what must be said of the data; and what all
-        this was computed from.
+        this was computed from. The error of a single image, or sample, is None.
 
     Raises
     ------
@@ -396,11 +396,10 @@ def measure(
     )
     if not values.isfinite().all():
         raise InputError(f"log p(x) is not finite for {int((~values.isfinite()).sum())} of {len(x)} test images")
-    nll, nll_error = evaluation.mean_and_standard_error(-values)
     return {
-        "nll": nll,
-        "nll_error": nll_error,
-        "sampling_error": errors.square().sum().sqrt().item() / len(x),
+        "nll": -values.mean().item(),
+        "nll_error": evaluation.mean_and_standard_error(values)[1] if len(x) > 1 else None,
+        "sampling_error": errors.square().sum().sqrt().item() / len(x) if samples > 1 else None,
         "bound": mean_bound(training, x, noise),
         "active_units": evaluation.active_units(model.encoder, x),
         "images": len(x),
