@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaelib import bounds, discrete, models
+from vaelib import bounds, discrete, estimators, evaluation, models
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, Mixture
@@ -90,6 +90,35 @@ def test_a_closed_form_that_there_is_none_of_is_refused():
     mixture = Mixture((q, q), torch.zeros(2, 1))
     with pytest.raises(InputError, match="Mixture has no entropy in closed form: use form 'monte-carlo'"):
         bounds.estimate("entropy", "elbo", models.Joint(decode), x, mixture, z)
+
+
+class Shifted(models.Joint):
+    """A prior around another place, which at z = 1 is as dense as around 0; learnt, if that is a parameter."""
+
+    def __init__(self, decode, place):
+        super().__init__(decode)
+        self.place = place
+
+    def log_prior(self, z):
+        return super().log_prior(z - self.place)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [(torch.tensor(2.0), "is not the standard"), (torch.nn.Parameter(torch.zeros(2)), "is learnt, and so not the sta")],
+)
+def test_a_prior_that_is_another_elsewhere_or_later_is_not_the_standard_normal(place, sentence):
+    joint = Shifted(models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(())), place)
+    q, z = DiagonalGaussian(torch.zeros(1, 2), torch.zeros(1, 2)), torch.zeros(1, 1, 2)
+    for use in (
+        lambda: bounds.divergence(joint, q),
+        lambda: bounds.estimate("kl", "elbo", joint, torch.zeros(1, 4), q, z),
+        lambda: estimators.get("elbo-silent").loss(joint, q, torch.zeros(1, 4), None),
+    ):
+        with torch.no_grad(), pytest.raises(InputError, match=f"the prior of this Shifted {sentence}"):
+            use()
+    assert evaluation.kl_by_unit(joint, q) is None
+    assert bounds.divergence(Shifted(joint.decode, torch.tensor(0.0)), q) == 0
 
 
 def test_a_mixture_is_averaged_by_its_shares():

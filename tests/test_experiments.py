@@ -1232,6 +1232,14 @@ def test_a_stage_at_which_another_process_is_does_not_begin(tmp_path):
     assert (place / "checkpoint.pt").read_bytes() == (before / "checkpoint.pt").read_bytes()
 
 
+@pytest.mark.parametrize("lost", ["checkpoint.pt", "config.json"])
+def test_a_stage_does_not_begin_with_one_that_has_lost_a_file(lost, tmp_path):
+    runs.train(tmp_path / "1", runs.Config(model="linear", epochs=1, batch_size=500))
+    (tmp_path / "1" / lost).unlink()
+    schedule.begin(tmp_path / "4")
+    assert not (tmp_path / "4" / "checkpoint.pt").exists()
+
+
 def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_path, monkeypatch):
     """The last one first, as with many jobs at once; then the first; the last again ends in the same numbers."""
     monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_stacked import assert_same as assert_same_to_rounding
@@ -298,6 +300,90 @@ def test_a_decoder_thawed_after_an_epoch_learns_in_a_compiled_training_too():
     assert not torch.equal(
         runs[1].model.joint.decode.logits.weight, tiny_training(False).model.joint.decode.logits.weight
     )
+
+
+def counts_in_an_attribute(decoder):
+    def count(module, given, made):
+        module.calls += 1
+        return made * (1 + module.calls / 100)
+
+    decoder.calls = 0
+    decoder.register_forward_hook(count)
+
+
+def replaces_a_buffer(decoder):
+    def replace(module, given, made):
+        module.calls = module.calls + 1
+        return made * (1 + module.calls / 100)
+
+    decoder.register_buffer("calls", torch.zeros(()))
+    decoder.register_forward_hook(replace)
+
+
+class Counted(nn.Linear):
+    """A layer whose calls are counted where no attribute of it tells."""
+
+    def forward(self, x):
+        self.log.calls += 1
+        return super().forward(x) * (1 + self.log.calls / 100)
+
+    def get_extra_state(self):
+        return {"calls": self.log.calls}
+
+    def set_extra_state(self, state):
+        self.log.calls = state["calls"]
+
+
+def counts_in_an_extra_state(layer):
+    layer.__class__, layer.log = Counted, SimpleNamespace(calls=0)
+
+
+def takes_numbers_out(how):
+    def change(layer):
+        layer.register_forward_hook(lambda module, given, made: made * (1 + torch.tensor(how(made.detach().mean()))))
+
+    return change
+
+
+def takes_a_part(layer):
+    layer.register_forward_hook(lambda module, given, made: made + made[made > 0].mean())
+
+
+def has_a_hook(layer):
+    layer.weight.register_hook(lambda slope: slope * 0.5)
+
+
+def has_a_hook_after(layer):
+    layer.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad * 0.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        counts_in_an_attribute,
+        replaces_a_buffer,
+        counts_in_an_extra_state,
+        takes_numbers_out(lambda number: number.numpy()),
+        takes_numbers_out(lambda number: number.tolist()),
+        takes_numbers_out(lambda number: np.asarray(number)),
+        takes_a_part,
+        has_a_hook,
+        has_a_hook_after,
+    ],
+)
+def test_a_step_that_is_more_than_a_function_of_tensors_is_not_traced(change, recwarn):
+    """To the last bit, and to the last count, as if nobody had asked for it."""
+    plain, traced, whole, batches = begun("elbo-path")
+    for loop in (plain, traced):
+        change(loop.model.joint.decode.hidden[0])
+    assert torch.equal(torch.cat([whole(batches[:3]), whole(batches[3:])]), plainly(plain)(batches))
+    for (name, one), other in zip(plain.model.state_dict().items(), traced.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
+    for one, other in zip(plain.model.modules(), traced.model.modules(), strict=True):
+        assert getattr(one, "calls", None) == getattr(other, "calls", None)
+    assert not whole.works and traced.captured is None
+    (warning,) = [w for w in recwarn if "torch.compile" in str(w.message)]
+    assert str(warning.message).endswith("to the same end and more slowly: leave out compile")
 
 
 def test_a_setting_that_changes_at_every_step_ends_the_compiling(recwarn):

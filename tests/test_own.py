@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from vaelib import cli, data, estimators, gradients, models, runs
-from vaelib.config import Config
+from vaelib import cli, data, estimators, gradients, models, runs, training
+from vaelib.config import Config, Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
@@ -67,6 +67,16 @@ def test_an_observation_with_a_slip_of_the_pen_is_not_lost_without_a_word(tmp_pa
     (tmp_path / "b.csv").write_text("label,0,1\n" + "2,1,0.5\n" * 20)  # as a data frame names its columns
     with warnings.catch_warnings(action="error"):
         data.load(str(tmp_path / "b.csv"))
+
+
+def test_bytes_that_are_bits_are_not_divided_by_255(tmp_path):
+    np.save(tmp_path / "a.npy", BYTES % 2)
+    with pytest.raises(InputError, match="a.npy' has bytes of 0 and 1 alone, .*: save bits as such"):
+        data.load(str(tmp_path / "a.npy"))
+    np.savez(tmp_path / "b.npz", train=BYTES, test=BYTES % 2)
+    assert data.load(str(tmp_path / "b.npz")).test.grey.max() == np.float32(1 / 255)
+    np.save(tmp_path / "c.npy", (BYTES % 2).astype(bool))
+    assert data.load(str(tmp_path / "c.npy")).train.grey.max() == 1
 
 
 def test_an_array_that_is_not_read_is_told(tmp_path):
@@ -467,6 +477,45 @@ def test_what_the_file_imports_from_beside_it_counts_as_the_model(file, tmp_path
     with pytest.raises(InputError, match=f"{name}.py' has changed since this run began: put it back"):
         runs.load(tmp_path / "run")
     monkeypatch.delitem(sys.modules, name)
+
+
+LATE = """
+    def late(start):
+        from parts_for_late import NOISE
+        import parts_for_late
+        assert parts_for_late.Part is PART
+        model = build(start)
+        model.joint.noise = NOISE
+        return model
+
+
+    class Late(Encoder):
+        def forward(self, x):
+            from later_parts_for_late import SCALE
+            return super().forward(SCALE * x)
+
+
+    def later(start):
+        return VAE(Joint(start.pixels, 2), Late(start.pixels, 2), binary=False)
+"""
+
+
+@pytest.mark.parametrize(("function", "helper"), [("late", "parts_for_late"), ("later", "later_parts_for_late")])
+def test_so_does_what_it_imports_when_it_builds_or_is_called(file, tmp_path, monkeypatch, function, helper):
+    """From wherever one is; and a module that it has imported before is that one."""
+    (tmp_path / "parts_for_late.py").write_text("class Part:\n    pass\n\nNOISE = 0.3")
+    (tmp_path / "later_parts_for_late.py").write_text("SCALE = 0.3")
+    file.write_text("from parts_for_late import Part as PART\n" + file.read_text() + textwrap.dedent(LATE))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = Config(model=f"{file}:{function}", epochs=1, batch_size=500, device="cpu")
+    runs.train(tmp_path / "run", config)
+    assert f"{helper}.py" in json.loads((tmp_path / "run/sources.json").read_text())
+    (tmp_path / f"{helper}.py").open("a").write("\n# another")
+    with pytest.raises(InputError, match=f"{helper}.py' has changed since this run began"):
+        runs.train(tmp_path / "run", replace(config, epochs=2))
+    for name in ("parts_for_late", "later_parts_for_late"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_each_model_has_the_module_that_lies_beside_it_as_it_is_now(file, tmp_path, monkeypatch):
@@ -945,6 +994,103 @@ def test_what_draws_by_torch_and_keeps_what_is_read_again_goes_on_bit_for_bit(fo
     runs.train(tmp_path / "whole", replace(config, epochs=2))
     ends = [runs.load(tmp_path / name).model.state_dict() for name in ("run", "whole")]
     assert all(a == b if type(a) is int else torch.equal(a, b) for a, b in zip(*(end.values() for end in ends)))
+
+
+MOVES = """
+    class Moves(Encoder):
+        def __init__(self, pixels):
+            super().__init__(pixels, 2)
+            self.register_buffer("centre", torch.zeros(pixels))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.centre.lerp_(x.mean(0), 0.01)
+            self.calls = self.calls + 1
+            return super().forward((x - self.centre) * (1 + self.calls / 1000))
+
+
+    class Heads(Encoder):
+        def __init__(self, pixels, names):
+            super().__init__(pixels, 2)
+            self.heads = nn.ModuleDict({name: nn.Linear(pixels, 4) for name in names})
+            for head in self.heads.values():
+                nn.init.zeros_(head.weight)
+
+        def forward(self, x):
+            head = self.head(x) + self.heads["a"](x) + 2 * self.heads["b"](x)
+            mean, log_std = head.chunk(2, -1)
+            return Normal(mean, log_std.exp())
+
+
+    class Lazy(Encoder):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.head = nn.LazyLinear(4)
+
+
+    ORDER = ["a", "b"]
+
+
+    def moves(start):
+        return VAE(Joint(start.pixels, 2), Moves(start.pixels), binary=False)
+
+
+    def heads(start):
+        return VAE(Joint(start.pixels, 2), Heads(start.pixels, ORDER), binary=False)
+
+
+    def lazy(start):
+        return VAE(Joint(start.pixels, 2), Lazy(), binary=False)
+"""
+
+
+@pytest.fixture
+def moving(file):
+    file.write_text(textwrap.dedent(MODEL).replace("    torch.manual_seed(0)\n", "") + textwrap.dedent(MOVES))
+    return Config(epochs=2, batch_size=200, device="cpu", lr=0.01), str(file)
+
+
+def end_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_how_often_a_run_is_saved_changes_nothing_though_every_call_moves_a_buffer(moving, tmp_path):
+    config, file = moving
+    config = replace(config, model=f"{file}:moves")
+    runs.train(tmp_path / "whole", config)
+    runs.train(tmp_path / "often", replace(config, checkpoint_seconds=1e-9))
+    runs.train(tmp_path / "twice", replace(config, epochs=1))
+    runs.train(tmp_path / "twice", config)
+    ends = [end_of(tmp_path / name) for name in ("whole", "often", "twice")]
+    assert ends[0]["encoder.calls"] > 0
+    assert all(torch.equal(value, end[name]) for end in ends[1:] for name, value in ends[0].items())
+
+
+def test_moments_go_with_the_names_of_their_parameters(moving, tmp_path, monkeypatch):
+    """As of a model that makes its parts from a set, whose order is another in each process."""
+    config, file = moving
+    config = replace(config, model=f"{file}:heads")
+    runs.train(tmp_path / "whole", config)
+    runs.train(tmp_path / "run", replace(config, epochs=1))
+    monkeypatch.setitem(models.own.builder(f"{file}:heads").__globals__, "ORDER", ["b", "a"])
+    with pytest.warns(UserWarning, match="not bit for bit .*: the model's parameters come in another order now"):
+        runs.train(tmp_path / "run", config)
+    whole, run = end_of(tmp_path / "whole"), end_of(tmp_path / "run")
+    assert list(whole) != list(run) and all(torch.equal(value, run[name]) for name, value in whole.items())
+
+
+def test_layers_that_are_made_at_their_first_call_follow_from_the_seed(moving, tmp_path):
+    config, file = moving
+    config = replace(config, model=f"{file}:lazy", epochs=1, lr=1e-9)
+    for seed in (0, 1):
+        runs.train(tmp_path / str(seed), replace(config, seed=seed))
+    runs.train(tmp_path / "again", config)
+    weights = [end_of(tmp_path / name)["encoder.head.weight"] for name in ("0", "1", "again")]
+    assert torch.equal(weights[0], weights[2]) and (weights[0] - weights[1]).abs().max() > 0.01
+    images = data.load("digits", "grey")
+    model = models.build(config.model, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="a layer of the model is made at its first call, such as LazyLinear"):
+        training.Training(model, images.train, "elbo-path", Recipe(epochs=1))
 
 
 def test_what_is_kept_outside_the_state_dict_is_noticed(forgetful, tmp_path):

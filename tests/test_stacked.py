@@ -241,6 +241,10 @@ def test_what_cannot_be_stacked_is_refused(split):
         with pytest.raises(InputError, match="'elbo-silent' has no row in the tableau and cannot be stacked"):
             linear = [models.build("linear", 64, latent=2).double() for _ in range(2)]
             stacked.fit(linear, split, row, epochs=1)
+    hooked = trainings(split)
+    hooked[1].model.encoder.mean.weight.register_hook(lambda slope: slope)
+    with pytest.raises(InputError, match="parameter 'encoder.mean.weight' has a hook, which a stack does not call"):
+        StackedTraining(hooked)
     started = trainings(split)
     started[1].step = 1
     with pytest.raises(InputError, match="before their first step alone"):

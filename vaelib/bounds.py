@@ -114,7 +114,7 @@ def divergence(joint: nn.Module, q) -> Tensor:
             f"class {known}, or a row of the tableau, which estimates the divergence from draws"
         )
     if prior is None and hasattr(joint, "log_prior") and not tracing():
-        check_standard(joint, torch.ones_like(q.mean).unsqueeze(0))
+        check_standard(joint, q.mean)
     return q.kl() if prior is None else q.kl(prior)
 
 
@@ -126,16 +126,19 @@ class StandardPrior:
         return standard_normal_log_prob(z)
 
 
-def check_standard(joint: FactoredJoint, z: Tensor) -> None:
-    """Raise InputError unless log p(z) is that of the standard normal; a prior that may be another is tried."""
+def check_standard(joint: FactoredJoint, like: Tensor) -> None:
+    """Raise InputError unless log p(z) is, and stays, that of the standard normal; one that may be another is tried."""
     if getattr(joint.log_prior, "__func__", None) is StandardPrior.log_prior:
         return
-    with torch.no_grad():
-        if not torch.allclose(joint.log_prior(z), standard_normal_log_prob(z)):
-            raise InputError(
-                f"the prior of this {type(joint).__name__} is not the standard normal, for which the divergence has a "
-                "closed form: use a row of the tableau, which estimates it from draws"
-            )
+    z = torch.stack([torch.full_like(like, place) for place in (0.3, -1.1, 2.7)])
+    with torch.enable_grad():
+        log_p = joint.log_prior(z)
+    if log_p.requires_grad or not torch.allclose(log_p, standard_normal_log_prob(z)):
+        learnt = "learnt, and so " * log_p.requires_grad
+        raise InputError(
+            f"the prior of this {type(joint).__name__} is {learnt}not the standard normal, for which the divergence "
+            "has a closed form: use a row of the tableau, which estimates it from draws"
+        )
 
 
 def elbo_kl(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:

@@ -253,8 +253,11 @@ def activity(encoder: nn.Module, x: Tensor, *, batch_size: int = 1000) -> list[T
 def kl_by_unit(joint: Callable[..., Tensor], q: Posterior) -> Tensor | None:
     r"""Return :math:`\mathrm{KL}(q(z_d \mid x) \,\|\, p(z_d))` of each unit, ``[B, D]``; of choices, of each group.
 
-    None where q or the prior does not factorise into units, or the divergence has no closed form.
+    None where q or the prior does not factorise into units, the divergence has no closed form, or the joint does not
+    tell its prior.
     """
+    if getattr(joint, "prior", None) is None and not hasattr(joint, "log_prior"):
+        return None
     try:
         divergence(joint, q)
     except InputError:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from vaelib.objectives import Objective
 from vaelib.optimizers import RULES
@@ -38,14 +40,23 @@ OPTIONS = {"cpu": {"cpp_wrapper": True, "fallback_random": True}, "cuda": {"fall
 class Untraceable(Exception):
     """Torch, its backend or the system's compiler cannot do it."""
 
+    advice = "install a C++ compiler (g++ or clang) if it is missing, or leave out compile"
+
+
+class Unsteady(Untraceable):
+    """A step of the model does what a trace of it would do once, or not at all."""
+
+    advice = "leave out compile"
+
 
 class WholeSteps:
     """Called with the batches of U steps, it takes them and returns their bounds, ``[U, ...]``.
 
     One function is traced for each U, each shape, and each state of the model's settings (see :class:`Settings`): the
     losses, their gradients, and what the optimiser does with them, values and memories written back in place. Where
-    there is no compiler it warns, once, and takes plain steps. So it does where an optimiser has no memories yet to
-    write to: at the first step, and at the first one of a parameter.
+    there is no compiler, or a step of the model is more than a function of tensors, it warns, once, and takes plain
+    steps. So it does, without a word, where an optimiser has no memories yet to write to: at the first step, and at
+    the first one of a parameter.
 
     Parameters
     ----------
@@ -74,9 +85,11 @@ class WholeSteps:
                     return self.last(pieces)
             except Untraceable as error:
                 self.works = False
+                if isinstance(error, Unsteady):
+                    self.training.captured = None  # a graph would do it once too
                 warnings.warn(
                     f"torch.compile does not work here ({error}); training goes on without it, to the same end and "
-                    "more slowly: install a C++ compiler (g++ or clang) if it is missing, or leave out compile",
+                    f"more slowly: {error.advice}",
                     stacklevel=2,
                 )
         return torch.stack([self.training.plain_step(x, eps) for x, eps in batches])
@@ -132,6 +145,8 @@ class Trace:
         with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
             try:
                 self.function = self.compiled(steps, backend, batches)
+            except Unsteady:
+                raise
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
                 raise Untraceable((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
@@ -139,7 +154,10 @@ class Trace:
         """Return ``steps`` as one function of tensors, once tried on copies."""
         arguments = *self.values(), self.factors(len(batches)), list(batches)
         copies = tree_map_only(Tensor, lambda value: value.detach().clone(), arguments)
-        function = make_fx(steps)(*copies)
+        with NumbersStay():
+            function = make_fx(steps)(*copies)
+        if operation := shaped_by_numbers(function.graph):
+            raise Unsteady(f"the numbers decide on the shape of a tensor, by {operation}")
         if backend != "eager":
             options = OPTIONS[batches[0][0].device.type] if backend == "inductor" else None
             function = torch.compile(function, dynamic=False, backend=backend, options=options)
@@ -195,15 +213,90 @@ class Trace:
         return self.settings.hold() and self.constants == self.read_constants(batches)
 
 
+class NumbersStay(TorchFunctionMode):
+    """Raises Unsteady where a number leaves torch: a trace would keep it for all steps."""
+
+    LEAVES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function in self.LEAVES:
+            raise Unsteady(f"the model takes numbers out of torch, by .{function.__name__}()")
+        return function(*args, **(kwargs or {}))
+
+
+def shaped_by_numbers(graph: fx.Graph) -> str | None:
+    """Return an operation whose result has the shape that its input's numbers say, such as a mask as an index."""
+    for node in graph.nodes:
+        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+            dtypes = {place.meta["tensor_meta"].dtype for place in node.all_input_nodes[1:]}
+            if node.target is not torch.ops.aten.index.Tensor or dtypes & {torch.bool, torch.uint8}:
+                return str(node.target)
+    return None
+
+
+def with_hook(model: nn.Module) -> str | None:
+    """Return the name of a parameter with a hook, which nothing but the engine calls."""
+    hooked = (n for n, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks)
+    return next(hooked, None)
+
+
 def what_learns(objective: Objective, batch: tuple[Tensor, Latent]) -> Named:
-    """Return the parameters that a batch has a gradient for; what is wrong with the model is told here."""
-    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}  # no batch counts twice
-    loss = functional_call(objective, buffers, batch)
+    """Return the parameters that a batch has a gradient for; what is wrong with the model is told here.
+
+    Raises
+    ------
+    Unsteady
+        if something else than values in place has changed then, which is put back.
+    """
     asked = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    if not loss.requires_grad:
-        return {}
-    slopes = torch.autograd.grad(loss.mean(), list(asked.values()), allow_unused=True)
+    if hooked := with_hook(objective):
+        raise Unsteady(f"the parameter {hooked} has a hook")
+    with left_as_it_was(objective):
+        loss = objective(*batch)
+        if not loss.requires_grad:
+            return {}
+        slopes = torch.autograd.grad(loss.mean(), list(asked.values()), allow_unused=True)
     return {name: p for (name, p), slope in zip(asked.items(), slopes, strict=True) if slope is not None}
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put all that a model remembers back to what it was; raise Unsteady if that is more than values in place."""
+    settings, states = Settings(model), [(module, extra_state(module)) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    changed = settings.restore()
+    for module, state in states:
+        if not alike(state, extra_state(module)):
+            module.set_extra_state(state)
+            changed.append(module)
+    if changed:
+        raise Unsteady(f"a step changes an attribute of its {type(changed[0]).__name__}, or its extra state")
+
+
+def extra_state(module: nn.Module) -> Any:
+    """Return a copy of what a module remembers besides tensors; None if it has nothing of the kind."""
+    has = type(module).get_extra_state is not nn.Module.get_extra_state
+    return copy.deepcopy(module.get_extra_state()) if has else None
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states say the same; so do tensors of a kind that nobody can compare, such as nested ones."""
+    (a, form), (b, again) = tree_flatten(one), tree_flatten(other)
+    return form == again and all(map(equal, a, b))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two leaves of a state are the same."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return same({0: one}, {0: other})
+    try:
+        return torch.equal(one, other)
+    except (RuntimeError, NotImplementedError):
+        return True
 
 
 class Settings:
@@ -216,13 +309,26 @@ class Settings:
     @staticmethod
     def read(module: nn.Module) -> dict[str, Any]:
         """Return a module's attributes as they are now."""
-        return {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in module.__dict__.items()}
+        return copied(module.__dict__)
+
+    def restore(self) -> list[nn.Module]:
+        """Put all attributes back to what they were; return the modules that were not so."""
+        changed = [(module, then) for module, then in self.of if not same(module.__dict__, then)]
+        for module, then in changed:
+            module.__dict__.clear()
+            module.__dict__.update(copied(then))
+        return [module for module, _ in changed]
 
     def hold(self) -> bool:
         """Whether all is as it was; a tensor in the place of another one is not."""
         return all(same(module.__dict__, then) for module, then in self.of) and all(
             p.requires_grad == then for p, then in self.learns
         )
+
+
+def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of a module's attributes that does not change with them."""
+    return {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in attributes.items()}
 
 
 def same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:

@@ -457,10 +457,22 @@ def build(config: Config, images: Images | Text) -> Training:
         if not images.train.black_and_white:
             images = images.map(lambda split: replace(split, binarisation="dynamic"))
     hooks = [HeldOut(images.valid, config.patience)] if config.validate else []
-    model = model.to(find_device(config.device))
-    training = Training(model, images.train, config.estimator, config, hooks, config.compile)
+    with models.own.at_home(models.own.file_of(config.model) if own else None):  # what a call imports counts too
+        device = find_device(config.device)
+        awaken(model, images.train.batch(slice(0, 2), stream("test", 0, device)), config.seed)
+        model = model.to(device)
+        training = Training(model, images.train, config.estimator, config, hooks, config.compile)
     training.sources, training.shapes = sources(config), shapes(training.model)
     return training
+
+
+def awaken(model: torch.nn.Module, x: Tensor, seed: int) -> None:
+    """Let the layers of a model that are made at their first call, such as LazyLinear, be made now, by ``seed``."""
+    if any(map(torch.nn.parameter.is_lazy, model.parameters())):
+        x = x.cpu()
+        with models.own.seeded(stream("init", seed, step=1)), evaluation.evaluating(model), torch.no_grad():
+            q = as_posterior(model.encoder(x))
+            model.joint(x, q.sample(q.noise(q.strata)))
 
 
 def seen(images: Images | Text, training: Training) -> Images | Text:

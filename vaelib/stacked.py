@@ -330,6 +330,8 @@ def check_alike(first: Training, other: Training) -> None:
         raise InputError("trainings side by side must have equally many images, on the same device")
     if other.step:
         raise InputError("trainings can be stacked before their first step alone; load a state of them afterwards")
+    if hooked := fast.with_hook(other.model):
+        raise InputError(f"parameter '{hooked}' has a hook, which a stack does not call: train each model by itself")
     if other.hooks or not other.fixed:
         raise InputError("a training with hooks, or an estimator that changes, cannot be stacked: train it by itself")
 

@@ -425,7 +425,7 @@ class Training:
         """
         key = (x.shape, x.dtype)
         if key not in self.noises:
-            with torch.no_grad(), self.undisturbed():
+            with torch.no_grad(), self.undisturbed(), self.put_back():
                 self.noises[key] = posteriors.as_posterior(self.model.encoder(x)).noise_like(self.recipe.k)
         many = self.noises[key]
         if steps is not None:
@@ -560,14 +560,20 @@ class Training:
             **{name: getattr(self, name) for name in EVOLVES},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "remembered": len(self.optimizer.state_dict()["state"]),
+            "parameters": self.parameter_names,
+            "remembered": len(self.optimizer.state),
             "streams": {name: generator.get_state() for name, generator in self.streams.items()},
             "hooks": [part.state() for part in self.keepers],
         }
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """The names of the parameters, in the optimiser's order."""
+        return [name for name, _ in self.model.named_parameters()]
+
     def probe(self) -> Tensor:
         """Return the loss of the coming batch, ``[B]``, in evaluation mode; nothing notices."""
-        with self.undisturbed():
+        with self.undisturbed(), self.put_back():
             return self.coming_loss()
 
     def rehearsal(self) -> Tensor:
@@ -578,21 +584,27 @@ class Training:
         InputError
             if that cannot be, as of a buffer that has grown.
         """
-        now = self.model.state_dict()
-        state = {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in now.items()}
         modes = [(part, part.training) for part in self.model.modules()]
-        with self.undisturbed():
+        with self.undisturbed(), self.put_back():
             for part, mode in modes:
                 part.training = mode
-            loss = self.coming_loss()
+            return self.coming_loss()
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Put back all that a record holds of the model, whatever a call changes of it."""
+        now = self.model.state_dict()
+        state = {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in now.items()}
+        yield
+        if fast.alike(state, dict(self.model.state_dict())):
+            return
         try:
             self.model.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(
-                "a call in training mode leaves a model that cannot load its state_dict of before "
+                "a call leaves a model that cannot load its state_dict of before "
                 f"({str(error).splitlines()[-1].strip()}): let all buffers be there from the start, of one shape"
             ) from error
-        return loss
 
     def coming_loss(self) -> Tensor:
         """Return the loss of the coming batch, ``[B]``."""
@@ -614,9 +626,13 @@ class Training:
         InputError
             if that is the state of no such training.
         """
+        names, known = self.parameter_names, state.get("parameters", self.parameter_names)
+        state = {**state, "optimizer": in_order(state["optimizer"], known, names)}
         check_record(state, self)
         then, now = {**state["world"], "device": state["device"]}, {**world(), "device": self.device.type}
-        if others := [f"{name} {then[name]} then and {now[name]} now" for name in now if then[name] != now[name]]:
+        others = [f"{name} {then[name]} then and {now[name]} now" for name in now if then[name] != now[name]]
+        others += ["the model's parameters come in another order now"] * (known != names)
+        if others:
             warnings.warn(f"not bit for bit as without the interruption: {', '.join(others)}", stacklevel=2)
         for part, own in zip(self.keepers, state["hooks"], strict=True):
             part.load_state(own)
@@ -633,6 +649,16 @@ class Training:
             same = name == "order" or state["device"] == self.device.type
             anew = stream(name, self.recipe.seed, generator.device, self.step)
             generator.set_state(state["streams"][name] if same else anew.get_state())
+
+
+def in_order(state: dict[str, Any], then: Sequence[str], now: Sequence[str]) -> dict[str, Any]:
+    """Return an optimiser's state with what it remembers of each parameter at the place that this has now."""
+    if then == now:
+        return state
+    if sorted(then) != sorted(now):
+        raise InputError("its parameters must be those of this model")
+    places = {i: now.index(name) for i, name in enumerate(then)}
+    return {**state, "state": {places[i]: memories for i, memories in state["state"].items()}}
 
 
 def world() -> dict[str, Any]:
@@ -748,6 +774,11 @@ def check_fit(training: Training) -> None:
         raise InputError("no parameter of this model learns: set requires_grad of those that shall, or do not train it")
     if isinstance(split, Split) and getattr(model, "binary", False):
         check_levels(split)
+    if any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise InputError(
+            "a layer of the model is made at its first call, such as LazyLinear, which must come before the training: "
+            "call encoder(x) and joint(x, z) once, seeded as the initial weights shall be"
+        )
     noise = stream("test", 0, training.device)
     x = split.batch(slice(0, 1), noise)
 

@@ -84,6 +84,11 @@ def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
             f"the parts of '{path}' are on different scales ({kinds}), and only bytes are divided by 255: save them "
             "all as one type"
         )
+    if all(images.dtype == np.uint8 and images.size and images.max() <= 1 for images, _ in parts.values()):
+        raise InputError(
+            f"'{path}' has bytes of 0 and 1 alone, and bytes are divided by 255: save bits as such, or as numbers, "
+            "x.astype(bool) or x.astype('float32')"
+        )
     known = classes([labels for _, labels in parts.values() if labels is not None])
     arrays = {name: (levels(images, path), known(labels)) for name, (images, labels) in parts.items()}
     shapes = {name: images.shape[1:] for name, (images, _) in arrays.items()}

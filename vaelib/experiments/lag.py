@@ -284,9 +284,10 @@ def gather_space(preset: str, folders: Sequence[Path], results_folder: Path) -> 
 
     Its columns are the preset and :data:`SPACE_COLUMNS`. Runs whose folders are gone keep what the table has of them.
     """
-    points = pd.concat([read_points(folder / "space.csv", SPACE_COLUMNS) for folder in folders])
-    if points.empty:
+    stored = [read_points(folder / "space.csv", SPACE_COLUMNS) for folder in folders]
+    if not any(map(len, stored)):
         return
+    points = pd.concat(stored)
     path = results_folder / "lag-toy-space.csv"
     points.insert(0, "preset", preset)
     with files.locked_around(path):

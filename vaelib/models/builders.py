@@ -22,7 +22,7 @@ from vaelib.models.encoders import (
 from vaelib.models.joints import DiscreteJoint, Guided, HierarchicalJoint, Joint
 from vaelib.models.linear import LinearEncoder, LinearGaussian
 from vaelib.models.own import builder as builder_of
-from vaelib.models.own import seeded, whole
+from vaelib.models.own import at_home, file_of, seeded, whole
 from vaelib.models.vae import VAE, Start
 
 
@@ -230,5 +230,5 @@ def build(
     start = Start(data_dim, mean, generator, shape)
     if ":" not in name:
         return builder(start, **sizes)
-    with seeded(generator):
+    with seeded(generator), at_home(file_of(name)):
         return whole(builder(start, **sizes), name)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,23 +137,42 @@ def executed(path: Path):
     """
     if (content := read(path)) is None:
         raise InputError(f"there is no file '{path}' with a model: see where you are, or give the whole path")
-    key, folder = key_of(path), path.absolute().parent
+    key = key_of(path)
     known = sys.modules.get(key)
     if known is not None and all(read(source.path) == source.content for source in known.__sources__.values()):
         return known
-    module = module_from_spec(spec_from_file_location(key, path))
-    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if is_shadowed(name, folder)}
-    before, sys.modules[key] = {*sys.modules, key}, module
+    module = sys.modules[key] = module_from_spec(spec_from_file_location(key, path))
+    module.__sources__, module.__beside__ = {"model": Source(path, content)}, {}
     try:
-        with looking_in(str(folder)):
+        with at_home(path):
             exec(compile(content, str(path), "exec"), module.__dict__)
-        module.__sources__ = {"model": Source(path, content), **beside(folder.resolve(), sys.modules.keys() - before)}
     except BaseException:
         del sys.modules[key]
         raise
-    finally:
-        sys.modules.update(aside | {name: sys.modules[name] for name in aside if name in sys.modules})
     return module
+
+
+@contextmanager
+def at_home(path: Path | None) -> Iterator[None]:
+    """Let the code of a file that is a module by now import from beside it; note in the module what it does import.
+
+    Python itself sees to a module of a package, for which None stands.
+    """
+    if path is None:
+        yield
+        return
+    module, folder = sys.modules[key_of(path)], path.absolute().parent
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if is_shadowed(name, folder)}
+    sys.modules.update(module.__beside__)
+    before = set(sys.modules)
+    try:
+        with looking_in(str(folder)):
+            yield
+    finally:
+        new = sys.modules.keys() - before
+        module.__sources__ |= beside(folder.resolve(), new)
+        module.__beside__ |= {name: sys.modules[name] for name in new if is_shadowed(name, folder)}
+        sys.modules.update(aside | {name: sys.modules[name] for name in aside if name in sys.modules})
 
 
 def is_shadowed(name: str, folder: Path) -> bool:
