@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaelib import bounds, discrete, estimators, evaluation, models
+from vaelib import bounds, collapse, discrete, estimators, evaluation, models
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, Mixture
@@ -118,7 +118,30 @@ def test_a_prior_that_is_another_elsewhere_or_later_is_not_the_standard_normal(p
         with torch.no_grad(), pytest.raises(InputError, match=f"the prior of this Shifted {sentence}"):
             use()
     assert evaluation.kl_by_unit(joint, q) is None
+    with pytest.raises(InputError, match=f"the prior of this Shifted {sentence}"):
+        collapse.elbo_kl(free_bits=0.1).loss(joint, q, torch.zeros(1, 4), z)
     assert bounds.divergence(Shifted(joint.decode, torch.tensor(0.0)), q) == 0
+
+
+def test_a_prior_that_is_not_told_is_not_guessed():
+    """A linear decoder and p(z) = N(0, 9), both in one forward alone."""
+
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decode = models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
+
+        def forward(self, x, z):
+            return self.decode(z).log_prob(x) + torch.distributions.Normal(0.0, 3.0).log_prob(z).sum(-1)
+
+    q = DiagonalGaussian(torch.zeros(1, 2), torch.zeros(1, 2))
+    for use in (
+        lambda: bounds.divergence(Wide(), q),
+        lambda: estimators.get("elbo-silent").loss(Wide(), q, torch.zeros(1, 4), None),
+    ):
+        with pytest.raises(InputError, match=r"a Wide does not tell its prior: give it a method log_prior\(z\), or"):
+            use()
+    assert evaluation.kl_by_unit(Wide(), q) is None
 
 
 def test_a_mixture_is_averaged_by_its_shares():

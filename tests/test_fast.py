@@ -192,6 +192,10 @@ def test_an_estimator_that_changes_cannot_be_compiled():
     run = tiny_training(False)
     with pytest.raises(InputError, match="changes from step to step cannot be compiled"):
         Training(run.model, run.split, lambda progress: estimators.get("elbo-path"), Recipe(), compile=True)
+    remembers = type("Remembers", (estimators.Row,), {"state": lambda self: 0, "load_state": lambda self, state: None})
+    row = estimators.get("elbo-path")
+    with pytest.raises(InputError, match="changes from step to step cannot be compiled"):
+        Training(run.model, run.split, remembers(**vars(row)), Recipe(), compile=True)
 
 
 @needs_compiler
@@ -384,6 +388,30 @@ def test_a_step_that_is_more_than_a_function_of_tensors_is_not_traced(change, re
     assert not whole.works and traced.captured is None
     (warning,) = [w for w in recwarn if "torch.compile" in str(w.message)]
     assert str(warning.message).endswith("to the same end and more slowly: leave out compile")
+
+
+class Through(nn.Module):
+    """An encoder that reaches its first layer through a tuple, so that it is no part of it."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.mean = (trunk,), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return posteriors.DiagonalGaussian(self.mean(self.trunk[0](x).tanh()), torch.zeros(2))
+
+
+def test_what_only_the_model_has_as_a_part_learns_too(recwarn):
+    def through(model):
+        torch.manual_seed(0)
+        model.trunk = nn.Linear(6, 4)
+        model.encoder = Through(model.trunk)
+
+    plain, traced, whole, batches = begun("elbo-path", change=through)
+    before = traced.model.trunk.weight.clone()
+    torch.testing.assert_close(torch.cat([whole(batches[:3]), whole(batches[3:])]), plainly(plain)(batches))
+    assert_same_values(plain, traced)
+    assert not whole.works and (traced.model.trunk.weight - before).abs().min() > 0
 
 
 def test_a_setting_that_changes_at_every_step_ends_the_compiling(recwarn):

@@ -5,8 +5,11 @@ of the two engines, and a Monte Carlo mean of per-draw gradients (4 standard err
 a false alarm once in 2,000 draws of a seed, and the seed is fixed).
 """
 
+from functools import partial
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from toys import (
     DTYPE,
     ONE_LAYER,
@@ -475,6 +478,38 @@ def test_vaelib_loss_draws_its_noise_and_says_what_is_wrong():
         vaelib.loss("dreg", lambda x, z: 1.0, q, x, k=5)
     with pytest.raises(ZeroDivisionError):  # one's own error reaches one as it is
         vaelib.loss("dreg", lambda x, z: 1 / 0, q, x, k=5)
+
+
+def of_a_line(name, slope, eps):
+    """The loss of an encoder whose mean and log-scale are a line in x each, in the mean over observations."""
+    x = torch.linspace(-1, 1, 4).unsqueeze(1)
+    q = DiagonalGaussian(*(x * slope).chunk(2, -1))
+    return vaelib.loss(name, plain_function, q, x.expand(-1, 2), eps=eps).mean()
+
+
+@pytest.mark.parametrize("name", ["iwae-path", "iwae-dreg", "rws-dreg", "elbo-total"])
+def test_the_gradient_is_the_same_in_a_graph_of_torch_compile(name):
+    """A row that scales what arrives at its samples does so outside of it."""
+    slope, eps = torch.tensor([0.3, -0.2, 0.1, 0.4], requires_grad=True), torch.randn(5, 4, 2)
+    expected = torch.autograd.grad(of_a_line(name, slope, eps), slope)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda slope, eps: of_a_line(name, slope, eps), backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(slope, eps), slope)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["iwae-path", "elbo-total", "iwae-dreg", "rws-dreg"])
+def test_forward_mode_is_the_same_or_refused(name):
+    slope, eps = torch.tensor([0.3, -0.2, 0.1, 0.4]), torch.randn(5, 4, 2)
+    loss = partial(of_a_line, name, eps=eps)
+    if not TABLEAU[name].scales:
+        torch.testing.assert_close(torch.func.jacfwd(loss)(slope), torch.func.grad(loss)(slope))
+        return
+    refused = pytest.raises(InputError, match=r"has no way forward \(jvp, jacfwd\): use grad or jacrev")
+    with refused:
+        torch.func.jacfwd(loss)(slope)
+    with refused, forward_ad.dual_level():
+        loss(forward_ad.make_dual(slope.requires_grad_(), torch.ones(4)))
+    torch.testing.assert_close(torch.func.jacrev(loss)(slope.detach()), torch.func.grad(loss)(slope.detach()))
 
 
 def test_an_objective_is_a_module_of_both_networks():

@@ -1028,6 +1028,30 @@ MOVES = """
             self.head = nn.LazyLinear(4)
 
 
+    class Turns(Encoder):
+        def __init__(self, pixels):
+            super().__init__(pixels, 2)
+            self.register_buffer("beta", torch.tensor(0))
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, x):
+            if self.training:
+                self.calls = self.calls + 1
+                if self.calls > self.late:
+                    self.beta = torch.clamp(self.beta + 0.01, max=1.0)
+            return super().forward(x)
+
+
+    def turns(start, late=0):
+        model = VAE(Joint(start.pixels, 2), Turns(start.pixels), binary=False)
+        model.encoder.late = late
+        return model
+
+
+    def turns_late(start):
+        return turns(start, 10)
+
+
     ORDER = ["a", "b"]
 
 
@@ -1077,6 +1101,14 @@ def test_moments_go_with_the_names_of_their_parameters(moving, tmp_path, monkeyp
         runs.train(tmp_path / "run", config)
     whole, run = end_of(tmp_path / "whole"), end_of(tmp_path / "run")
     assert list(whole) != list(run) and all(torch.equal(value, run[name]) for name, value in whole.items())
+
+
+def test_a_buffer_of_another_dtype_is_told_before_the_first_step_or_when_it_would_be_saved(moving, tmp_path):
+    config, file = moving
+    with pytest.raises(InputError, match=r"of before \(encoder.beta is torch.float32 then, and was torch.int"):
+        runs.train(tmp_path / "run", replace(config, model=f"{file}:turns"), report=lambda fraction: 1 / 0)
+    with pytest.raises(InputError, match=r"'encoder.beta' .* is \[\] of torch.float32, but was \[\] of torch.int64"):
+        runs.train(tmp_path / "late", replace(config, model=f"{file}:turns_late", epochs=9))
 
 
 def test_layers_that_are_made_at_their_first_call_follow_from_the_seed(moving, tmp_path):

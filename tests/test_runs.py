@@ -24,7 +24,7 @@ from test_training import Killed, differences
 from typer.testing import CliRunner
 
 from vaelib import bounds, cli, data, evaluation, files, models, report, runs, training
-from vaelib.config import Config
+from vaelib.config import Config, Recipe
 from vaelib.errors import InputError
 
 TINY = Config(
@@ -860,6 +860,40 @@ def test_more_patience_goes_on_where_less_had_stopped(tmp_path):
     assert runs.train(tmp_path, still)["training"]["epoch"] == 2
     assert runs.train(tmp_path, replace(still, patience=3))["training"]["epoch"] == 4
     assert runs.train(tmp_path, replace(still, patience=2))["training"]["epoch"] == 4
+
+
+def test_less_patience_in_the_middle_of_an_epoch_ends_at_the_end_of_it(tmp_path, monkeypatch):
+    still = replace(TINY, epochs=6, lr=1e-30, validate=True, patience=5, checkpoint_seconds=0.0)
+    real, seen = training.Training.note, []
+
+    def note(run, bounds):
+        real(run, bounds)
+        seen.append(run.step)
+        if len(seen) == 2 * run.steps_per_epoch + 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Training, "note", note)
+        runs.train(tmp_path, still)
+    found = runs.train(tmp_path, replace(still, patience=1))["training"]
+    assert found["epoch"] == 3 and found["step"] == runs.read_state(tmp_path / "checkpoint.pt")["step"]
+
+
+def test_a_frozen_parameter_need_not_be_finite(tmp_path):
+    split = data.load("digits", "dynamic").train
+
+    def begun():
+        model = models.build("mlp-1", 64, hidden=4, latent=2, generator=torch.Generator().manual_seed(0))
+        model.mask = torch.nn.Parameter(torch.tensor(-math.inf), requires_grad=False)
+        return training.Training(model, split, "elbo-path", Recipe(epochs=1, batch_size=500))
+
+    first, second = begun(), begun()
+    first.run()
+    second.load_state(first.state())
+    assert second.step == first.step
+    first.model.mask.requires_grad_()
+    with pytest.raises(training.Diverged, match="a parameter or its gradient is not finite"):
+        first.state()
 
 
 @pytest.mark.parametrize(

@@ -823,6 +823,25 @@ def test_a_look_at_the_scale_leaves_the_model_as_it_was(x):
 # What is asked of the joints
 
 
+class Masked(models.Joint):
+    """Pixels that were not seen count nothing."""
+
+    def log_likelihood(self, x, z):
+        seen = (x != -1).to(x)
+        return (torch.distributions.Normal(self.decode(z).mean, 1.0).log_prob(x) * seen).sum(-1)
+
+
+def test_a_likelihood_that_is_not_that_of_its_decoder_has_no_closed_form():
+    decode = models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
+    q, x = DiagonalGaussian(torch.ones(3, 2), torch.zeros(3, 2)), torch.rand(3, 4)
+    torch.testing.assert_close(silent.elbo(Masked(decode), x, q), silent.elbo(models.Joint(decode), x, q))
+    x[:, 0] = -1
+    with pytest.raises(InputError, match="the likelihood of this Masked is not that of its decode, whose expectation"):
+        silent.elbo(Masked(decode), x, q)
+    own = type("Own", (Masked,), {"expected_log_likelihood": lambda self, x, q: torch.zeros(len(x))})
+    torch.testing.assert_close(silent.elbo(own(decode), x, q), -q.kl())
+
+
 @pytest.mark.parametrize("family", ["diagonal", "bits"])
 def test_two_decoders_are_the_model_s_and_share_its_prior(family, x):
     joint = two_decoders(family)

@@ -17,6 +17,7 @@ from vaelib.posteriors import (
     DiagonalGaussian,
     FullGaussian,
     Latent,
+    Posterior,
     draws,
     standard_normal_log_prob,
     times,
@@ -102,9 +103,24 @@ def divergence(joint: nn.Module, q) -> Tensor:
     Raises
     ------
     InputError
-        if q is of another kind than the prior, or a mixture, whose divergence has no closed form.
+        if the model does not tell its prior, or q is of another kind than that, or a mixture, whose divergence has no
+        closed form.
+    """
+    prior = prior_of(joint, q)
+    return q.kl() if prior is None else q.kl(prior)
+
+
+def prior_of(joint: nn.Module, q) -> Posterior | None:
+    """Return the prior from which q has a divergence in closed form, None for the standard normal, or raise InputError.
+
+    As :func:`divergence` does.
     """
     prior = getattr(joint, "prior", None)
+    if prior is None and not hasattr(joint, "log_prior"):
+        raise InputError(
+            f"a {type(joint).__name__} does not tell its prior: give it a method log_prior(z), or inherit from "
+            "models.Joint, whose prior is the standard normal"
+        )
     families = (DiagonalGaussian, FullGaussian) if prior is None else (type(prior),)
     if not isinstance(q, families):
         known = " or ".join(family.__name__ for family in families)
@@ -113,9 +129,9 @@ def divergence(joint: nn.Module, q) -> Tensor:
             f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
             f"class {known}, or a row of the tableau, which estimates the divergence from draws"
         )
-    if prior is None and hasattr(joint, "log_prior") and not tracing():
+    if prior is None and not tracing():
         check_standard(joint, q.mean)
-    return q.kl() if prior is None else q.kl(prior)
+    return prior
 
 
 class StandardPrior:

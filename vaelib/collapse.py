@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import evaluation
-from vaelib.bounds import divergence
+from vaelib.bounds import divergence, prior_of
 from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
@@ -46,11 +46,11 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
     """
 
     def loss(joint: nn.Module, posterior: DiagonalGaussian, x: Tensor, eps: Tensor) -> Tensor:
-        rate = (
-            divergence(joint, posterior)
-            if not free_bits
-            else kl_by_dimension(posterior).mean(0).clamp_min(free_bits).sum()
-        )
+        if free_bits:
+            prior_of(joint, posterior)  # the standard normal, or it says so
+            rate = kl_by_dimension(posterior).mean(0).clamp_min(free_bits).sum()
+        else:
+            rate = divergence(joint, posterior)
         return weight * rate - joint.log_likelihood(x, posterior.sample(eps)).mean(0)
 
     target = "elbo" if weight == 1 and not free_bits else None

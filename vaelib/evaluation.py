@@ -256,8 +256,6 @@ def kl_by_unit(joint: Callable[..., Tensor], q: Posterior) -> Tensor | None:
     None where q or the prior does not factorise into units, the divergence has no closed form, or the joint does not
     tell its prior.
     """
-    if getattr(joint, "prior", None) is None and not hasattr(joint, "log_prior"):
-        return None
     try:
         divergence(joint, q)
     except InputError:

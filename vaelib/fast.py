@@ -100,7 +100,7 @@ class WholeSteps:
             if trace.holds(batches):
                 return trace
         if len(self.traces) == MOST_TRACES:
-            raise Untraceable(f"a setting of the model, or a shape, has changed {MOST_TRACES} times")
+            raise Unsteady(f"a setting of the model, or a shape, has changed {MOST_TRACES} times")
         self.traces.append(Trace(self.training, self.backend, batches))
         return self.traces[-1]
 
@@ -113,7 +113,7 @@ class Trace:
         self.optimizer, self.settings = training.optimizer, Settings(objective)
         self.rule, (self.group,) = RULES[type(self.optimizer)], self.optimizer.param_groups
         with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
-            self.learning = what_learns(objective, batches[0])
+            self.learning = what_learns(training.model, objective, batches[0])
         values = dict(objective.named_parameters()) | dict(objective.named_buffers())
         self.rest = {name: value for name, value in values.items() if name not in self.learning}
         self.constants = self.read_constants(batches)
@@ -240,23 +240,34 @@ def with_hook(model: nn.Module) -> str | None:
     return next(hooked, None)
 
 
-def what_learns(objective: Objective, batch: tuple[Tensor, Latent]) -> Named:
+def what_learns(model: nn.Module, objective: Objective, batch: tuple[Tensor, Latent]) -> Named:
     """Return the parameters that a batch has a gradient for; what is wrong with the model is told here.
 
     Raises
     ------
     Unsteady
-        if something else than values in place has changed then, which is put back.
+        if something else than values in place has changed then, which is put back; or if the networks reach what is a
+        part of the model, but not of them.
     """
     asked = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    parts = {id(tensor) for tensor in tensors_of(objective)}
+    outside = [tensor for tensor in tensors_of(model) if id(tensor) not in parts]
+    learning = [tensor for tensor in outside if tensor.requires_grad]
     if hooked := with_hook(objective):
         raise Unsteady(f"the parameter {hooked} has a hook")
     with left_as_it_was(objective):
         loss = objective(*batch)
         if not loss.requires_grad:
             return {}
-        slopes = torch.autograd.grad(loss.mean(), list(asked.values()), allow_unused=True)
-    return {name: p for (name, p), slope in zip(asked.items(), slopes, strict=True) if slope is not None}
+        slopes = torch.autograd.grad(loss.mean(), [*asked.values(), *learning], allow_unused=True)
+    if len(learning) < len(outside) or any(slope is not None for slope in slopes[len(asked) :]):
+        raise Unsteady("what is a part of the model, but neither of its joint nor of its encoder, counts or may count")
+    return {name: p for (name, p), slope in zip(asked.items(), slopes) if slope is not None}
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager

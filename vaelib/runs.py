@@ -707,20 +707,20 @@ def record(training: Training) -> dict[str, Any]:
     return {**state, "probe": training.probe()} if "model" in training.sources else state
 
 
-def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
-    """Return the shapes of the tensors that a model's state is made of."""
+def shapes(model: torch.nn.Module) -> dict[str, str]:
+    """Return the shapes and dtypes of the tensors that a model's state is made of."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return {name: list(value.shape) for name, value in state.items() if not value.is_nested}
+    return {name: f"{list(value.shape)} of {value.dtype}" for name, value in state.items() if not value.is_nested}
 
 
 def check_shapes(training: Training) -> None:
-    """Raise InputError if a tensor has another shape than when the model was built, which could not be read again.
+    """Raise InputError if a tensor is of another shape or dtype than was built, which could not be read again.
 
     Unless the module that it is in has a way of its own to read it.
     """
     then, now, modules = training.shapes, shapes(training.model), dict(training.model.named_modules())
     for name in {**then, **now}:
-        was, has = (f"of shape {found[name]}" if name in found else "not there" for found in (then, now))
+        was, has = (found.get(name, "not there") for found in (then, now))
         module = modules.get(name.rpartition(".")[0], training.model)
         its_own = type(module)._load_from_state_dict != torch.nn.Module._load_from_state_dict
         if was != has and not its_own and not module._load_state_dict_pre_hooks:
@@ -768,7 +768,7 @@ def restore(training: Training, path: Path) -> None:
         training.load_state({**state, "history": [json.loads(line) for line in state["history"].splitlines()]})
     check_kept(training, state, path)
     if all(isinstance(hook, HeldOut) for hook in training.hooks):  # the patience may be another now
-        training.stopped = any(hook.has_waited(training) for hook in training.hooks)
+        training.stopped = training.epoch_ends and any(hook.has_waited(training) for hook in training.hooks)
     if training.step > training.total_steps:
         done = training.step / training.steps_per_epoch
         raise InputError(

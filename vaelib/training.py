@@ -298,7 +298,7 @@ class Training:
             )
         estimator = estimators.get(estimator) if isinstance(estimator, str) else estimator
         self.fixed = isinstance(estimator, Estimator)
-        if compile and not self.fixed:
+        if compile and (not self.fixed or hasattr(estimator, "load_state")):
             raise InputError(
                 f"an estimator that changes from step to step cannot be compiled: leave out {typed('compile')}"
             )
@@ -550,7 +550,8 @@ class Training:
         """
         self.check_bounds()
         moments = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
-        if not all(bool(tensor.isfinite().all()) for tensor in (*self.model.parameters(), *moments)):
+        learning = (p for p in self.model.parameters() if p.requires_grad)
+        if not all(bool(tensor.isfinite().all()) for tensor in (*learning, *moments)):
             raise self.diverged(f"a parameter or its gradient is not finite at step {self.step}")
         if not self.probe().isfinite().all():
             raise self.diverged(f"the bound is not finite after step {self.step}")
@@ -596,14 +597,19 @@ class Training:
         now = self.model.state_dict()
         state = {name: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in now.items()}
         yield
-        if fast.alike(state, dict(self.model.state_dict())):
+        after = dict(self.model.state_dict())
+        if fast.alike(state, after):
             return
         try:
+            for name, x in state.items():
+                if isinstance(x, Tensor) and name in after and after[name].dtype != x.dtype:
+                    raise RuntimeError(f"{name} is {after[name].dtype} then, and was {x.dtype}")
             self.model.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(
                 "a call leaves a model that cannot load its state_dict of before "
-                f"({str(error).splitlines()[-1].strip()}): let all buffers be there from the start, of one shape"
+                f"({str(error).splitlines()[-1].strip()}): let all buffers be there from the start, of one shape and "
+                "dtype"
             ) from error
 
     def coming_loss(self) -> Tensor:
@@ -692,8 +698,8 @@ def check_record(state: dict[str, Any], training: Training) -> None:
     parameters = dict(training.model.named_parameters(remove_duplicate=False))
     for name, own in training.model.state_dict().items():
         if isinstance(own, Tensor):
-            # a buffer need not be finite
-            check_numbers(name, state["model"].get(name), (own.dtype,), finite=name in parameters)
+            learns = name in parameters and parameters[name].requires_grad  # what does not need not be finite
+            check_numbers(name, state["model"].get(name), (own.dtype,), finite=learns)
     dtypes = (torch.float32, torch.float64, *{p.dtype for p in parameters.values()} - {torch.float32, torch.float64})
     remembered = state.get("remembered", int(state["step"] > 0))  # records of before do not say it
     check_optimizer(state["optimizer"], training.optimizer, dtypes, remembered)

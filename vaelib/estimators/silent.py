@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jvp
 
 from vaelib.bounds import divergence
@@ -37,6 +37,7 @@ from vaelib.posteriors import (
     as_posterior,
     functions_in,
     stop_gradient,
+    tracing,
 )
 
 
@@ -235,13 +236,30 @@ def elbo(joint: Callable[..., Tensor], x: Tensor, q) -> Tensor:
     q = as_posterior(q)
     for part in (joint, getattr(joint, "decode", None)):
         if hasattr(part, "expected_log_likelihood"):
-            return part.expected_log_likelihood(x, q) - divergence(joint, q)
+            kl = divergence(joint, q)
+            if part is not joint:
+                check_decode(joint, x, q)
+            return part.expected_log_likelihood(x, q) - kl
     raise InputError(
         f"{type(getattr(joint, 'decode', joint)).__name__} has no closed form of E_q[log p(x given z)], which needs a "
         "log-likelihood quadratic in z: the log(1 + e^l) of Bernoulli pixels is not, nor is anything behind a hidden "
         "layer (but for cosines); estimate it with a row of the tableau such as elbo-path, or decode with a "
         "models.LinearDecoder or models.CosineDecoder"
     )
+
+
+def check_decode(joint: nn.Module, x: Tensor, q: Posterior) -> None:
+    """Raise InputError unless log p(x given z) is that of ``joint.decode``; a joint of a foreign class is tried."""
+    if type(joint).__module__.startswith("vaelib.") or tracing():
+        return
+    with torch.no_grad():
+        z = q.mean.unsqueeze(0)
+        told, alone = joint(x, z) - joint.log_prior(z), joint.decode(z).log_prob(x)
+    if not torch.allclose(told, alone, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"the likelihood of this {type(joint).__name__} is not that of its decode, whose expectation has a closed "
+            "form: give the joint a method expected_log_likelihood(x, q), or use a row of the tableau such as elbo-path"
+        )
 
 
 def exact(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,17 @@ from torch import Tensor
 from vaelib.bounds import iwae, normalised
 from vaelib.errors import InputError
 from vaelib.estimators.base import Estimator, log_joint, log_weight
-from vaelib.posteriors import Latent, Posterior, draws, inside_vmap, layers_of, map_latent, stop_gradient, tracing
+from vaelib.posteriors import (
+    Latent,
+    Posterior,
+    draws,
+    in_forward_mode,
+    inside_vmap,
+    layers_of,
+    map_latent,
+    stop_gradient,
+    tracing,
+)
 
 
 class Weights(NamedTuple):
@@ -111,6 +121,8 @@ class Row(Estimator):
         """
         if eps is None:
             raise InputError(f"estimator '{self.name}' needs draws: give it eps = q.noise(k, generator)")
+        if self.scales and torch.compiler.is_dynamo_compiling():
+            return eagerly(self, joint, q, x, eps)
         log_share = self.shares(q, draws(eps))
         if self.automatic:
             score, (z, log_q) = None, q.sample_and_log_prob(eps)
@@ -138,6 +150,11 @@ class Row(Estimator):
                 raise InputError(
                     f"estimator '{self.name}' scales what arrives at its samples, which grad(vmap(loss)) hides: "
                     "write vmap(grad(loss))"
+                )
+            if in_forward_mode(z):
+                raise InputError(
+                    f"estimator '{self.name}' scales what arrives at its samples on the way back, and has no way "
+                    "forward (jvp, jacfwd): use grad or jacrev"
                 )
             ratio = (b / a).nan_to_num(0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
             for layer in layers_of(z):
@@ -200,6 +217,12 @@ class Row(Estimator):
                 f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
                 "elbo-score-loo, iwae-vimco or rws"
             )
+
+
+@torch._disable_dynamo
+def eagerly(row: Row, *arguments: Any) -> Tensor:
+    """Return the row's loss outside of any graph that torch.compile makes, which would lose its hook."""
+    return row.differentiate(*arguments)
 
 
 TABLEAU: dict[str, Row] = {}

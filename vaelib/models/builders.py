@@ -21,8 +21,8 @@ from vaelib.models.encoders import (
 )
 from vaelib.models.joints import DiscreteJoint, Guided, HierarchicalJoint, Joint
 from vaelib.models.linear import LinearEncoder, LinearGaussian
-from vaelib.models.own import builder as builder_of
 from vaelib.models.own import at_home, file_of, seeded, whole
+from vaelib.models.own import builder as builder_of
 from vaelib.models.vae import VAE, Start
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vaelib.errors import InputError, whole_number
@@ -76,8 +77,19 @@ def tracing() -> bool:
 
 def inside_vmap() -> bool:
     """Whether the innermost transform is ``vmap``, inside which tensors do not say that they require a gradient."""
-    innermost = torch._C._functorch.peek_interpreter_stack()
-    return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Vmap
+    return innermost() == torch._C._functorch.TransformType.Vmap
+
+
+def in_forward_mode(z: Latent) -> bool:
+    """Whether ``z`` is differentiated on the way forward, by ``jvp`` or dual numbers."""
+    jvp = innermost() == torch._C._functorch.TransformType.Jvp
+    return jvp or any(forward_ad.unpack_dual(layer).tangent is not None for layer in layers_of(z))
+
+
+def innermost() -> Any:
+    """The kind of the innermost transform of ``torch.func``; None outside of any."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key()
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
