@@ -123,6 +123,54 @@ def test_a_prior_that_is_another_elsewhere_or_later_is_not_the_standard_normal(p
     assert bounds.divergence(Shifted(joint.decode, torch.tensor(0.0)), q) == 0
 
 
+class Chain(models.DiscreteJoint):
+    """Bits that follow their neighbours, which ``prior`` does not know."""
+
+    def log_prior(self, z):
+        signs = 2 * z - 1
+        return torch.nn.functional.logsigmoid(2 * signs[..., 1:] * signs[..., :-1]).sum(-1) - math.log(2)
+
+
+class Quarter(models.Joint):
+    """A likelihood that counts a quarter, in ``forward`` alone."""
+
+    def forward(self, x, z):
+        return self.log_prior(z) + self.log_likelihood(x, z) / 4
+
+
+class Pointed(DiagonalGaussian):
+    """A Laplace posterior that has its base's closed forms."""
+
+    def log_prob(self, z):
+        return torch.distributions.Laplace(self.mean, self.log_std.exp()).log_prob(z).sum(-1)
+
+
+def test_what_is_redefined_by_half_has_no_closed_form():
+    """A subclass keeps closed forms of its base that are not its own."""
+    bits = FactorisedBernoulli(torch.zeros(1, 3))
+    decode = models.build("mlp-1-bernoulli", 4, hidden=5, latent=3).joint.decode
+    linear = models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
+    q, pointed = (kind(torch.zeros(1, 2), torch.zeros(1, 2)) for kind in (DiagonalGaussian, Pointed))
+    x = torch.zeros(1, 4)
+    chain, quarter, joint = Chain(decode, torch.zeros(3)), Quarter(linear), models.Joint(linear)
+    for model, of, sentence in (
+        (chain, bits, "this Chain redefines log_prior, but its prior is that of the class it comes from"),
+        (quarter, q, "this Quarter redefines forward, but its log_likelihood is that of the class it comes from"),
+        (joint, pointed, "a Pointed redefines log_prob, but its kl is that of the class it comes from"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            bounds.divergence(model, of)
+        with pytest.raises(InputError, match=sentence):
+            bounds.estimate("kl", "elbo", model, x, of, of.sample(of.noise(2)))
+    with pytest.raises(InputError, match="a Pointed redefines log_prob, but its entropy"):
+        bounds.estimate("entropy", "elbo", joint, x, pointed, torch.zeros(1, 1, 2))
+    with pytest.raises(InputError, match="this Chain redefines log_prior"):
+        estimators.get("elbo-gumbel-softmax").loss(chain, bits, x, bits.noise(1))
+    assert evaluation.kl_by_unit(chain, bits) is None
+    own = type("Own", (Pointed,), {"kl": lambda self: torch.ones(1)})(pointed.mean, pointed.log_std)
+    assert bounds.divergence(joint, own) == 1
+
+
 def test_a_prior_that_is_not_told_is_not_guessed():
     """A linear decoder and p(z) = N(0, 9), both in one forward alone."""
 

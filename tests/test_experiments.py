@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -936,6 +937,16 @@ def test_a_grid_on_a_full_disk_says_so(tmp_path, small_disk):
         where = {"results_folder": tmp_path / "results", "runs_folder": small_disk / "runs"}
         grid.run("stl-figure-1", "smoke", device="cpu", jobs=1, **where)
     assert "died" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stl-schedule", "lag-text", "silent-linear"])
+def test_a_table_that_pandas_saved_is_the_same_table(name, tmp_path):
+    """Which makes 0.0 of 0 in a column where nothing stands somewhere."""
+    experiment = experiments.find(name)
+    pd.read_csv(results.path_of(experiment, results.TABLES)).to_csv(results.path_of(experiment, tmp_path), index=False)
+    assert results.finished(experiment, tmp_path) == results.finished(experiment, results.TABLES)
+    ours, theirs = (experiments.load(name, folder=folder) for folder in (results.TABLES, tmp_path))
+    pd.testing.assert_frame_equal(ours.drop(columns="vaelib"), theirs.drop(columns="vaelib"))
 
 
 def test_two_that_gather_at_once_keep_what_both_have(tmp_path):

@@ -152,6 +152,26 @@ def test_a_folder_of_pictures_with_labels_and_parts(tmp_path):
     assert images.test.labels.tolist() == [0, 0, 1, 1, 1]  # 16, 18; 15, 17, 19
 
 
+def test_folders_behind_links_are_read_once(tmp_path):
+    for name in ("cat", "elsewhere/dog"):
+        for i in range(10):
+            save(tmp_path / f"pics/{name}" / f"{i}.png" if name == "cat" else tmp_path / name / f"{i}.png", BYTES[i])
+    (tmp_path / "pics/dog").symlink_to(tmp_path / "elsewhere/dog")
+    (tmp_path / "pics/cat/round").symlink_to(tmp_path / "pics")
+    images = data.load(str(tmp_path / "pics"))
+    assert sum(map(len, (images.train, images.valid, images.test))) == 20
+    assert images.train.labels.unique().tolist() == [0, 1]
+
+
+def test_a_picture_of_several_pages_is_named(tmp_path):
+    first, *others = (Image.fromarray(image) for image in BYTES[:3])
+    for i in range(10):
+        first.save(tmp_path / f"{i}.png")
+    first.save(tmp_path / "a.tiff", save_all=True, append_images=others)
+    with pytest.raises(InputError, match="a.tiff' has 3 pages, but a picture has one: save each as a file of its own"):
+        data.load(str(tmp_path))
+
+
 def test_a_run_does_not_lie_in_its_own_pictures(tmp_path):
     """Its own pictures, such as those of advice, would be data the next time."""
     for i, image in enumerate(BYTES):

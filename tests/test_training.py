@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+import vaelib
 from vaelib import data, estimators, models, optimizers, runs, training
 from vaelib.config import Config, Recipe
+from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import silent
+from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli
 from vaelib.training import Diverged, Hook, Progress, Training, check_repeats, train_step
 
 
@@ -832,3 +835,82 @@ def test_a_held_out_bound_that_is_not_finite_ends_the_training(split):
     run.hooks[0].split.grey[0, 0] = float("inf")
     with pytest.raises(training.Diverged, match="the held-out bound is nan after epoch 1"):
         run.run()
+
+
+class Counts:
+    """A Poisson posterior: its noise is the draw, so that no other q can draw it."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def noise(self, k, generator=None):
+        return torch.poisson(self.rate.detach().expand(k, *self.rate.shape), generator=generator)
+
+    def sample(self, eps):
+        return eps
+
+    def log_prob(self, z):
+        return (z * self.rate.log() - self.rate - torch.lgamma(z + 1)).sum(-1)
+
+    def stop_gradient(self):
+        return Counts(self.rate.detach())
+
+
+class InPairs(DiagonalGaussian):
+    """Antithetic pairs, which ``noise_like`` does not tell."""
+
+    def noise(self, k, generator=None):
+        half = super().noise(k // 2, generator)
+        return torch.cat([half, -half])
+
+
+class Changing(nn.Module):
+    """Uniform noise in evaluation mode, normal noise in a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        if not self.training:
+            return FactorisedBernoulli(self.head(x))
+        return DiagonalGaussian(self.head(x), torch.zeros(2))
+
+
+def counting(kind):
+    torch.manual_seed(0)
+    head = nn.Linear(5, 2)
+    encoder = nn.Module()
+    encoder.head, encoder.kind = head, kind
+    encoder.forward = {
+        Counts: lambda x: Counts(nn.functional.softplus(head(x)) + 0.1),
+        InPairs: lambda x: InPairs(head(x), torch.zeros(2)),
+    }.get(kind)
+    decode = nn.Linear(2, 5)
+    joint = nn.Module()
+    joint.decode = decode
+    joint.forward = lambda x, z: -(x - decode(z)).square().sum(-1) - z.square().sum(-1) / 10
+    return models.VAE(joint, Changing() if kind is Changing else encoder, binary=False)
+
+
+@pytest.mark.parametrize("kind", [Counts, InPairs, Changing])
+def test_noise_is_drawn_by_the_q_of_its_step(kind):
+    """As in a plain loop over vaelib.loss; and so does a training that goes on."""
+    x = torch.rand(24, 5, generator=torch.Generator().manual_seed(1))
+    row = "iwae-path" if kind is InPairs else "elbo-score-loo"
+    recipe = Recipe(epochs=2, batch_size=6, k=4, lr=0.05, shuffle=False)
+
+    def begun():
+        return Training(counting(kind), Split.of(x), row, recipe)
+
+    whole, loop, first, second = (begun() for _ in range(4))
+    whole.run()
+    second.load_state(kill_at(first, 5))
+    second.run()
+    for batch in (*x.split(6), *x.split(6)):
+        loop.optimizer.zero_grad()
+        q = loop.model.encoder(batch)
+        vaelib.loss(row, loop.model.joint, q, batch, 4, loop.streams["noise"]).mean().backward()
+        loop.optimizer.step()
+    for theirs, mine, again in zip(*(t.model.parameters() for t in (loop, whole, second)), strict=True):
+        assert torch.equal(theirs, mine) and torch.equal(mine, again)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vaelib.posteriors import (
     Latent,
     Posterior,
     draws,
+    is_ours,
     standard_normal_log_prob,
     times,
     tracing,
@@ -116,11 +117,17 @@ def prior_of(joint: nn.Module, q) -> Posterior | None:
     As :func:`divergence` does.
     """
     prior = getattr(joint, "prior", None)
-    if prior is None and not hasattr(joint, "log_prior"):
+    if prior is None and not hasattr(joint, "log_prior") and has_density(joint):
         raise InputError(
             f"a {type(joint).__name__} does not tell its prior: give it a method log_prior(z), or inherit from "
             "models.Joint, whose prior is the standard normal"
         )
+    for whole, part in PARTS.items():
+        if is_ours(type(joint), part) and hasattr(type(joint), whole) and not is_ours(type(joint), whole):
+            raise InputError(
+                f"this {type(joint).__name__} redefines {whole}, but its {part} is that of the class it comes from, "
+                f"and a closed form asks for that: redefine {part} too, or use a row of the tableau"
+            )
     families = (DiagonalGaussian, FullGaussian) if prior is None else (type(prior),)
     if not isinstance(q, families):
         known = " or ".join(family.__name__ for family in families)
@@ -129,9 +136,28 @@ def prior_of(joint: nn.Module, q) -> Posterior | None:
             f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
             f"class {known}, or a row of the tableau, which estimates the divergence from draws"
         )
-    if prior is None and not tracing():
+    check_form(q, "kl")
+    if prior is None and hasattr(joint, "log_prior") and not tracing():
         check_standard(joint, q.mean)
     return prior
+
+
+PARTS = {"forward": "log_likelihood", "log_prior": "prior"}
+"""What a closed form asks a joint for in the place of what a row of the tableau does."""
+
+
+def check_form(q: Posterior, form: str) -> None:
+    """Raise InputError if q has the closed form of its base, and another density."""
+    if is_ours(type(q), form) and not is_ours(type(q), "log_prob"):
+        raise InputError(
+            f"a {type(q).__name__} redefines log_prob, but its {form} is that of the class it comes from: redefine "
+            f"{form} too, or use a row of the tableau, which estimates it from draws"
+        )
+
+
+def has_density(joint: Any) -> bool:
+    """Whether a joint is called as log p(x, z), and so has a prior of its own; some know their likelihood alone."""
+    return type(joint).forward is not nn.Module.forward if isinstance(joint, nn.Module) else callable(joint)
 
 
 class StandardPrior:
@@ -196,6 +222,8 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
         )
     if form != "monte-carlo" and not hasattr(posterior, form):
         raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
+    if form != "monte-carlo":
+        check_form(posterior, form)
     k = draws(z)
     values = integrand(joint, x, posterior, z)
     if values.shape != (k, len(x)):

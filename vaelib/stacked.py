@@ -24,7 +24,7 @@ from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator, Row, Weights
-from vaelib.posteriors import Latent
+from vaelib.posteriors import Latent, as_posterior, draws_by_itself
 from vaelib.training import Diverged, Progress, Training, drawing_from, stream
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -342,6 +342,8 @@ def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
     model = stack([copy.deepcopy(t.model) for t in trainings])
     xs = [t.split.batch(slice(0, 2), stream("test", t.recipe.seed, t.device)) for t in trainings]
     qs = [t.model.encoder(x) for t, x in zip(trainings, xs)]
+    if any(draws_by_itself(as_posterior(q)) for q in qs):
+        raise InputError(f"a {type(qs[0]).__name__} draws its noise by itself: train each model by itself")
     noise = [q.noise(t.recipe.k, stream("test", t.recipe.seed, t.device, 1)) for t, q in zip(trainings, qs)]
     alone = [t.estimator.loss(t.model.joint, q, x, eps) for t, q, x, eps in zip(trainings, qs, xs, noise)]
     x = torch.cat(xs)

@@ -128,15 +128,17 @@ def gradient(
     model: nn.Module,
     estimator: Estimator,
     x: Tensor,
-    eps: Latent,
+    eps: Latent | Callable[[Any], Latent],
     clip: float | None = None,
     joint_clip: bool = True,
 ) -> Tensor:
     """Put the gradient of ``-bound.mean()`` into ``.grad``, where there is none yet, and return the bound, ``[B]``.
 
-    ``clip`` limits its global norm, or without ``joint_clip`` that of encoder and decoder each.
+    ``eps`` may be what draws it from q. ``clip`` limits the gradient's global norm, or without ``joint_clip`` that of
+    encoder and decoder each.
     """
-    bound = objectives.backward(estimator, model.joint, model.encoder(x), x, eps)
+    q = model.encoder(x)
+    bound = objectives.backward(estimator, model.joint, q, x, eps(q) if callable(eps) else eps)
     if clip is not None:
         for part in (model,) if joint_clip else (model.joint, model.encoder):
             nn.utils.clip_grad_norm_(part.parameters(), clip)
@@ -148,13 +150,13 @@ def train_step(
     estimator: Estimator,
     optimizer: torch.optim.Optimizer,
     x: Tensor,
-    eps: Latent,
+    eps: Latent | Callable[[Any], Latent],
     clip: float | None = None,
     joint_clip: bool = True,
 ) -> Tensor:
     """Take one step up the bound and return its mean over the batch ``x``, before the step, ``[]``.
 
-    ``clip`` and ``joint_clip`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
+    ``eps``, ``clip`` and ``joint_clip`` are as for :func:`gradient`. Introduced in book/01-elbo-forms.ipynb.
     """
     optimizer.zero_grad()
     bound = gradient(model, estimator, x, eps, clip, joint_clip)
@@ -408,26 +410,33 @@ class Training:
             return [(x, self.noise(x)) for x in batches]
         x = self.split.batch(index.flatten(), self.streams["binarisation"]).unflatten(0, index.shape)
         eps = self.noise(x[0], len(index))
-        return [(x[i], map_latent(lambda layer: layer[i], eps)) for i in range(len(index))]
+        return [(x[i], eps if callable(eps) else map_latent(lambda e: e[i], eps)) for i in range(len(index))]
 
     def take(self, batches: fast.Batches) -> Tensor:
         """Take a step with each of the batches, as one traced function if told to compile; return the mean bounds."""
-        return self.whole(batches) if self.whole else torch.stack([self.plain_step(x, eps) for x, eps in batches])
+        if self.whole and not callable(batches[0][1]):
+            return self.whole(batches)
+        return torch.stack([self.plain_step(x, eps) for x, eps in batches])
 
-    def plain_step(self, x: Tensor, eps: Latent) -> Tensor:
+    def plain_step(self, x: Tensor, eps: Latent | Callable[[Any], Latent]) -> Tensor:
         """Take one step, as it stands in the books, and return its mean bound, ``[]``."""
         return train_step(self.model, self.estimator, self.optimizer, x, eps, self.recipe.clip)
 
-    def noise(self, x: Tensor, steps: int | None = None) -> Latent:
+    def noise(self, x: Tensor, steps: int | None = None) -> Latent | Callable[[Any], Latent]:
         """Draw the noise for a batch ``x``, or for several of its shape with their number on a first axis.
 
-        What it is made of is learnt from the encoder once for a batch's shape.
+        What it is made of is learnt from the encoder once for a batch's shape. Of a posterior that draws its noise by
+        itself, return what draws it from the q of the step.
         """
         key = (x.shape, x.dtype)
         if key not in self.noises:
-            with torch.no_grad(), self.undisturbed(), self.put_back():
-                self.noises[key] = posteriors.as_posterior(self.model.encoder(x)).noise_like(self.recipe.k)
+            with torch.no_grad(), self.as_in_a_step():
+                q = posteriors.as_posterior(self.model.encoder(x))
+                self.noises[key] = None if posteriors.draws_by_itself(q) else q.noise_like(self.recipe.k)
         many = self.noises[key]
+        if many is None:
+            self.captured = None  # who knows what it does
+            return lambda q: posteriors.as_posterior(q).noise(self.recipe.k, self.streams["noise"])
         if steps is not None:
             many = map_latent(lambda layer: replace(layer, shape=(steps, *layer.shape)), many)
         return posteriors.draw(many, self.streams["noise"])
@@ -585,11 +594,17 @@ class Training:
         InputError
             if that cannot be, as of a buffer that has grown.
         """
+        with self.as_in_a_step():
+            return self.coming_loss()
+
+    @contextmanager
+    def as_in_a_step(self) -> Iterator[None]:
+        """Leave the model in the mode of a step, and put back what a record holds of it, and all randomness."""
         modes = [(part, part.training) for part in self.model.modules()]
         with self.undisturbed(), self.put_back():
             for part, mode in modes:
                 part.training = mode
-            return self.coming_loss()
+            yield
 
     @contextmanager
     def put_back(self) -> Iterator[None]:

@@ -241,8 +241,12 @@ READERS: dict[str, Callable[[Path], dict[str, Part]]] = {".npy": npy, ".npz": np
 
 def pictures(path: Path) -> list[Path]:
     """Return the pictures in a folder and the folders inside it, in the order of their names."""
-    found = (file for file in path.rglob("*") if file.suffix.lower() in PICTURES and not file.name.startswith("."))
-    return sorted(file for file in found if file.is_file())
+    seen, found = set(), []
+    for place, folders, files in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in seen]
+        seen |= {os.path.realpath(Path(place, name)) for name in folders}  # a link may lead back
+        found += (Path(place, name) for name in files if not name.startswith("."))
+    return sorted(file for file in found if file.suffix.lower() in PICTURES and file.is_file())
 
 
 def folder(path: Path) -> dict[str, Part]:
@@ -277,7 +281,10 @@ def opened(file: Path) -> Any:
 
 def image_mode(file: Path) -> bool:
     """Whether a picture has colours, or raise InputError if its levels are not bytes."""
-    mode = opened(file).mode
+    picture = opened(file)
+    mode, pages = picture.mode, getattr(picture, "n_frames", 1)
+    if pages > 1:
+        raise InputError(f"'{file}' has {pages} pages, but a picture has one: save each as a file of its own")
     if mode.startswith(("I", "F")):
         raise InputError(f"'{file}' has levels of more than 8 bits (mode {mode}): save them as an array in a .npy file")
     return mode not in ("1", "L", "LA")

@@ -43,13 +43,16 @@ NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]
 WORDS = {"preset", "metric", "device", "torch", "vaelib", "date"}
 """The columns that hold words, even where they look like numbers."""
 
+WHOLE = r"[0-9]{1,18}(?:\.0*)?"
+"""Also as pandas writes it in a column where nothing stands somewhere."""
+
 KINDS = {
-    "seed": ("a whole number", re.compile(r"[0-9]{1,18}")),
-    "at": ("a whole number, or nothing", re.compile(r"[0-9]{0,18}")),
+    "seed": ("a whole number", re.compile(WHOLE)),
+    "at": ("a whole number, or nothing", re.compile(rf"(?:{WHOLE})?")),
     "value": ("a number", NUMBER),
     "standard_error": ("a number, or nothing", re.compile(rf"(?:{NUMBER.pattern})?")),
     "seconds": ("a number", NUMBER),
-    COUNT: ("a whole number, or nothing", re.compile(r"[0-9]{0,18}")),
+    COUNT: ("a whole number, or nothing", re.compile(rf"(?:{WHOLE})?")),
 }
 """What must stand in a column."""
 
@@ -274,7 +277,7 @@ def read(experiment: Experiment, folder: Path) -> DataFrame:
     if wrong := fault(found, experiment):
         line, what = wrong
         raise InputError(f"line {line} of '{path}' {what}: mend that line or delete it; nothing was written")
-    return found.reset_index(drop=True)
+    return found.assign(**{name: found[name].map(canonical) for name in ("seed", "at", COUNT)}).reset_index(drop=True)
 
 
 def whole(found: DataFrame, experiment: Experiment) -> Series:

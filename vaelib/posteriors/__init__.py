@@ -14,13 +14,14 @@ from vaelib.posteriors.base import (
     draws,
     in_forward_mode,
     inside_vmap,
+    is_ours,
     layers_of,
     map_latent,
     standard_normal_log_prob,
     times,
     tracing,
 )
-from vaelib.posteriors.convert import Adapted, as_posterior
+from vaelib.posteriors.convert import Adapted, as_posterior, draws_by_itself
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
@@ -43,9 +44,11 @@ __all__ = [
     "as_posterior",
     "draw",
     "draws",
+    "draws_by_itself",
     "functions_in",
     "in_forward_mode",
     "inside_vmap",
+    "is_ours",
     "gumbel",
     "layers_of",
     "map_latent",

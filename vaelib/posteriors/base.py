@@ -66,6 +66,12 @@ def times(weight: Tensor, value: Tensor) -> Tensor:
     return weight * value.masked_fill(weight == 0, 0.0)
 
 
+def is_ours(kind: type, name: str) -> bool:
+    """Whether a class has a method of that name, or what stands for it, from this package."""
+    owner = next((each for each in kind.__mro__ if name in vars(each)), None)
+    return owner is not None and owner.__module__.startswith("vaelib.")
+
+
 def tracing() -> bool:
     """Whether tensors have no values to look at: under a transform of ``torch.func``, or while a graph is traced."""
     return (

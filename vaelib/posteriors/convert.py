@@ -34,6 +34,11 @@ class OwnNoise:
         return self.q.noise(self.k, generator)
 
 
+def draws_by_itself(q: Posterior) -> bool:
+    """Whether the noise of q is not what its ``noise_like`` says, so that no other q of its form could draw it."""
+    return isinstance(q, Adapted) or type(q).noise is not Posterior.noise
+
+
 class Adapted(Posterior):
     """A posterior of another class, with what it does not say from :class:`Posterior`; it goes by its name."""
 
