@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 import shutil
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,7 +197,13 @@ def test_an_estimator_that_changes_cannot_be_compiled():
     remembers = type("Remembers", (estimators.Row,), {"state": lambda self: 0, "load_state": lambda self, state: None})
     row = estimators.get("elbo-path")
     with pytest.raises(InputError, match="changes from step to step cannot be compiled"):
-        Training(run.model, run.split, remembers(**vars(row)), Recipe(), compile=True)
+        Training(
+            run.model,
+            run.split,
+            remembers(**{field.name: getattr(row, field.name) for field in fields(row)}),
+            Recipe(),
+            compile=True,
+        )
 
 
 @needs_compiler
@@ -412,6 +420,62 @@ def test_what_only_the_model_has_as_a_part_learns_too(recwarn):
     torch.testing.assert_close(torch.cat([whole(batches[:3]), whole(batches[3:])]), plainly(plain)(batches))
     assert_same_values(plain, traced)
     assert not whole.works and (traced.model.trunk.weight - before).abs().min() > 0
+
+
+SCALES = {"a": {"b": 1.0}}
+SCALE = 1.0
+
+
+class Scaled(nn.Linear):
+    """A layer that is scaled by a number inside of something."""
+
+    def forward(self, x):
+        inside = {
+            "object": self.made.scale,
+            "nested": self.nested["a"]["b"],
+            "global": SCALE,
+            "table": SCALES["a"]["b"],
+        }
+        return super().forward(x) * inside[self.kind]
+
+
+def scale_by(value, kind, layer):
+    if kind == "global":
+        globals()["SCALE"] = value
+    elif kind == "object":
+        layer.made.scale = value
+    else:
+        (SCALES if kind == "table" else layer.nested)["a"]["b"] = value
+
+
+@pytest.mark.parametrize("kind", ["object", "nested", "global", "table"])
+def test_a_number_inside_of_something_is_followed(kind):
+    def scaled(model):
+        layer = model.joint.decode.hidden[0]
+        layer.__class__, layer.kind = Scaled, kind
+        layer.made, layer.nested = SimpleNamespace(scale=1.0), {"a": {"b": 1.0}}
+
+    plain, traced, whole, batches = begun("elbo-path", change=scaled)
+    for value in (1.0, 0.5, 0.5, 1.0):
+        for loop, take in ((plain, plainly(plain)), (traced, whole)):
+            scale_by(value, kind, loop.model.joint.decode.hidden[0])
+            take(batches[:1])
+    assert_same_values(plain, traced)
+    assert whole.works and len(whole.traces) == 2
+
+
+def test_a_model_that_draws_by_python_is_not_traced(recwarn):
+    def noisy(layer):
+        layer.register_forward_hook(lambda module, given, made: made * (1 + random.random() + np.random.rand()))
+
+    plain, traced, whole, batches = begun("elbo-path")
+    found = []
+    for loop, take in ((plain, plainly(plain)), (traced, whole)):
+        noisy(loop.model.joint.decode.hidden[0])
+        random.seed(0)
+        np.random.seed(0)
+        found.append(torch.cat([take(batches[:3]), take(batches[3:])]))
+    assert torch.equal(*found) and not whole.works
 
 
 def test_a_setting_that_changes_at_every_step_ends_the_compiling(recwarn):

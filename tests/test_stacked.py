@@ -220,6 +220,16 @@ def test_a_stack_needs_as_many_draws_as_the_row_that_needs_most():
         stacked.side_by_side(rows).check(1)
 
 
+class Calm(nn.Module):
+    """Limits what comes back through it, by its norm over all observations."""
+
+    def forward(self, x):
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(lambda slope: slope * 1e-3 / slope.norm())
+        return x
+
+
 def test_what_cannot_be_stacked_is_refused(split):
     with pytest.raises(InputError, match="must have the same recipe, but for the seed"):
         StackedTraining([trainings(split)[0], trainings(split, k=1)[0]])
@@ -245,6 +255,15 @@ def test_what_cannot_be_stacked_is_refused(split):
     hooked[1].model.encoder.mean.weight.register_hook(lambda slope: slope)
     with pytest.raises(InputError, match="parameter 'encoder.mean.weight' has a hook, which a stack does not call"):
         StackedTraining(hooked)
+    hooked = trainings(split)
+    hooked[1].model.encoder.mean.register_full_backward_hook(lambda module, above, below: None)
+    with pytest.raises(InputError, match="a Linear of the model has a hook: train each model by itself"):
+        StackedTraining(hooked)
+    limited = trainings(split)
+    for one in limited:
+        one.model.encoder.hidden.append(Calm())
+    with pytest.raises(InputError, match="does not do what each model does alone"):
+        StackedTraining(limited)
     started = trainings(split)
     started[1].step = 1
     with pytest.raises(InputError, match="before their first step alone"):

@@ -9,11 +9,14 @@ step is, from the loss to the optimiser's last write in place, hooks and all, as
 from __future__ import annotations
 
 import copy
+import random
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
@@ -24,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 from vaelib.objectives import Objective
 from vaelib.optimizers import RULES
 from vaelib.posteriors import Latent
+from vaelib.posteriors.stopping import PLUMBING
 
 MOST_TRACES = 8
 """Of one training: what changes more often is not worth the compiler's time."""
@@ -274,16 +278,22 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Put all that a model remembers back to what it was; raise Unsteady if that is more than values in place."""
     settings, states = Settings(model), [(module, extra_state(module)) for module in model.modules()]
+    plain, arrays = random.getstate(), np.random.get_state()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     yield
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
+    drawn = random.getstate() != plain or np.random.get_state()[2] != arrays[2]
+    random.setstate(plain)
+    np.random.set_state(arrays)
     changed = settings.restore()
     for module, state in states:
         if not alike(state, extra_state(module)):
             module.set_extra_state(state)
             changed.append(module)
+    if drawn:
+        raise Unsteady("the model draws by NumPy or by Python's random")
     if changed:
         raise Unsteady(f"a step changes an attribute of its {type(changed[0]).__name__}, or its extra state")
 
@@ -316,6 +326,8 @@ class Settings:
     def __init__(self, model: nn.Module) -> None:
         self.of = [(module, self.read(module)) for module in model.modules()]
         self.learns = [(p, p.requires_grad) for p in model.parameters()]
+        inside = [(then, name) for _, then in self.of for name in then.keys() - PLUMBING if has_inside(then[name])]
+        self.inside = [(place, name, said(place[name])) for place, name in (*inside, *globals_of(model))]
 
     @staticmethod
     def read(module: nn.Module) -> dict[str, Any]:
@@ -332,9 +344,40 @@ class Settings:
 
     def hold(self) -> bool:
         """Whether all is as it was; a tensor in the place of another one is not."""
-        return all(same(module.__dict__, then) for module, then in self.of) and all(
-            p.requires_grad == then for p, then in self.learns
+        return (
+            all(same(module.__dict__, then) for module, then in self.of)
+            and all(p.requires_grad == then for p, then in self.learns)
+            and all(same({0: said(place.get(name))}, {0: then}) for place, name, then in self.inside)
         )
+
+
+def has_inside(value: Any) -> bool:
+    """Whether something can change and stay the same object: a container, or an object that is none of torch's."""
+    if isinstance(value, Tensor | nn.Module | type | types.ModuleType) or callable(value):
+        return False
+    return isinstance(value, dict | list | tuple | set) or hasattr(value, "__dict__")
+
+
+def said(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Return what a value says now, with all that is inside; what has no inside is itself."""
+    if not has_inside(value) or id(value) in above:
+        return value
+    above = (*above, id(value))
+    if isinstance(value, list | tuple | set):
+        return type(value).__name__, [said(part, above) for part in value]
+    content = value if isinstance(value, dict) else vars(value)
+    return type(value), {name: said(part, above) for name, part in content.items()}
+
+
+def globals_of(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Return where the numbers and containers are that the methods of a model's classes take from their files."""
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    foreign = (kind for kind in classes if not kind.__module__.startswith(("torch.", "vaelib.", "builtins")))
+    methods = [m for kind in foreign for m in vars(kind).values() if isinstance(m, types.FunctionType)]
+    found = [(m.__globals__, name) for m in methods for name in m.__code__.co_names if name in m.__globals__]
+    return [
+        (place, name) for place, name in found if has_inside(place[name]) or type(place[name]) in (int, float, bool)
+    ]
 
 
 def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:

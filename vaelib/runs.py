@@ -40,7 +40,7 @@ from vaelib.config import DEVICES, Config, Recipe
 from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
-from vaelib.posteriors import as_posterior
+from vaelib.posteriors import as_posterior, is_ours
 from vaelib.training import UNRECORDED, Diverged, HeldOut, Training, check_repeats, mean_bound, stream, world
 
 FORMAT = 2
@@ -276,6 +276,12 @@ class Run:
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Return ``n`` observations of the model's own, for z drawn from its prior: pixels' means, or tokens."""
         whole_number("n", n, least=1)
+        kind = type(self._joint)
+        if is_ours(kind, "sample_prior") and not is_ours(kind, "log_prior"):
+            raise InputError(
+                f"this {kind.__name__} redefines log_prior, but its sample_prior is that of the class it comes from, "
+                "which draws from another prior: redefine sample_prior too"
+            )
         x = self.data.train.batch(slice(0, 1), stream("test", 0, next(self.model.parameters()).device))
         generator = generator or torch.Generator(x.device).manual_seed(0)
         q = as_posterior(self.model.encoder(x))

@@ -322,6 +322,10 @@ def of_seed(training: Training) -> Iterator[None]:
         raise Diverged(f"seed {training.recipe.seed}: {error}") from None
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Of a module, which what takes its place in a stack does not have."""
+
+
 def check_alike(first: Training, other: Training) -> None:
     """Raise InputError if two trainings differ in more than weights, seed and row."""
     if replace(other.recipe, seed=first.recipe.seed) != first.recipe:
@@ -330,15 +334,18 @@ def check_alike(first: Training, other: Training) -> None:
         raise InputError("trainings side by side must have equally many images, on the same device")
     if other.step:
         raise InputError("trainings can be stacked before their first step alone; load a state of them afterwards")
+    for module in other.model.modules():
+        if any(getattr(module, name) for name in HOOKS):
+            raise InputError(f"a {type(module).__name__} of the model has a hook: train each model by itself")
     if hooked := fast.with_hook(other.model):
         raise InputError(f"parameter '{hooked}' has a hook, which a stack does not call: train each model by itself")
     if other.hooks or not other.fixed:
         raise InputError("a training with hooks, or an estimator that changes, cannot be stacked: train it by itself")
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
-    """Raise InputError unless two observations of each training have the losses in the stack that they have alone."""
+    """Raise InputError unless two observations of each have the losses and slopes in the stack that they have alone."""
     model = stack([copy.deepcopy(t.model) for t in trainings])
     xs = [t.split.batch(slice(0, 2), stream("test", t.recipe.seed, t.device)) for t in trainings]
     qs = [t.model.encoder(x) for t, x in zip(trainings, xs)]
@@ -349,11 +356,26 @@ def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
     x = torch.cat(xs)
     together = estimator.loss(model.joint, model.encoder(x), x, join(noise))
     tolerance = 1e4 * torch.finfo(together.dtype).eps
-    if not torch.allclose(torch.cat(alone), together, rtol=tolerance, atol=tolerance, equal_nan=True):
+    same = [torch.allclose(torch.cat(alone), together, rtol=tolerance, atol=tolerance, equal_nan=True)]
+    each = zip(*(slopes(t.model, loss) for t, loss in zip(trainings, alone)), strict=True)
+    for whole, parts in zip(slopes(model, together / len(trainings)), each, strict=True):
+        size = tolerance * max(1.0, whole.abs().max().item())
+        same.append(torch.allclose(torch.stack(parts).view_as(whole), whole, rtol=tolerance, atol=size, equal_nan=True))
+    if not all(same):
         raise InputError(
             "the stacked model does not do what each model does alone, as with a layer that draws or mixes the "
             "observations of a batch: train each model by itself"
         )
+
+
+def slopes(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    """Return the gradient of a summed loss in each parameter of a model, 0 where there is none."""
+    parameters = list(model.parameters())
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    learning = [p for p in parameters if p.requires_grad]
+    found = dict(zip(map(id, learning), torch.autograd.grad(loss.sum(), learning, allow_unused=True), strict=True))
+    return [torch.zeros_like(p) if found.get(id(p)) is None else found[id(p)] for p in parameters]
 
 
 def join(noise: Sequence[Latent]) -> Latent:

@@ -88,7 +88,9 @@ def modules_in(value: Any) -> Iterator[nn.Module]:
             continue
         seen.add(id(part))
         if isinstance(part, nn.Module):
-            yield from part.modules()
+            for module in part.modules():
+                yield module
+                rest += functions_in([held for name, held in module.__dict__.items() if name not in CONTENT])
         else:
             held = [getattr(part, "__self__", None), getattr(part, "__func__", None), *_closed_over(part)]
             rest += functions_in([*held, *getattr(part, "__dict__", {}).values()])
