@@ -156,6 +156,29 @@ def test_a_prior_with_a_full_covariance_has_its_path_too():
     torch.testing.assert_close(*found)
 
 
+class Pointed(DiagonalGaussian):
+    """A Laplace that whitens as the Gaussian does."""
+
+    def log_prob(self, z):
+        return torch.distributions.Laplace(self.mean, self.log_std.exp()).log_prob(z).sum(-1)
+
+
+def test_a_prior_that_is_redefined_by_half_has_no_path():
+    class Laplace(nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.other = other
+
+        def forward(self, z):
+            return Pointed(*vars(self.other(z)).values())
+
+    joint, encoder = layers()
+    other = models.HierarchicalJoint(Laplace(joint.priors[0]), joint.decode)
+    q = encoder(X)
+    with pytest.raises(InputError, match="a Pointed redefines log_prob, but its whiten is that of the class it comes"):
+        GDREG["iwae-dreg"].loss(other, q, X, q.noise(2))
+
+
 def test_gdreg_says_what_it_is_for():
     for name in ESTIMATORS.keys() - set(gdreg.ROWS):
         with pytest.raises(InputError, match=f"elbo-path and iwae-dreg, but the estimator is '{name}'"):

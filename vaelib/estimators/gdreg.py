@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vaelib.bounds import check_form
 from vaelib.errors import InputError
 from vaelib.estimators.base import LossEstimator, log_weight
 from vaelib.estimators.tableau import Row
@@ -61,6 +62,7 @@ def gdreg(row: Row) -> LossEstimator:
         still, held = stop_gradient(joint), q.stop_gradient()
         z1, z2 = map_latent(Tensor.detach, held.sample(eps))
         prior = joint.priors[0](z2)
+        check_form(prior, "whiten")
         e = prior.whiten(z1 - prior.mean).detach()
         shift = prior.sample(e)
         moved = z1 + (shift - shift.detach()), z2  # the same point to the bit, now a function of the prior's parameters
