@@ -90,9 +90,11 @@ def test_both_decoders_share_the_score_only_on_the_same_noise():
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-@pytest.mark.parametrize("name", ["silent-annealed", "silent-control-variate"])
-def test_the_chapter_reads_whole_tables(name):
-    """Every run of the short preset, and none twice: a missing seed would change a standard error without a word."""
+@pytest.mark.parametrize(
+    ("name", "preset"), [("silent-annealed", "short"), ("silent-annealed", "long"), ("silent-control-variate", "short")]
+)
+def test_the_chapter_reads_whole_tables(name, preset):
+    """Every run of the preset, and none twice: a missing seed would change a standard error without a word."""
     experiment = find(name)
-    tasks = {task.key for task in experiment.tasks("short")}
-    assert tasks and tasks == {key for key in finished(experiment, RESULTS) if key[0] == "short"}
+    tasks = {task.key for task in experiment.tasks(preset)}
+    assert tasks and tasks == {key for key in finished(experiment, RESULTS) if key[0] == preset}

@@ -69,6 +69,41 @@ def test_an_observation_with_a_slip_of_the_pen_is_not_lost_without_a_word(tmp_pa
         data.load(str(tmp_path / "b.csv"))
 
 
+@pytest.mark.parametrize("count", [19, 21])
+def test_labels_must_be_as_many_as_observations(tmp_path, count):
+    np.savez(tmp_path / "a.npz", images=BYTES, labels=np.arange(count))
+    with pytest.raises(InputError, match=f"a.npz' has 20 observations, but {count} labels, for its part train"):
+        data.load(str(tmp_path / "a.npz"))
+
+
+def test_what_is_held_out_of_a_sorted_part_is_of_all_labels(tmp_path):
+    images, labels = RANDOM.random((500, 4)), np.repeat(np.arange(5), 100)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images[:9], y_test=labels[:9])
+    found = data.load(str(tmp_path / "a.npz"))
+    held = found.hold_out(50)
+    assert held.valid.labels.unique().tolist() == list(range(5)) == held.train.labels.unique().tolist()
+    assert torch.equal(found.test.grey, torch.tensor(images[:9], dtype=torch.float32))
+    whole = torch.cat([held.train.grey, held.valid.grey])
+    assert torch.equal(whole[whole[:, 0].argsort()], torch.tensor(images[images[:, 0].argsort()], dtype=torch.float32))
+    place = {tuple(image): label for image, label in zip(images.astype(np.float32).tolist(), labels.tolist())}
+    assert [place[tuple(image)] for image in held.train.grey.tolist()] == held.train.labels.tolist()
+
+
+def test_parts_go_by_their_names_however_they_are_written(tmp_path):
+    for place in ("Train/a", "Train/b", "TESTING/a"):
+        for i in range(4):
+            save(tmp_path / place / f"{i}.png", BYTES[i])
+    found = data.load(str(tmp_path))
+    assert len(found.train) == 8 and len(found.test) == 4
+    save(tmp_path / "test/a/0.png", BYTES[0])
+    with pytest.raises(InputError, match="has TESTING and test, which are one part, test: put them into one"):
+        data.load(str(tmp_path))
+    (tmp_path / "Train").rename(tmp_path / "c")
+    (tmp_path / "TESTING").rename(tmp_path / "d")
+    with pytest.raises(InputError, match="has test, but no folder train beside it"):
+        data.load(str(tmp_path))
+
+
 def test_bytes_that_are_bits_are_not_divided_by_255(tmp_path):
     np.save(tmp_path / "a.npy", BYTES % 2)
     with pytest.raises(InputError, match="a.npy' has bytes of 0 and 1 alone, .*: save bits as such"):

@@ -199,13 +199,17 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class Images:
-    """A data set of images: ``train``, ``test``, and ``valid`` where there is one (else None)."""
+    """A data set of images: ``train``, ``test``, and ``valid`` where there is one (else None).
+
+    ``by_label`` says that the training images may be sorted by label.
+    """
 
     name: str
     note: str
     train: Split
     valid: Split | None
     test: Split
+    by_label: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -222,7 +226,7 @@ class Images:
         return replace(self, **{name: split and function(split) for name, split in splits.items()})
 
     def hold_out(self, valid: int) -> Images:
-        """Part the last ``valid`` images of the training set from the rest.
+        """Part the last ``valid`` images of the training set from the rest, or some by a seed if it may be sorted.
 
         Raises
         ------
@@ -235,11 +239,16 @@ class Images:
         if not 0 < valid < len(train):
             raise InputError(f"valid is {valid:,}, expected 0, or less than {self.name}'s {len(train):,} for train")
 
-        def part(chosen: slice) -> Split:
+        rest, last = slice(None, -valid), slice(-valid, None)
+        if self.by_label:
+            order = torch.from_numpy(np.random.RandomState(0).permutation(len(train)))  # NumPy keeps it for ever
+            rest, last = (order[where].to(train.grey.device) for where in (rest, last))
+
+        def part(chosen: slice | Tensor) -> Split:
             labels = None if train.labels is None else train.labels[chosen]
             return replace(train, grey=train.grey[chosen], labels=labels)
 
-        return replace(self, train=part(slice(None, -valid)), valid=part(slice(-valid, None)))
+        return replace(self, train=part(rest), valid=part(last))
 
 
 BINARISATIONS = {
@@ -265,6 +274,8 @@ class ImageSet:
         Part -> interchangeable files that hold it, the preferred one first. Empty for what is built in.
     note : str
         What must be said wherever numbers on this set are shown.
+    by_label : bool
+        Whether the training images may be sorted by label.
     """
 
     name: str
@@ -276,6 +287,7 @@ class ImageSet:
     citation: str
     files: Mapping[str, tuple[File, ...]] | None = None
     note: str = ""
+    by_label: bool = False
 
     def load(self, binarisation: str | None = None, seed: int = 0, valid: int = 0) -> Images:
         """Read the files and return the splits; see :func:`vaelib.data.load`."""
@@ -298,7 +310,7 @@ class ImageSet:
                 pixels.shape[1:] if pixels.ndim > 2 else (1, pixels.shape[1]),
                 binarisation,
             )
-        images = Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"])
+        images = Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"], self.by_label)
         return images.hold_out(valid) if valid else images
 
 

@@ -10,7 +10,8 @@
 ======================  ============================================================================================
 
 Bytes become levels in [0, 1] by division by 255; other numbers stay what they are. What comes in one piece is divided
-by a fixed seed: a tenth for validation, a tenth for testing, the rest for training.
+by a fixed seed: a tenth for validation, a tenth for testing, the rest for training. What is held out later is chosen
+by a seed too, since files are often sorted by label.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vaelib.errors import InputError
 from vaelib.files import read, read_text
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-PARTS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+PARTS = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 IMAGES, LABELS = ("images", "x", "data"), ("labels", "label", "y", "targets")
 COLUMNS = ("label", "labels")  # of a table, where y may be a coordinate
 
@@ -43,7 +44,7 @@ def image_set(path: Path) -> ImageSet:
     size = "its own"
     return ImageSet(
         str(path), f"your own, in {path}", size, lambda files: divided(whole(path), path), ("grey", "dynamic", "fixed"),
-        licence="", citation="",
+        licence="", citation="", by_label=True,
     )  # fmt: skip
 
 
@@ -78,6 +79,9 @@ def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
     """Return the parts, as levels; part by a fixed seed what came in one piece."""
     if empty := [name for name, (images, _) in parts.items() if images.ndim and not len(images)]:
         raise InputError(f"'{path}' has nothing in its part {empty[0]}: put observations there, or leave it out")
+    for name, (images, labels) in parts.items():
+        if labels is not None and len(labels) != len(images):
+            raise InputError(f"'{path}' has {len(images)} observations, but {len(labels)} labels, for its part {name}")
     if len({images.dtype == np.uint8 for images, _ in parts.values()}) > 1:
         kinds = ", ".join(f"{name}: {images.dtype}" for name, (images, _) in parts.items())
         raise InputError(
@@ -251,7 +255,19 @@ def pictures(path: Path) -> list[Path]:
 
 def folder(path: Path) -> dict[str, Part]:
     """Read pictures; folders that are called like parts are these, others name labels."""
-    places = {part: [path / name for name in names if (path / name).is_dir()] for part, names in PARTS.items()}
+    inside = sorted(child for child in path.iterdir() if child.is_dir())
+    places = {part: [child for child in inside if child.name.lower() in names] for part, names in PARTS.items()}
+    for part, found in places.items():
+        if len(found) > 1 or (found and not places["train"]):
+            names = " and ".join(child.name for child in found)
+            raise InputError(
+                f"'{path}' has {names}, "
+                + (
+                    f"which are one part, {part}: put them into one"
+                    if len(found) > 1
+                    else "but no folder train beside it"
+                )
+            )
     parts = {part: found[0] for part, found in places.items() if found} if places["train"] else {"train": path}
     files = {part: pictures(place) for part, place in parts.items()}
     for part, found in files.items():
