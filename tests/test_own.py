@@ -110,6 +110,11 @@ def test_bytes_that_are_bits_are_not_divided_by_255(tmp_path):
         data.load(str(tmp_path / "a.npy"))
     np.savez(tmp_path / "b.npz", train=BYTES, test=BYTES % 2)
     assert data.load(str(tmp_path / "b.npz")).test.grey.max() == np.float32(1 / 255)
+    np.save(tmp_path / "d.npy", BYTES % 17)
+    with pytest.warns(
+        UserWarning, match="d.npy' has bytes of at most 16, and bytes are divided by 255: if 16 is white"
+    ):
+        data.load(str(tmp_path / "d.npy"))
     np.save(tmp_path / "c.npy", (BYTES % 2).astype(bool))
     assert data.load(str(tmp_path / "c.npy")).train.grey.max() == 1
 

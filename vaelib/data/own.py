@@ -34,6 +34,8 @@ from vaelib.files import read, read_text
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 PARTS = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 IMAGES, LABELS = ("images", "x", "data"), ("labels", "label", "y", "targets")
+DARK = 64
+"""Where no byte is as much, 255 is hardly white."""
 COLUMNS = ("label", "labels")  # of a table, where y may be a coordinate
 
 Part = tuple[np.ndarray, np.ndarray | None]
@@ -88,10 +90,17 @@ def divided(parts: Mapping[str, Part], path: Path) -> Arrays:
             f"the parts of '{path}' are on different scales ({kinds}), and only bytes are divided by 255: save them "
             "all as one type"
         )
-    if all(images.dtype == np.uint8 and images.size and images.max() <= 1 for images, _ in parts.values()):
+    bytes_of = [images for images, _ in parts.values() if images.dtype == np.uint8 and images.size]
+    most = max((int(images.max()) for images in bytes_of), default=255)
+    if most <= 1:
         raise InputError(
             f"'{path}' has bytes of 0 and 1 alone, and bytes are divided by 255: save bits as such, or as numbers, "
             "x.astype(bool) or x.astype('float32')"
+        )
+    if most < DARK:
+        warnings.warn(
+            f"'{path}' has bytes of at most {most}, and bytes are divided by 255: if {most} is white, save "
+            f"(x / {most}).astype('float32')"
         )
     known = classes([labels for _, labels in parts.values() if labels is not None])
     arrays = {name: (levels(images, path), known(labels)) for name, (images, labels) in parts.items()}
