@@ -1225,8 +1225,8 @@ def test_a_stage_goes_on_from_the_one_before_and_together_is_alone(tmp_path, mon
         alone = experiment.run(task.config, task.seed, tmp_path / "smoke" / task.name, "cpu", lambda done: None)
         for mine, theirs in zip(alone, found[task.key], strict=True):
             assert mine.metric == theirs.metric
-            if mine.metric == "training bound":
-                assert mine.value == pytest.approx(theirs.value, abs=1e-3)
+            if mine.metric in ("training bound", "nll"):
+                assert mine.value == pytest.approx(theirs.value, abs=1e-2)
     path = tmp_path / "trained" / "digits-mlp-2-elbo-path-k1-0"
     assert [runs.load(path / stage, "cpu").history[-1]["epoch"] for stage in ("1", "4")] == [1, 4]
     first = runs.read_state(path / "1" / "checkpoint.pt"), runs.read_state(path / "4" / "checkpoint.pt")

@@ -198,6 +198,7 @@ def test_folders_behind_links_are_read_once(tmp_path):
             save(tmp_path / f"pics/{name}" / f"{i}.png" if name == "cat" else tmp_path / name / f"{i}.png", BYTES[i])
     (tmp_path / "pics/dog").symlink_to(tmp_path / "elsewhere/dog")
     (tmp_path / "pics/cat/round").symlink_to(tmp_path / "pics")
+    save(tmp_path / "pics/.ipynb_checkpoints/0-checkpoint.png", BYTES[0])
     images = data.load(str(tmp_path / "pics"))
     assert sum(map(len, (images.train, images.valid, images.test))) == 20
     assert images.train.labels.unique().tolist() == [0, 1]

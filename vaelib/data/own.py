@@ -256,9 +256,9 @@ def pictures(path: Path) -> list[Path]:
     """Return the pictures in a folder and the folders inside it, in the order of their names."""
     seen, found = set(), []
     for place, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in seen]
+        folders[:] = [name for name in folders if name[0] != "." and os.path.realpath(Path(place, name)) not in seen]
         seen |= {os.path.realpath(Path(place, name)) for name in folders}  # a link may lead back
-        found += (Path(place, name) for name in files if not name.startswith("."))
+        found += (Path(place, name) for name in files if name[0] != ".")
     return sorted(file for file in found if file.suffix.lower() in PICTURES and file.is_file())
 
 

@@ -39,8 +39,8 @@ MARGIN = 0.1
 FEWEST = 10
 """Seeds below which nothing is decided."""
 LEVEL = 0.95
-EVALUATED_AT_ONCE = 2000
-"""Images, on a GPU."""
+EVALUATED_AT_ONCE = {"cpu": 100, "cuda": 2000}
+"""Images: as alone, so that the draws are those of a run alone, or as many as fill a GPU."""
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """What asks a training to save and end."""
 
@@ -129,7 +129,7 @@ def train_together(
             for task in stage:
                 training = stack.trainings[who.index((task.config["estimator"], task.seed))]
                 start = time.monotonic()
-                found = runs.measure(training, images, task.config["samples"], batch_size=EVALUATED_AT_ONCE)
+                found = runs.measure(training, images, task.config["samples"], batch_size=EVALUATED_AT_ONCE[device])
                 seconds = stack.seconds / len(who)
                 numbers = measured(found, training.history[-1]["bound"], seconds)
                 add(task, numbers, seconds + time.monotonic() - start)
