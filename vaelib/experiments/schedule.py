@@ -40,7 +40,7 @@ FEWEST = 10
 """Seeds below which nothing is decided."""
 LEVEL = 0.95
 EVALUATED_AT_ONCE = {"cpu": 100, "cuda": 2000}
-"""Images: as alone, so that the draws are those of a run alone, or as many as fill a GPU."""
+"""As many as alone, so that the draws are those of a run alone, or as many as fill a GPU."""
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """What asks a training to save and end."""
 
