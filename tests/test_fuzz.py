@@ -171,16 +171,18 @@ def test_a_run_with_an_absurd_setting_is_used_or_refused(run_dir, command, name,
 
 
 KNOWN = {*estimators.ESTIMATORS, *estimators.ALIASES}
+NAMES = {*data.DATASETS, *data.TEXTS, *experiments.EXPERIMENTS, *models.MODELS, "auto", "cpu", "cuda"}
 
 
 @given(JSON)
+@example("mlp-1")
 def test_names_of_any_type_are_found_or_refused(name):
     for look in (
         data.load, estimators.get, experiments.find, lambda name: models.build(name, 4), runs.find_device,
         lambda value: models.build("linear", 4, latent=str(value) if isinstance(value, int) else value),
         lambda value: data.load("digits", valid=value if not isinstance(value, int) else -1),
     ):  # fmt: skip
-        if name in ("digits", "auto", "cpu") or look is estimators.get and str(name).strip().lower() in KNOWN:
+        if isinstance(name, str) and name in NAMES or look is estimators.get and str(name).strip().lower() in KNOWN:
             continue
         with pytest.raises(InputError):
             look(name)
