@@ -420,7 +420,11 @@ def run_experiment(
     ] = None,
     gpu_share: Annotated[float, typer.Option(help="What a run asks of a GPU on a cluster.")] = 1.0,
     together: Annotated[
-        bool, typer.Option("--together", help="Make many runs as one, the way to fill a GPU, where the experiment can.")
+        bool,
+        typer.Option(
+            "--together",
+            help="Make many runs as one, the way to fill a GPU, where the experiment can; one such command at a time.",
+        ),
     ] = False,
     results: ResultsFolder = Path("results"),
     runs: Annotated[Path, typer.Option(help="The folder of checkpoints, which a cluster must share.")] = Path("runs"),
