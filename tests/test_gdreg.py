@@ -3,7 +3,17 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import DTYPE, AffineGaussian, OneLayerEncoder, OneLayerJoint, exact_gradient, parameter, quadrature
+from toys import (
+    DTYPE,
+    AffineGaussian,
+    OneLayerEncoder,
+    OneLayerJoint,
+    Pointed,
+    Remade,
+    exact_gradient,
+    parameter,
+    quadrature,
+)
 
 from vaelib import gdreg, models, objectives
 from vaelib.bounds import BOUNDS
@@ -139,41 +149,20 @@ def test_the_likelihood_of_a_joint_of_one_s_own_counts():
 def test_a_prior_with_a_full_covariance_has_its_path_too():
     """The same Gaussian, written in two ways, has one gradient."""
 
-    class Full(nn.Module):
-        def __init__(self, other):
-            super().__init__()
-            self.other = other
-
-        def forward(self, z):
-            p = self.other(z)
-            return FullGaussian(p.mean, torch.diag_embed(p.log_std.exp()))
+    def as_full(p):
+        return FullGaussian(p.mean, torch.diag_embed(p.log_std.exp()))
 
     joint, encoder = layers()
     eps, x = (randn(3, 4, 1), randn(3, 4, 1, seed=1)), randn(4, 1, seed=2)
-    full = models.HierarchicalJoint(Full(joint.priors[0]), joint.decode)
+    full = models.HierarchicalJoint(Remade(joint.priors[0], as_full), joint.decode)
     wanted = [*joint.parameters(), *encoder.parameters()]
     found = [torch.autograd.grad(GDREG["iwae-dreg"].loss(j, encoder(x), x, eps).mean(), wanted) for j in (joint, full)]
     torch.testing.assert_close(*found)
 
 
-class Pointed(DiagonalGaussian):
-    """A Laplace that whitens as the Gaussian does."""
-
-    def log_prob(self, z):
-        return torch.distributions.Laplace(self.mean, self.log_std.exp()).log_prob(z).sum(-1)
-
-
 def test_a_prior_that_is_redefined_by_half_has_no_path():
-    class Laplace(nn.Module):
-        def __init__(self, other):
-            super().__init__()
-            self.other = other
-
-        def forward(self, z):
-            return Pointed(*vars(self.other(z)).values())
-
     joint, encoder = layers()
-    other = models.HierarchicalJoint(Laplace(joint.priors[0]), joint.decode)
+    other = models.HierarchicalJoint(Remade(joint.priors[0], lambda p: Pointed(p.mean, p.log_std)), joint.decode)
     q = encoder(X)
     with pytest.raises(InputError, match="a Pointed redefines log_prob, but its whiten is that of the class it comes"):
         GDREG["iwae-dreg"].loss(other, q, X, q.noise(2))

@@ -38,6 +38,24 @@ def normal(z: Tensor, mean: Tensor | float) -> Tensor:
     return standard_normal_log_prob(z - mean)
 
 
+class Pointed(DiagonalGaussian):
+    """A Laplace distribution that has all of its base's but the density."""
+
+    def log_prob(self, z):
+        return distributions.Laplace(self.mean, self.log_std.exp()).log_prob(z).sum(-1)
+
+
+class Remade(nn.Module):
+    """A network with something made of what it returns."""
+
+    def __init__(self, network, make):
+        super().__init__()
+        self.network, self.make = network, make
+
+    def forward(self, z):
+        return self.make(self.network(z))
+
+
 class OneLayerJoint(nn.Module):
     """p(z) = N(0, 1), p(x | z) = N(theta z, 1)."""
 

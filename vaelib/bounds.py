@@ -19,7 +19,7 @@ from vaelib.posteriors import (
     Latent,
     Posterior,
     draws,
-    is_ours,
+    redefines_half,
     standard_normal_log_prob,
     times,
     tracing,
@@ -123,7 +123,7 @@ def prior_of(joint: nn.Module, q) -> Posterior | None:
             "models.Joint, whose prior is the standard normal"
         )
     for whole, part in PARTS.items():
-        if is_ours(type(joint), part) and hasattr(type(joint), whole) and not is_ours(type(joint), whole):
+        if redefines_half(type(joint), whole, part):
             raise InputError(
                 f"this {type(joint).__name__} redefines {whole}, but its {part} is that of the class it comes from, "
                 f"and a closed form asks for that: redefine {part} too, or use a row of the tableau"
@@ -148,7 +148,7 @@ PARTS = {"forward": "log_likelihood", "log_prior": "prior"}
 
 def check_form(q: Posterior, form: str) -> None:
     """Raise InputError if q has the closed form of its base, and another density."""
-    if is_ours(type(q), form) and not is_ours(type(q), "log_prob"):
+    if redefines_half(type(q), "log_prob", form):
         raise InputError(
             f"a {type(q).__name__} redefines log_prob, but its {form} is that of the class it comes from: redefine "
             f"{form} too, or use a row of the tableau, which estimates it from draws"

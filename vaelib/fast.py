@@ -324,15 +324,10 @@ class Settings:
     """All that is taken for constant of a model: modes, parts, every attribute, and which parameters learn."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.of = [(module, self.read(module)) for module in model.modules()]
+        self.of = [(module, copied(module.__dict__)) for module in model.modules()]
         self.learns = [(p, p.requires_grad) for p in model.parameters()]
         inside = [(then, name) for _, then in self.of for name in then.keys() - PLUMBING if has_inside(then[name])]
         self.inside = [(place, name, said(place[name])) for place, name in (*inside, *globals_of(model))]
-
-    @staticmethod
-    def read(module: nn.Module) -> dict[str, Any]:
-        """Return a module's attributes as they are now."""
-        return copied(module.__dict__)
 
     def restore(self) -> list[nn.Module]:
         """Put all attributes back to what they were; return the modules that were not so."""

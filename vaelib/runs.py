@@ -40,7 +40,7 @@ from vaelib.config import DEVICES, Config, Recipe
 from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
 from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
-from vaelib.posteriors import as_posterior, is_ours
+from vaelib.posteriors import as_posterior, redefines_half
 from vaelib.training import UNRECORDED, Diverged, HeldOut, Training, check_repeats, mean_bound, stream, world
 
 FORMAT = 2
@@ -277,7 +277,7 @@ class Run:
         """Return ``n`` observations of the model's own, for z drawn from its prior: pixels' means, or tokens."""
         whole_number("n", n, least=1)
         kind = type(self._joint)
-        if is_ours(kind, "sample_prior") and not is_ours(kind, "log_prior"):
+        if redefines_half(kind, "log_prior", "sample_prior"):
             raise InputError(
                 f"this {kind.__name__} redefines log_prior, but its sample_prior is that of the class it comes from, "
                 "which draws from another prior: redefine sample_prior too"

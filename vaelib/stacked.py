@@ -368,14 +368,10 @@ def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
         )
 
 
-def slopes(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Return the gradient of a summed loss in each parameter of a model, 0 where there is none."""
-    parameters = list(model.parameters())
-    if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    learning = [p for p in parameters if p.requires_grad]
-    found = dict(zip(map(id, learning), torch.autograd.grad(loss.sum(), learning, allow_unused=True), strict=True))
-    return [torch.zeros_like(p) if found.get(id(p)) is None else found[id(p)] for p in parameters]
+def slopes(model: nn.Module, loss: Tensor) -> Sequence[Tensor]:
+    """Return the gradient of a summed loss in each parameter of a model that learns, 0 where there is none."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss.sum(), learning, materialize_grads=True) if loss.requires_grad else ()
 
 
 def join(noise: Sequence[Latent]) -> Latent:

@@ -72,6 +72,11 @@ def is_ours(kind: type, name: str) -> bool:
     return owner is not None and owner.__module__.startswith("vaelib.")
 
 
+def redefines_half(kind: type, whole: str, part: str) -> bool:
+    """Whether a class has ``whole`` anew, but from this package ``part``, which is to say the same."""
+    return hasattr(kind, whole) and is_ours(kind, part) and not is_ours(kind, whole)
+
+
 def tracing() -> bool:
     """Whether tensors have no values to look at: under a transform of ``torch.func``, or while a graph is traced."""
     return (
