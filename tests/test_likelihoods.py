@@ -39,7 +39,9 @@ def test_samples_have_the_right_mean():
 
 
 @pytest.mark.parametrize(
-    "x", [[0.0, 255.0], [0.0, 0.5], [-1.0, 1.0], [0.0, float("nan")], [float("inf"), 1.0], [0.0, 1.0 + 1e-6]], ids=str
+    "x",
+    [[0.0, 255.0], [0.0, 0.5], [-1.0, 1.0], [0.0, float("nan")], [float("inf"), 1.0], [0.0, 1.0 + 1e-6], [0.0, 1e-30]],
+    ids=str,
 )
 def test_pixels_that_are_not_0_or_1_have_no_bernoulli_density(x):
     """Levels, grey values, NaN: log p of them would be a number, and bound nothing."""
@@ -47,6 +49,12 @@ def test_pixels_that_are_not_0_or_1_have_no_bernoulli_density(x):
     with pytest.raises(InputError, match="for pixels of 0 and 1, but these go from"):
         likelihood.log_prob(torch.tensor([x]))
     torch.testing.assert_close(likelihood.log_prob(torch.tensor([[0.0, 1.0]])), torch.full((3, 1), -2 * 0.6931472))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.long])
+def test_pixels_that_are_whole_numbers_are_told_what_to_be(dtype):
+    with pytest.raises(InputError, match=r"must be floating-point numbers, but x is .*: use x.to\(torch.float32\)"):
+        Bernoulli(torch.zeros(3, 1, 2)).log_prob(torch.ones(1, 2, dtype=dtype))
 
 
 @pytest.mark.parametrize("make", [Bernoulli, lambda m: Gaussian(m, torch.zeros(()))], ids=["Bernoulli", "Gaussian"])

@@ -55,10 +55,14 @@ def log_sum_exp(log_w: Tensor) -> Tensor:
 
 def possible(log_w: Tensor) -> Tensor:
     """Return ``log_w`` with no gradient where it is minus infinity: what is impossible teaches nothing."""
-    if not log_w.requires_grad:
+    if not log_w.requires_grad or not may_be_impossible(log_w):
         return log_w
-    never = log_w == -math.inf
-    return log_w.masked_fill(never, -math.inf) if tracing() or never.any() else log_w
+    return log_w.masked_fill(log_w == -math.inf, -math.inf)
+
+
+def may_be_impossible(log_w: Tensor) -> bool:
+    """Whether one of ``log_w`` is minus infinity, or none of them can be looked at."""
+    return tracing() or log_w.detach().amin().item() == -math.inf
 
 
 def normalised(log_w: Tensor) -> Tensor:

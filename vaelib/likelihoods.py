@@ -41,10 +41,10 @@ class Bernoulli:
         Raises
         ------
         InputError
-            for another number of pixels, or pixels that are not 0 or 1.
+            for another number of pixels, whole numbers, or pixels that are not 0 or 1.
         """
         check_pixels(x, self.logits)
-        if not tracing() and not torch.equal(x.sign().abs_(), x):
+        if not tracing() and not binary(x.detach()):
             raise InputError(
                 f"a Bernoulli likelihood is for pixels of 0 and 1, but these go from {x.min():g} to {x.max():g} and "
                 "are not all 0 or 1: binarise them (--binarisation dynamic or fixed), or take a Gaussian likelihood"
@@ -141,8 +141,15 @@ class DiscretisedLogistic:
         return (255 * x).round().clamp(0, 255) / 255
 
 
+def binary(x: Tensor) -> bool:
+    r"""Whether all are 0 or 1, the roots of :math:`x - x^2`."""
+    return torch.addcmul(x, x, x, value=-1).abs_().sum().item() == 0
+
+
 def check_pixels(x: Tensor, output: Tensor) -> None:
     """Raise InputError unless ``x`` has as many pixels as the decoder's output: one alone would fit all of them."""
+    if not x.is_floating_point():
+        raise InputError(f"pixels must be floating-point numbers, but x is {x.dtype}: use x.to({output.dtype})")
     if x.shape[-1] != output.shape[-1]:
         raise InputError(
             f"the decoder makes {output.shape[-1]} pixels, but x has {x.shape[-1]}: build the model with "

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vaelib.bounds import iwae, normalised
+from vaelib.bounds import iwae, may_be_impossible, normalised
 from vaelib.errors import InputError
 from vaelib.estimators.base import Estimator, log_joint, log_weight
 from vaelib.posteriors import (
@@ -144,7 +144,9 @@ class Row(Estimator):
 
         seen = log_w.detach()
         a, b, c = self.rule(seen)
-        total = torch.linalg.vecdot(a, log_w.masked_fill(seen == -math.inf, 0.0), dim=0)  # else 0 times infinity
+        if may_be_impossible(seen):
+            log_w = log_w.masked_fill(seen == -math.inf, 0.0)  # else 0 times infinity
+        total = torch.linalg.vecdot(a, log_w, dim=0)
         if self.scales:
             if inside_vmap():
                 raise InputError(
@@ -252,10 +254,11 @@ def mean_of_others(log_w: Tensor) -> Tensor:
     return mean.masked_fill(never.sum(0) > never, -math.inf)
 
 
-def signal(value: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
+def signal(value: Tensor, baseline: Tensor | None = None) -> Tensor:
     """Return the value less the baseline, and 0 where one of them is -inf: what is impossible teaches nothing."""
-    difference = value - baseline
-    return difference.masked_fill((value == -math.inf) | (difference == math.inf), 0.0)
+    if baseline is not None:
+        value = value.masked_fill(value == -math.inf, math.inf) - baseline
+    return value.nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)
 
 
 @row("elbo-score", bound="elbo", target="elbo", reference="williams1992")

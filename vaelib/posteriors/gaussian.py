@@ -95,7 +95,8 @@ class DiagonalGaussian(Gaussian):
 
     def log_det(self) -> Tensor:
         r"""Return :math:`\sum_d \log\sigma_d`, ``[B]``; one scale for all dimensions counts for each of them."""
-        return self.log_std.expand_as(self.mean).sum(-1)
+        log_std = self.log_std if self.log_std.shape == self.mean.shape else self.log_std.expand_as(self.mean)
+        return log_std.sum(-1)
 
     def kl(self) -> Tensor:
         r"""Return the divergence from the standard normal prior, ``[B]``.
