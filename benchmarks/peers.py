@@ -209,7 +209,7 @@ def whole_steps(at_once: int) -> Callable:
 
 
 for at_once in AT_ONCE:
-    library(f"vaelib --compile, {at_once} a call", "vaelib", lambda k: {"iwae-dreg": "iwae"})(whole_steps(at_once))
+    library(f"vaelib --compile, {at_once} a call", "vaelib", lambda k: {"iwae-total": "iwae"})(whole_steps(at_once))
 
 
 @library("Pyro", "pyro-ppl", both_bounds)

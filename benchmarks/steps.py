@@ -136,11 +136,12 @@ def workers(names: list[str], task: Problem) -> Iterator[dict[str, tuple[Worker,
             worker.stop()
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of the CSV."""
+def measure(arguments: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
+    """Return the rows of the CSV for a number of threads, which the workers that start now are held to."""
     from tqdm import tqdm
 
-    task = problem(arguments.batch_size, arguments.threads)
+    os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    task = problem(arguments.batch_size, threads)
     records = []
     with workers(arguments.only, task) as started:
         for k, n in zip(arguments.k, arguments.steps, strict=True):
@@ -152,7 +153,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     if not worst <= TOLERANCE:
                         raise SystemExit(f"{name} {row} at k = {k} is not what we compute: it differs by {worst:.1e}")
             times: dict[tuple[str, str], list[float]] = {key: [] for key in rows}
-            rounds = tqdm(range(-1, arguments.repeats), desc=f"k = {k}", unit="round", file=sys.stderr)
+            rounds = tqdm(
+                range(-1, arguments.repeats), desc=f"threads = {threads}, k = {k}", unit="round", file=sys.stderr
+            )
             for number in rounds:
                 for name, row in rows:
                     elapsed = started[name][0].ask("time", row, n)
@@ -162,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 plain = times.get((PLAIN, bound))
                 record = {"library": name, "version": started[name][1], "estimator": row, "k": k, "steps": n}
                 records.append(record | summary(times[name, row], plain))
-    shared = {"batch": arguments.batch_size, "threads": arguments.threads, "repeats": arguments.repeats}
+    shared = {"batch": arguments.batch_size, "threads": threads, "repeats": arguments.repeats}
     return [record | shared | provenance() for record in records]
 
 
@@ -214,10 +217,10 @@ def write(path: Path, records: list[dict[str, Any]], columns: Sequence[str] = CO
 
 def show(records: list[dict[str, Any]]) -> None:
     """Print the summary, a table for each k."""
-    for k in dict.fromkeys(record["k"] for record in records):
-        print(f"\n{f'k = {k}':33}{'ms a step (range)':31} x plain (range)")
+    for threads, k in dict.fromkeys((record["threads"], record["k"]) for record in records):
+        print(f"\n{f'threads = {threads}, k = {k}':33}{'ms a step (range)':31} x plain (range)")
         for r in records:
-            if r["k"] == k:
+            if (r["threads"], r["k"]) == (threads, k):
                 label = f"{r['library']}: {r['estimator']}"
                 low, mid, high = (float(r[f"ms_{part}"]) for part in ("min", "median", "max"))
                 times, ratio = f"{mid:7.3f} ({low:.3f} to {high:.3f})", float(r["ratio_to_plain"])
@@ -236,7 +239,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=20, help="images a step (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads, and cores, of each library (default: 2)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="threads, and cores, of each library (default: 1 2)"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="only these libraries"
     )
@@ -256,10 +261,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    settings = {"OMP_NUM_THREADS": arguments.threads, "MKL_NUM_THREADS": arguments.threads}
-    settings |= {"MALLOC_TRIM_THRESHOLD_": 2**29, "MALLOC_MMAP_THRESHOLD_": 2**29, "JAX_PLATFORMS": "cpu"}
+    settings = {"MALLOC_TRIM_THRESHOLD_": 2**29, "MALLOC_MMAP_THRESHOLD_": 2**29, "JAX_PLATFORMS": "cpu"}
     os.environ |= {name: str(value) for name, value in settings.items()}  # the workers start with them
-    records = measure(arguments)
+    records = [record for threads in arguments.threads for record in measure(arguments, threads)]
     write(arguments.output, records)
     show(records)
     print(f"\nWritten: {os.path.relpath(arguments.output)}")
