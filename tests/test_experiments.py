@@ -184,7 +184,7 @@ SPOILT = {
     "UTF-16": (lambda text: text.encode("utf-16"), "is not text in UTF-8"),
     "zero bytes": (in_line_3(lambda lines: lines[2].replace("kl", "k\0l")), "line 3|repeats|metric"),
     "semicolons": (lambda text: text.replace(",", ";").encode(), "has the columns preset;estimator"),
-    "nothing": (lambda text: b"", "has the columns , but"),
+    "nothing": (lambda text: b"", "csv' is empty: put a whole copy in its place"),
     **{
         f"the seed {seed}": (
             in_line_3(lambda lines, seed=seed: lines[2].replace(",50,0,kl", f",50,{seed},kl")), f"has seed '{seed}'",
@@ -749,6 +749,49 @@ def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
     (folders[0] / "measured.json").unlink()  # half a run of this machine beside a table from another one
     grid.run("stl-figure-3", "smoke", **where)
     assert gathered[1][1] == folders[1:]
+
+
+@pytest.mark.parametrize("folders", ["there", "gone"])
+def test_what_a_table_loses_while_the_grid_works_is_put_back_or_missed(tmp_path, monkeypatch, folders):
+    """A spreadsheet saves the copy that it opened before."""
+    path, runs = tmp_path / "results" / "stl-figure-3.csv", tmp_path / "runs"
+    true, older = grid.Grid.finish, []
+
+    def then_saved_by_another(self):
+        failed = true(self)
+        older.append(path.read_text())
+        path.write_text("".join(older[0].splitlines(keepends=True)[:4]))
+        if folders == "gone":
+            shutil.rmtree(runs)
+        return failed
+
+    monkeypatch.setattr(grid.Grid, "finish", then_saved_by_another)
+    if folders == "gone":
+        with pytest.raises(InputError, match=r"has lost \d of \d runs while this command worked.* makes them anew"):
+            grid.run("stl-figure-3", "smoke", results_folder=path.parent, runs_folder=runs)
+    else:
+        grid.run("stl-figure-3", "smoke", results_folder=path.parent, runs_folder=runs)
+        assert sorted(path.read_text().splitlines()) == sorted(older[0].splitlines())
+
+
+def test_where_all_runs_fail_no_others_are_spoken_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "execute", None)
+    monkeypatch.setattr(grid.Grid, "finish", lambda self: dict.fromkeys(self.waiting, "a reason"))
+    with pytest.raises(InputError, match="^(.) of \\1 runs failed, .*: a reason; the same command tries the failed"):
+        grid.run("stl-figure-3", "smoke", results_folder=tmp_path / "results", runs_folder=tmp_path / "runs")
+
+
+def test_the_command_that_is_advised_makes_the_runs_that_lack_numbers(table):
+    lines = table.read_text().splitlines(keepends=True)
+    place = lines[0].strip().split(",").index("seed")
+    stray = lines[1].split(",")
+    stray[place] = "9"
+    table.write_text("".join([*lines[:-1], ",".join(stray)]))
+    with pytest.warns(UserWarning, match="lack numbers") as told:
+        experiments.load("stl-figure-1", folder=table.parent)
+    said = str(told[0].message)
+    assert f"`vaelib experiment run stl-figure-1 --preset smoke --results {table.parent}` makes them anew" in said
+    assert "1 are of no run of a preset (of another --seeds?): delete their lines" in said
 
 
 def command(tmp_path, *arguments) -> subprocess.Popen:

@@ -382,9 +382,12 @@ def test_a_checkpoint_without_a_configuration_goes_on_by_the_options_it_is_of_an
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(InputError, match="is a file, but a run needs a folder"):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="run' is a file, but a run needs a folder"):
         runs.train(tmp_path / "run", TINY)
-    assert (tmp_path / "run").read_text() == "mine"
+    with pytest.raises(InputError, match="link' is a link to '.*nowhere', which is not there, but a run needs"):
+        runs.train(tmp_path / "link", TINY)
+    assert (tmp_path / "run").read_text() == "mine" and not (tmp_path / "nowhere").exists()
 
 
 def test_one_process_a_folder(finished, tmp_path):
@@ -630,6 +633,42 @@ def test_a_trained_model_is_loaded_with_one_call(finished, tmp_path):
     with pytest.raises(InputError, match="there is no trained model in .*: make one with `vaelib train"):
         runs.load(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+    without = copy_of(finished, tmp_path)
+    (without / "config.json").unlink()
+    with pytest.raises(InputError, match="has a checkpoint but no config.json: put that back, or give `vaelib train "):
+        runs.load(without)
+    runs.train(without, TINY)
+    assert runs.load(without, device="cpu").config == TINY
+
+
+def test_a_damaged_checkpoint_that_is_deleted_lets_the_run_begin_anew(finished, tmp_path):
+    run_dir = copy_of(finished, tmp_path)
+    (run_dir / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes()[:-100])
+    with pytest.raises(InputError, match="is cut or altered.*or delete it to begin anew"):
+        runs.train(run_dir, TINY)
+    (run_dir / "checkpoint.pt").unlink()
+    runs.train(run_dir, TINY)
+    assert not differences(contents(finished), contents(run_dir))
+
+
+def test_data_that_were_made_on_this_machine_are_the_run_s_as_those_of_one_s_own(tmp_path, monkeypatch):
+    """They have no checksum; what is downloaded has one."""
+    file = tmp_path / "data" / "omniglot" / "omniglot_28x28_made.npz"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("VAELIB_DATA", str(tmp_path / "data"))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 28, 28), np.uint8)
+    names = {"background": np.array([True, True, False]), "alphabet": np.array(list("ABC")), "character": list("123")}
+    np.savez(file, images=pixels, **names)
+    config = replace(TINY, data="omniglot", batch_size=20)
+    runs.train(tmp_path / "run", config)
+    runs.train(tmp_path / "run", replace(config, epochs=config.epochs + 1))
+    before = file.read_bytes()
+    np.savez(file, images=255 - pixels, **names)
+    for use in (lambda: runs.train(tmp_path / "run", config), lambda: runs.load(tmp_path / "run")):
+        with pytest.raises(InputError, match="omniglot_28x28_made.npz' has changed since this run began: put it back"):
+            use()
+    file.write_bytes(before)
+    assert runs.load(tmp_path / "run", device="cpu").config.data == "omniglot"
 
 
 def test_any_training_goes_on_from_its_folder(finished, tmp_path):

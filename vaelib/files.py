@@ -36,7 +36,7 @@ ADVICE = {
     errno.ENOSPC: NO_ROOM,
     errno.EFBIG: NO_ROOM,
     getattr(errno, "EDQUOT", errno.ENOSPC): NO_ROOM,
-    errno.ENOENT: "its folder is gone: bring it back to go on, or run the same command again to begin anew",
+    errno.ENOENT: "its folder is gone or was never there: bring it back to go on, or make it and run this again",
     errno.EISDIR: "a folder has that name: move it out of the way, then run the same command again to go on",
 }
 """What to do about an error while writing."""
@@ -65,8 +65,9 @@ class Lock:
             same = not os.path.lexists(folder)  # that it is gone is told by what writes there
         if not same:
             raise InputError(
-                f"'{folder}' is not the folder any more that this command began in (it was renamed, or a link to it "
-                "was turned): nothing was written there; what was done before is in the old one, go on by its new name"
+                f"'{folder}' is not the folder any more that this command began in (it was renamed, a link to it was "
+                "turned, or its .lock removed): nothing was written there; what was done before is in the old one, go "
+                "on by its new name"
             )
 
 
@@ -113,6 +114,16 @@ def write(path: Path, content: bytes | memoryview) -> None:
     """
     with told(path), atomic(path) as part:
         part.write_bytes(content)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a run, if it is not there; raise InputError if something else has its name."""
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a file" if path.exists() else f"a link to '{os.readlink(path)}', which is not there"
+        raise InputError(
+            f"'{path}' is {what}, but a run needs a folder: move it out of the way, or choose another name"
+        )
+    path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -225,7 +236,9 @@ def read_table(path: Path, *headers: Sequence[str]) -> dict[int, dict[str, str]]
         lines = {reader.line_num: line for line in reader if line}
     except csv.Error as error:
         raise InputError(f"line {reader.line_num} of '{path}' is not CSV ({error}): {advice}") from error
-    first = lines.pop(next(iter(lines), None), [])
+    if not lines:
+        raise InputError(f"'{path}' is empty: put a whole copy in its place, or delete it; nothing was written")
+    first = lines.pop(next(iter(lines)))
     if first not in [list(header) for header in headers]:
         raise InputError(
             f"'{path}' has the columns {' '.join(', '.join(first).split())}, but should have {', '.join(headers[0])}: "

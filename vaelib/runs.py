@@ -39,7 +39,7 @@ from vaelib import __version__, data, evaluation, models
 from vaelib.config import DEVICES, Config, Recipe
 from vaelib.data import Images, Text
 from vaelib.errors import InputError, choose, enough_memory, typed, whole_number
-from vaelib.files import Lock, in_shell, locked, read, read_json, sweep, write, write_json
+from vaelib.files import Lock, in_shell, locked, make_folder, read, read_json, sweep, write, write_json
 from vaelib.posteriors import as_posterior, redefines_half
 from vaelib.training import UNRECORDED, Diverged, HeldOut, Training, check_repeats, mean_bound, stream, world
 
@@ -74,6 +74,9 @@ RECIPE = {field.name for field in fields(Recipe)}
 
 FREE = {"epochs", "patience", "log", "device", "checkpoint_seconds", "compile"}
 """What may change when a run is taken up again: none of it alters the steps that are done."""
+
+MADE = "data made here"
+"""What ``sources.json`` calls a data set with a name whose file was made on this machine."""
 
 WRITTEN = (
     "checkpoint.pt", "metrics.jsonl", "result.json", "sources.json", "model.py", "tensorboard", "report.html",
@@ -319,9 +322,14 @@ def load(run_dir: str | Path | Folder, device: str = "auto") -> Run:
 def trained(folder: Folder, device: str) -> tuple[Training, Images]:
     """Return the training in a folder, its model in evaluation mode, and its data."""
     config = read_config(folder.config)
-    if config is None or not lexists(folder.checkpoint):
-        command = f"vaelib train {in_shell(folder.path)}"
+    command = f"vaelib train {in_shell(folder.path)}"
+    if not lexists(folder.checkpoint):
         raise InputError(f"there is no trained model in '{folder.path}': make one with `{command}`")
+    if config is None:
+        raise InputError(
+            f"'{folder.path}' has a checkpoint but no config.json: put that back, or give `{command}` the options that "
+            "it was trained by, and it is written anew"
+        )
     config = replace(config, device=device)
     check_place(config, folder)
     images = load_images(config)
@@ -492,10 +500,11 @@ def seen(images: Images | Text, training: Training) -> Images | Text:
 
 
 def sources(config: Config) -> dict[str, str]:
-    """Return the SHA-256 of what has no name here, and so may change: data, and the files of a model that is loaded."""
+    """Return the SHA-256 of what nothing here vouches for, and so may change: data, and a model's files."""
     found = {name: hashlib.sha256(source.content).hexdigest() for name, source in code(config).items()}
-    path = own_data(config)
-    return found | ({"data": data.own.digest(path)} if path else {})
+    if path := own_data(config):
+        return found | {"data": data.own.digest(path)}
+    return found | ({MADE: data.own.digest(path)} if (path := data.made(config.data)) else {})
 
 
 def own_data(config: Config) -> Path | None:
@@ -549,7 +558,8 @@ def restore_own(training: Training, config: Config, folder: Folder) -> None:
     then = training.sources = lexists(folder.checkpoint) and read_json(folder.sources) or now
     for name in now:
         if then.get(name, now[name]) != now[name]:
-            file = config.data if name == "data" else code(config)[name].path
+            places = {"data": config.data, MADE: data.made(config.data)}
+            file = places[name] if name in places else code(config)[name].path
             before = f" (it was '{folder.model}')" if name == "model" else ""
             raise InputError(
                 f"'{file}' has changed since this run began{before}: put it back as it was, or train anew in another "
@@ -651,9 +661,7 @@ def at_rest(run_dir: str | Path) -> Iterator[Folder]:
 @contextmanager
 def in_use(folder: Folder) -> Iterator[Folder]:
     """Make the folder, keep every other process out of it, and sweep up what a killed one left; give it, locked."""
-    if folder.path.exists() and not folder.path.is_dir():
-        raise InputError(f"'{folder.path}' is a file, but a run needs a folder: choose another name")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     with locked(folder.path / ".lock") as lock:
         sweep(folder.path)
         yield replace(folder, lock=lock)
@@ -739,7 +747,7 @@ def check_shapes(training: Training) -> None:
 def fixed(recipe: Recipe, sources: dict[str, str]) -> dict[str, Any]:
     """Return what of a recipe stays while a run goes on; one's own data and model may come to another place."""
     kept = {name: value for name, value in asdict(recipe).items() if name not in FREE}
-    files = dict(sources)
+    files = {name: digest for name, digest in sources.items() if name != MADE}
     if "data" in files:
         kept["data"] = f"SHA-256 {files.pop('data')[:16]}"
     if files:
@@ -856,7 +864,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         why = "it holds more than numbers and words" if unsafe else first_line(error)
         raise InputError(
             f"'{path}' is cut or altered, or no checkpoint ({why}): "
-            "put a whole copy in its place, or train anew in another folder; nothing was changed"
+            "put a whole copy in its place, or delete it to begin anew; nothing was changed"
         ) from error
     if version != FORMAT:
         reader = f"vaelib {READ_BY[version]}" if version in READ_BY else "the version of vaelib that wrote it"

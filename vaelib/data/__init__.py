@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "fetch",
     "load",
+    "made",
     "names",
     "own",
 ]
@@ -106,6 +107,12 @@ def find(name: str) -> ImageSet | TextSet:
 def absolute(name: str) -> str:
     """Return the name of a data set, a path of one's own from the root."""
     return str(Path(name).absolute()) if name not in DATASETS and name not in TEXTS and own.is_own(name) else name
+
+
+def made(name: str) -> Path | None:
+    """Return the file of a data set that was made on this machine, and so has no checksum; None if it has none."""
+    found = (files.find(parts) for parts in (find(name).files or {}).values())
+    return next((path for _, file, path in filter(None, found) if not file.digest), None)
 
 
 def fetch(name: str) -> Path | None:

@@ -97,8 +97,8 @@ def run(
     positive("gpu_share", gpu_share)
     tasks = experiment.tasks(preset, seeds)
     known = results.finished(experiment, table)
-    places = [folder / name / preset / task.name for task in tasks]
-    waiting = [Job(task, place, device) for task, place in zip(tasks, places) if task.key not in known]
+    all_jobs = [Job(task, folder / name / preset / task.name, device) for task in tasks]
+    waiting = [job for job in all_jobs if job.task.key not in known]
     failed = {}
     if together:
         make_together(experiment, [job.task for job in waiting], folder / name, device, table)
@@ -108,14 +108,32 @@ def run(
             listen()  # anew, since Ray has handlers of its own
             with tqdm(total=float(len(tasks)), unit="run", disable=not progress, bar_format=BAR) as bar:
                 failed = Grid(pool, waiting, table, bar, done=len(tasks) - len(waiting)).finish()
-    experiment.gather(preset, [place for place in places if (place / "measured.json").exists()], table)
+    path = results.path_of(experiment, table)
+    lost = put_back(experiment, [job for job in all_jobs if job not in failed], table)
+    experiment.gather(preset, [job.folder for job in all_jobs if job.outcome.exists()], table)
     if failed:
         first, why = next(iter(failed.items()))
+        others = f"the others are in '{path}', and " if len(failed) + len(lost) < len(tasks) else ""
         raise InputError(
-            f"{len(failed)} of {len(tasks)} runs failed, the first in '{first.folder}': {why}; the others are in "
-            f"'{results.path_of(experiment, table)}', and the same command tries the failed ones again"
+            f"{len(failed)} of {len(tasks)} runs failed, the first in '{first.folder}': {why}; {others}the same "
+            "command tries the failed ones again"
         )
-    return results.path_of(experiment, table)
+    if lost:
+        raise InputError(
+            f"'{path}' has lost {len(lost)} of {len(tasks)} runs while this command worked, and no folder of theirs "
+            "has them either: something else wrote it or removed it; the same command makes them anew"
+        )
+    return path
+
+
+def put_back(experiment: Experiment, jobs: list[Job], table: Path) -> list[Job]:
+    """Add what the table has lost meanwhile, as to a program that saved its older copy; return what no folder has."""
+    known = results.finished(experiment, table)
+    lost = [job for job in jobs if job.task.key not in known]
+    for job in lost:
+        if job.outcome.exists():
+            results.add(experiment, job.task, measured_in(job.outcome, job.task), table)
+    return [job for job in lost if not job.outcome.exists()]
 
 
 def make_together(experiment: Experiment, tasks: list[Task], folder: Path, device: str, table: Path) -> None:
@@ -143,6 +161,11 @@ class Job:
     folder: Path
     device: str
     deaths: int = 0
+
+    @property
+    def outcome(self) -> Path:
+        """Where it leaves what it measured."""
+        return self.folder / "measured.json"
 
     @property
     def fraction(self) -> float:
@@ -215,7 +238,7 @@ class Grid:
                 files.write(job.folder / "error.txt", f"{why}\n".encode())
         else:
             try:
-                measured = measured_in(job.folder / "measured.json", job.task)
+                measured = measured_in(job.outcome, job.task)
             except (InputError, OSError) as error:
                 self.failed[job] = str(error)
                 return
@@ -257,7 +280,7 @@ def execute(task: Task, folder: Path, device: str) -> str:
     torch.set_flush_denormal(True)
     outcome = folder / "measured.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         with files.locked(folder / ".lock"):
             files.sweep(folder)
             (folder / "error.txt").unlink(missing_ok=True)

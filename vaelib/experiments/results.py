@@ -15,7 +15,7 @@ import math
 import re
 import subprocess
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import eq
@@ -87,7 +87,7 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
     if lacking := set(keys(found[~fits], experiment)):
         warnings.warn(
             f"{len(lacking)} runs in '{path_of(experiment, Path(folder))}' lack numbers and are left out; "
-            f"`vaelib experiment run {experiment.name}` makes them anew",
+            + making_anew(experiment, lacking, folder),
             stacklevel=2,
         )
     found = found[fits]
@@ -112,15 +112,32 @@ def load(experiment: Experiment, preset: str | None = None, folder: str | Path |
             stacklevel=2,
         )
     if found.empty:
-        option = "" if folder in (TABLES, Path("results")) else f" --results {files.in_shell(folder)}"
         raise InputError(
             f"'{folder}' has no results of '{experiment.name}'{f', preset {preset}' if preset else ''}: make them with "
-            f"`vaelib experiment run {experiment.name} --preset {preset or 'short'}{option}`"
+            f"`{command(experiment, preset or 'short', folder)}`"
         )
     found = found.apply(lambda column: column if column.name in WORDS else as_numbers(column))
     found = found.astype({name: "float64" for name in ("at", "value", "standard_error", "seconds")})
     return (
         found.assign(order=order).sort_values(["order", "seed"], kind="stable", ignore_index=True).drop(columns="order")
+    )
+
+
+def command(experiment: Experiment, preset: str, folder: str | Path) -> str:
+    """Return the command that makes the runs of a preset."""
+    option = "" if folder in (TABLES, Path("results")) else f" --results {files.in_shell(Path(folder))}"
+    return f"vaelib experiment run {experiment.name} --preset {preset}{option}"
+
+
+def making_anew(experiment: Experiment, lacking: Collection[tuple[str, ...]], folder: str | Path) -> str:
+    """Return what becomes of runs that lack numbers: which commands make them anew, and how many none makes."""
+    made = {task.key: preset for preset in experiment.presets for task in experiment.tasks(preset)}
+    presets = dict.fromkeys(made[key] for key in sorted(lacking) if key in made)
+    commands = " and ".join(f"`{command(experiment, preset, folder)}`" for preset in presets)
+    others = sum(key not in made for key in lacking)
+    said = [f"{commands} makes them anew"] if commands else []
+    return ", ".join(
+        said + ([f"{others} are of no run of a preset (of another --seeds?): delete their lines"] if others else [])
     )
 
 
