@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 from vaelib.objectives import Objective
 from vaelib.optimizers import RULES
 from vaelib.posteriors import Latent
-from vaelib.posteriors.stopping import PLUMBING
+from vaelib.posteriors.stopping import CONTENT
 
 MOST_TRACES = 8
 """Of one training: what changes more often is not worth the compiler's time."""
@@ -100,7 +100,7 @@ class WholeSteps:
 
     def find(self, batches: Batches) -> Trace:
         """Return the trace for these batches, made now if none of the known ones is of the training as it is."""
-        for trace in self.traces:
+        for trace in reversed(self.traces):  # the latest first
             if trace.holds(batches):
                 return trace
         if len(self.traces) == MOST_TRACES:
@@ -326,7 +326,7 @@ class Settings:
     def __init__(self, model: nn.Module) -> None:
         self.of = [(module, copied(module.__dict__)) for module in model.modules()]
         self.learns = [(p, p.requires_grad) for p in model.parameters()]
-        inside = [(then, name) for _, then in self.of for name in then.keys() - PLUMBING if has_inside(then[name])]
+        inside = [(then, name) for _, then in self.of for name in then.keys() - CONTENT if has_inside(then[name])]
         self.inside = [(place, name, said(place[name])) for place, name in (*inside, *globals_of(model))]
 
     def restore(self) -> list[nn.Module]:

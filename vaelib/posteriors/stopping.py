@@ -19,6 +19,9 @@ from vaelib.errors import InputError
 PLUMBING = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules"}
 """What every module keeps of itself besides its content: hooks and switches."""
 
+CONTENT = PLUMBING | {"_parameters", "_buffers", "_modules"}
+"""What every module has; the rest are its settings, such as the rate of a dropout."""
+
 
 def stop_gradient(module: Callable[..., Any]) -> Callable[..., Any]:
     r"""Return the same module with its parameters held constant, :math:`f_{\bar\phi}` for :math:`f_\phi`.

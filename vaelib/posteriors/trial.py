@@ -20,13 +20,10 @@ from torch.distributions.transforms import Transform, _InverseTransform
 from vaelib.errors import InputError
 from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tracing
 from vaelib.posteriors.convert import Adapted, as_posterior
-from vaelib.posteriors.stopping import PLUMBING
+from vaelib.posteriors.stopping import CONTENT
 
 TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
 """The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
-
-CONTENT = PLUMBING | {"_parameters", "_buffers", "_modules"}
-"""What every module has; the rest are its settings, such as the rate of a dropout."""
 
 TRIALS = 64
 """Draws of a trial, for all observations together: a layer that is random shows in one of them."""
