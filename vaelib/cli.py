@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -97,15 +97,15 @@ def common(
     pass
 
 
-def run_folder(text: str) -> Path:
+def named_folder(text: str | Path) -> Path:
     """Return the folder; an empty name, such as that of an unset variable, is not the folder that we are in."""
-    if not text.strip():
+    if not str(text).strip():
         raise typer.BadParameter("the name of the folder is empty")
     return Path(text)
 
 
 RunDir = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", parser=run_folder, help="The folder of the run.", show_default=False)
+    Path, typer.Argument(metavar="RUN_DIR", parser=named_folder, help="The folder of the run.", show_default=False)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 
@@ -187,7 +187,7 @@ def train(run_dir: RunDir, *, quiet: Quiet = False, **given: Any) -> None:
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "sizes" in given:
-        given["sizes"] = dict(map(parse_size, given["sizes"]))
+        given["sizes"] = parse_sizes(given["sizes"])
     start("vaelib.runs")
     from vaelib import runs
 
@@ -362,14 +362,19 @@ def book(
     """
     from vaelib import notebooks
 
-    copied, kept = notebooks.copy(run_folder(folder))
+    copied, kept = notebooks.copy(named_folder(folder))
     typer.echo(f"{len(copied)} notebooks copied into {folder}" + (f", {len(kept)} kept as they were" * bool(kept)))
 
 
 ExperimentName = Annotated[
     str, typer.Argument(metavar="NAME", help="A name from `vaelib experiment list`.", show_default=False)
 ]
-ResultsFolder = Annotated[Path, typer.Option("--results", help="The folder of the tables, one CSV an experiment.")]
+ResultsFolder = Annotated[
+    Path,
+    typer.Option(
+        "--results", metavar="<path>", parser=named_folder, help="The folder of the tables, one CSV an experiment."
+    ),
+]
 
 
 @experiment_app.command("list")
@@ -427,7 +432,12 @@ def run_experiment(
         ),
     ] = False,
     results: ResultsFolder = Path("results"),
-    runs: Annotated[Path, typer.Option(help="The folder of checkpoints, which a cluster must share.")] = Path("runs"),
+    runs: Annotated[
+        Path,
+        typer.Option(
+            metavar="<path>", parser=named_folder, help="The folder of checkpoints, which a cluster must share."
+        ),
+    ] = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
     """Make the runs of an experiment that its table does not hold yet.
@@ -470,7 +480,12 @@ def show_experiment(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="The folder of the tables.", show_default="results, or the tables that came with vaelib"),
+        typer.Option(
+            metavar="<path>",
+            parser=named_folder,
+            help="The folder of the tables.",
+            show_default="results, or the tables that came with vaelib",
+        ),
     ] = None,
 ) -> None:
     """Show an experiment's table, ours beside the published one where there is one.
@@ -520,17 +535,22 @@ def duration(minutes: float) -> str:
     return f"{minutes / units[unit]:.0f} {unit}"
 
 
-def parse_size(text: str) -> tuple[str, int]:
-    """Return ("latent", 10) for "latent=10"."""
-    name, _, value = text.partition("=")
-    try:
-        return name, int(value)
-    except ValueError:
-        raise InputError(f"--size takes NAME=N, such as latent=10, but got '{text}'") from None
+def parse_sizes(texts: Iterable[str]) -> dict[str, int]:
+    """Return {"latent": 10} for ["latent=10"]."""
+    sizes = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in sizes:
+            raise InputError(f"--size {name} is given twice, {sizes[name]} and {value}: give it once")
+        try:
+            sizes[name] = int(value)
+        except ValueError:
+            raise InputError(f"--size takes NAME=N, such as latent=10, but got '{text}'") from None
+    return sizes
 
 
 def show_progress(quiet: bool) -> bool:
-    return not quiet and sys.stderr.isatty()
+    return not quiet and sys.stderr is not None and sys.stderr.isatty()  # None where it is closed
 
 
 def start(module: str) -> None:

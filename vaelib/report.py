@@ -23,7 +23,7 @@ from torch import Tensor
 from vaelib import advice, evaluation, files, gradients, plots, runs
 from vaelib.advice import Advice, Estimate, Usage
 from vaelib.data import Text
-from vaelib.errors import InputError, whole_number
+from vaelib.errors import InputError, enough_memory, whole_number
 from vaelib.posteriors import as_posterior
 from vaelib.runs import Run
 from vaelib.training import stream
@@ -100,10 +100,11 @@ def advise(
         run = runs.load(folder, device)
         x = observations(run, "train", 2000, seed)
         noise = torch.Generator(x.device).manual_seed(seed)
-        given = gradients.advise(
-            run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
-            progress=progress,
-        )  # fmt: skip
+        with enough_memory("k"):
+            given = gradients.advise(
+                run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
+                progress=progress,
+            )  # fmt: skip
         try:
             show(given)
         finally:

@@ -13,6 +13,9 @@ from pandas import DataFrame
 
 from vaelib.errors import InputError, choose, whole_number
 
+MOST_SEEDS = 100_000
+"""Runs of a configuration that one command makes."""
+
 Plain = str | int | float | None
 Cell = Mapping[str, Plain]
 Report = Callable[[float], None]
@@ -143,7 +146,7 @@ class Experiment:
         """
         chosen = choose(f"preset of '{self.name}'", preset, self.presets)
         if seeds is not None:
-            whole_number("seeds", seeds, least=1)
+            whole_number("seeds", seeds, least=1, most=MOST_SEEDS)
         for config in chosen.grid:
             if tuple(config) != self.keys:
                 raise InputError(f"a configuration of '{self.name}' has the keys {list(config)}, not {list(self.keys)}")

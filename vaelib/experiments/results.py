@@ -255,9 +255,19 @@ def fault(found: DataFrame, experiment: Experiment) -> tuple[int, str] | None:
     for line, metric, at in found[["metric", "at"]].itertuples(name=None):
         if metric not in (known := experiment.curves if at else experiment.metrics):
             return line, f"has metric {metric!r}{' at ' * bool(at)}{at}, not {' or '.join(known) or 'at a place'}"
-    numbers = zip(keys(found, experiment), found["metric"], found["at"].map(canonical), strict=True)
+    runs = keys(found, experiment)
+    numbers = zip(runs, found["metric"], found["at"].map(canonical), strict=True)
     again = Series([*numbers], found.index, dtype=object).duplicated()
-    return (again.idxmax(), "repeats a number of the same run") if again.any() else None
+    if again.any():
+        return again.idxmax(), "repeats a number of the same run"
+    made = found[[*PROVENANCE]]
+    other = made != (first := made.groupby(Series(runs, found.index, dtype=object)).transform("first"))
+    if other.any(axis=None):
+        line = other.any(axis=1).idxmax()
+        name = other.loc[line].idxmax()
+        had = f"has {name} {made.at[line, name]!r}, not {first.at[line, name]!r}"
+        return line, f"is of its run as it was made another time: it {had} as the line before"
+    return None
 
 
 def difference(names: Sequence[str], arm: Sequence[str], arms: Iterable[tuple[str, ...]]) -> tuple[str, str, str]:
