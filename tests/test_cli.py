@@ -89,6 +89,10 @@ BAD = {
     "an unknown schedule": (("--schedule", "burdda"), "did you mean 'burda'"),
     "an unknown binarisation": (("--binarisation", "dynamc"), "did you mean 'dynamic'"),
     "an unknown device": (("--device", "gpu"), "no device is called 'gpu'"),
+    "a size twice": (
+        ("--size", "latent=4", "--size", "latent=5"),
+        "--size latent is given twice, 4 and 5: give it once",
+    ),
     "an unknown size": (("--size", "latnt=3"), "did you mean 'latent'"),
     "a size that is no number": (
         ("--size", "latent=few"),
@@ -141,6 +145,37 @@ def test_other_sentences(vaelib, tmp_path, monkeypatch):
         code, out, err = vaelib(*arguments)
         assert (code, out) == (2, "") and err.startswith("vaelib: ") and sentence in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_name_of_a_folder_is_not_the_folder_we_are_in(vaelib, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for option in ("--results", "--runs"):
+        code, _, err = vaelib("experiment", "run", "stl-figure-1", "--preset", "smoke", option, "")
+        assert code == 2 and f"Invalid value for '{option}': the name of the folder is empty" in err
+    for command in ("list", "show stl-figure-1"):
+        assert vaelib("experiment", *command.split(), "--results", "")[0] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_seeds_than_anybody_makes_are_refused_at_once(vaelib):
+    code, _, err = vaelib("experiment", "run", "stl-figure-1", "--preset", "smoke", "--seeds", 10**9)
+    assert (code, err) == (2, "vaelib: --seeds must be a whole number of at most 100000, but is 1000000000\n")
+
+
+def test_without_a_standard_error_there_is_no_bar_and_all_else(vaelib, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert not cli.show_progress(quiet=False)
+    done = subprocess.run(
+        f"exec {sys.executable} -m vaelib train run --model linear --epochs 1 2>&-",
+        shell=True, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "run" / "result.json").exists()
+
+
+def test_advice_for_more_draws_than_fit_is_a_sentence(vaelib, tmp_path):
+    assert vaelib("train", tmp_path / "run", *TINY)[0] == 0
+    code, _, err = vaelib("advise", tmp_path / "run", "--k", 10**9)
+    assert code == 2 and "there is not enough memory" in err and err.endswith("choose a smaller --k\n")
 
 
 def test_another_configuration(vaelib, tmp_path):
