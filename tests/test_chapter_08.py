@@ -155,7 +155,8 @@ def table(name):
 
 
 def test_the_times_that_the_chapter_tells_are_those_of_the_tables():
-    ms = {(row["estimator"], row["k"]): float(row["ms_median"]) for row in table("steps") if row["library"] == "vaelib"}
+    ours = [row for row in table("steps") if (row["library"], row["threads"]) == ("vaelib", "2")]
+    ms = {(row["estimator"], row["k"]): float(row["ms_min"]) for row in ours}  # the machine has fast and slow minutes
     of_k = {k: [time for (_, each), time in ms.items() if each == k] for k in ("1", "5", "50")}
     (apart,) = {f"{max(times) / min(times):.1f}" for times in of_k.values()}
     five, fifty = (ms["elbo-path", k] / ms["elbo-path", "1"] for k in ("5", "50"))
