@@ -265,8 +265,8 @@ def fault(found: DataFrame, experiment: Experiment) -> tuple[int, str] | None:
     if other.any(axis=None):
         line = other.any(axis=1).idxmax()
         name = other.loc[line].idxmax()
-        had = f"has {name} {made.at[line, name]!r}, not {first.at[line, name]!r}"
-        return line, f"is of its run as it was made another time: it {had} as the line before"
+        has, had = made.at[line, name], first.at[line, name]
+        return line, f"is of another making of its run than the first of its lines: it has {name} {has!r}, not {had!r}"
     return None
 
 
