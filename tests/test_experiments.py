@@ -186,7 +186,7 @@ SPOILT = {
     "semicolons": (lambda text: text.replace(",", ";").encode(), "has the columns preset;estimator"),
     "a line of another making of the run": (
         in_line_3(lambda lines: lines[2].replace(",1,cpu,", ",2,cpu,")),
-        "line 3 of .* is of another making of its run than .*: it has seconds '2', not '1': mend that line or delete it",
+        "line 3 of .* is of another making of its run than .*: it has seconds '2', not '1': mend that",
     ),
     "nothing": (lambda text: b"", "csv' is empty: put a whole copy in its place"),
     **{

@@ -58,7 +58,7 @@ def draws(z: Latent) -> int:
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     r"""Return :math:`\log \mathcal N(z; 0, I)`, summed over the last axis: ``[..., D] -> [...]``."""
-    return torch.rsub(z.square().sum(-1), -0.5 * z.shape[-1] * LOG_2PI, alpha=0.5)  # -0.5 * (|z|^2 + ...), in one
+    return torch.rsub(z.square().sum(-1), -0.5 * z.shape[-1] * LOG_2PI, alpha=0.5)  # the minus and the half in one
 
 
 def times(weight: Tensor, value: Tensor) -> Tensor:
