@@ -145,7 +145,7 @@ def make_together(experiment: Experiment, tasks: list[Task], folder: Path, devic
     def add(task: Task, measured: list[Measured], seconds: float) -> None:
         results.add(experiment, task, results.with_provenance(measured, seconds, place), table)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     with interruptible(), files.locked(folder / ".together"):
         experiment.together(tasks, folder, place, add)
 
