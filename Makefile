@@ -26,7 +26,7 @@ endif
 # JupyterLab asks root, as whom a container runs, to say that it is meant.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help book test notebooks editions slides lab lab-source seeds seeds-fresh bench fuzz storm clean distclean anew
+.PHONY: help book test notebooks editions slides lab lab-source seeds seeds-fresh bench amd fuzz storm clean distclean anew
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -80,6 +80,12 @@ bench:  ## measure speed beside Pyro, NumPyro and pythae (its own environment; m
 	@$(BENCH_PY) -m pip install -c constraints.txt -r benchmarks/requirements.txt -e .
 	@$(BENCH_PY) benchmarks/steps.py
 
+amd: mkl-amd.so  ## let torch use fast matrix products on an AMD processor (Linux, a C compiler)
+	@printf 'Put this before a command:\n  LD_PRELOAD=%s\n' '$(CURDIR)/$<'
+
+mkl-amd.so: benchmarks/mkl-amd.c
+	@$(CC) -shared -fPIC -o $@ $<
+
 MINUTES ?= 15
 
 fuzz: $(VENV)/installed  ## try the command line, files and tables with examples that nobody thought of (MINUTES=15)
@@ -90,7 +96,7 @@ storm: $(VENV)/installed  ## kill runs of every kind at random moments, and see 
 	@OMP_NUM_THREADS=1 $(PY) tests/storm.py $(MINUTES)
 
 clean:  ## remove what was built
-	@rm -rf _build .pytest_cache .hypothesis .ruff_cache
+	@rm -rf _build .pytest_cache .hypothesis .ruff_cache mkl-amd.so
 	@find . -name .venv -prune -o -name .venv-bench -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## remove the environments too

@@ -179,15 +179,15 @@ def summary(times: list[float], plain: list[float] | None) -> dict[str, str]:
 
 def provenance() -> dict[str, str]:
     """Return on what, when and with which code this run was made."""
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    waiting = f", OMP_WAIT_POLICY={policy}" if policy else ""
+    settings = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "LD_PRELOAD")}
+    given = [f"{name}={Path(value).name}" for name, value in settings.items() if value]
     describe = ["git", "describe", "--always", "--dirty", "--tags"]
     try:
         code = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         code = importlib.metadata.version("vaelib")
     return {
-        "machine": f"{processor()}, {os.cpu_count()} cores{waiting}",
+        "machine": ", ".join([processor(), f"{os.cpu_count()} cores", *given]),
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
