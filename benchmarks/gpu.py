@@ -20,7 +20,7 @@ from steps import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaelib.stacked import StackedTraining
-from vaelib.training import STEPS_ON_GPU, Training
+from vaelib.training import AT_ONCE, Training
 
 WAYS = ("eager", "compiled", "graph", "compiled graph")
 LARGE = 8192
@@ -67,7 +67,7 @@ def measure(k: int, seeds: int, rounds: int, rate: float) -> list[dict[str, Any]
     loops = {way: make(way, k, seeds) for way in WAYS}
     with FlopCounterMode(display=False) as counter:
         loops["eager"].note(loops["eager"].advance())
-    count = 4 * STEPS_ON_GPU
+    count = 4 * AT_ONCE["cuda"]
     calls = {way: (lambda loop=loop: steps(loop, count)) for way, loop in loops.items()}
     times = take_turns(calls, rounds, time.perf_counter, f"k = {k}, {seeds} seeds")
     return [

@@ -1,14 +1,15 @@
-r"""The same steps with less overhead: several whole steps as one traced function, and many of those as one CUDA graph.
+r"""The same steps with less overhead: a whole step as one traced function, and many of them as one CUDA graph.
 
 Neither changes what is computed, and neither knows the estimators or the optimisers. :class:`WholeSteps` traces what a
-step is, from the loss to the optimiser's last write in place, hooks and all, as often as one call shall take it;
-:class:`Captured` records whatever such a call launches on a GPU. :class:`vaelib.training.Training` uses both if told to
+step is, from the loss to the optimiser's last write in place, hooks and all, and calls that for some steps on end;
+:class:`Captured` records whatever they launch on a GPU. :class:`vaelib.training.Training` uses both if told to
 ``compile``.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import types
 import warnings
@@ -32,8 +33,11 @@ from vaelib.posteriors.stopping import CONTENT
 MOST_TRACES = 8
 """Of one training: what changes more often is not worth the compiler's time."""
 
-Batches = Sequence[tuple[Tensor, Latent]]
-"""Of several steps: the observations and the noise of each."""
+Batch = tuple[Tensor, Latent]
+"""What a step is taken with: observations and noise."""
+
+Batches = Sequence[Batch]
+"""Of several steps."""
 
 Named = dict[str, Tensor]
 
@@ -54,10 +58,11 @@ class Unsteady(Untraceable):
 
 
 class WholeSteps:
-    """Called with the batches of U steps, it takes them and returns their bounds, ``[U, ...]``.
+    """Called with the batches of some steps, it takes them and returns their bounds, ``[steps, ...]``.
 
-    One function is traced for each U, each shape, and each state of the model's settings (see :class:`Settings`): the
-    losses, their gradients, and what the optimiser does with them, values and memories written back in place. Where
+    One function is traced for each shape of a batch and each state of the model's settings (see :class:`Settings`): the
+    loss, its gradients, and what the optimiser does with them, values and memories written back in place. Whether all
+    is as it was traced is asked once for all the steps of a call, and what they need is put together once. Where
     there is no compiler, or a step of the model is more than a function of tensors, it warns, once, and takes plain
     steps. So it does, without a word, where an optimiser has no memories yet to write to: at the first step, and at
     the first one of a parameter.
@@ -78,15 +83,17 @@ class WholeSteps:
         self.works = True
 
     def __call__(self, batches: Batches) -> Tensor:
-        on_gpu = batches[0][0].is_cuda
-        pieces = [[batch] for batch in batches] if on_gpu else [batches]  # a graph asks for all of them at once anyway
-        if on_gpu and torch.cuda.is_current_stream_capturing():
-            return self.last(pieces)
+        return torch.cat([self.take(list(alike)) for _, alike in itertools.groupby(batches, kind)])
+
+    def take(self, batches: Batches) -> Tensor:
+        """Take the steps of some batches of one kind and return their bounds."""
+        if batches[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return self.last(batches)
         if self.works:
             try:
-                self.last = self.find(pieces[0])
+                self.last = self.find(batches[0])
                 if self.last.function is not None:
-                    return self.last(pieces)
+                    return self.last(batches)
             except Untraceable as error:
                 self.works = False
                 if isinstance(error, Unsteady):
@@ -98,87 +105,90 @@ class WholeSteps:
                 )
         return torch.stack([self.training.plain_step(x, eps) for x, eps in batches])
 
-    def find(self, batches: Batches) -> Trace:
-        """Return the trace for these batches, made now if none of the known ones is of the training as it is."""
+    def find(self, batch: Batch) -> Trace:
+        """Return the trace for such a batch, made now if none of the known ones is of the training as it is."""
         for trace in reversed(self.traces):  # the latest first
-            if trace.holds(batches):
+            if trace.holds(batch):
                 return trace
         if len(self.traces) == MOST_TRACES:
             raise Unsteady(f"a setting of the model, or a shape, has changed {MOST_TRACES} times")
-        self.traces.append(Trace(self.training, self.backend, batches))
+        self.traces.append(Trace(self.training, self.backend, batch))
         return self.traces[-1]
 
 
-class Trace:
-    """Some whole steps as one function; there is none where the optimiser has yet to make its memories."""
+def kind(batch: Batch) -> Any:
+    """Return what a trace takes for constant of a batch."""
+    return tree_map(lambda value: (value.shape, value.dtype, value.device), batch)
 
-    def __init__(self, training: Any, backend: str, batches: Batches) -> None:
+
+class Trace:
+    """A whole step as one function; there is none where the optimiser has yet to make its memories."""
+
+    def __init__(self, training: Any, backend: str, batch: Batch) -> None:
         self.objective = objective = Objective(training.estimator, training.model.joint, training.model.encoder)
         self.optimizer, self.settings = training.optimizer, Settings(objective)
         self.rule, (self.group,) = RULES[type(self.optimizer)], self.optimizer.param_groups
-        with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
-            self.learning = what_learns(training.model, objective, batches[0])
+        gpus = [batch[0].device] if batch[0].is_cuda else []
+        with torch.random.fork_rng(gpus):
+            self.learning = what_learns(training.model, objective, batch)
         values = dict(objective.named_parameters()) | dict(objective.named_buffers())
         self.rest = {name: value for name, value in values.items() if name not in self.learning}
-        self.constants = self.read_constants(batches)
+        self.constants = self.read_constants(batch)
         ages = dict(zip(self.learning, self.ages(), strict=True))
         self.of_age = {age: name for name, age in reversed(ages.items())}  # a parameter of each age, for all of them
         which = {name: list(self.of_age).index(age) for name, age in ages.items()}
 
-        def steps(learning: Named, memories: Named, rest: Named, factors: Tensor, batches: Batches) -> Tensor:
-            values, kept, bounds = dict(learning), dict(memories), []
-            for i, (x, eps) in enumerate(batches):
-                leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
-                loss = functional_call(objective, leaves | rest, (x, eps))
-                slopes = torch.autograd.grad(loss.mean(), list(leaves.values())) if leaves else ()
-                for leaf, slope in zip(leaves.values(), slopes, strict=True):
-                    leaf.grad = slope
-                training.limit(list(leaves.values()))
-                for name, leaf in leaves.items():
-                    numbers = factors[i, which[name]].unbind()
-                    step = values[name], leaf.grad, kept[name], numbers, self.group
-                    values[name], kept[name] = self.rule.update(*step)
-                bounds.append(training.mean(-loss.detach()))
+        def step(learning: Named, memories: Named, rest: Named, factors: Tensor, batch: Batch) -> Tensor:
+            leaves = {name: p.detach().requires_grad_() for name, p in learning.items()}
+            loss = functional_call(objective, leaves | rest, batch)
+            slopes = torch.autograd.grad(loss.mean(), list(leaves.values())) if leaves else ()
+            for leaf, slope in zip(leaves.values(), slopes, strict=True):
+                leaf.grad = slope
+            training.limit(list(leaves.values()))
+            values, kept = {}, {}
+            for name, leaf in leaves.items():
+                numbers = factors[which[name]].unbind()
+                values[name], kept[name] = self.rule.update(
+                    learning[name], leaf.grad, memories[name], numbers, self.group
+                )
             for old, new in zip(tree_leaves((learning, memories)), tree_leaves((values, kept)), strict=True):
                 old.copy_(new)
-            return torch.stack(bounds)
+            return training.mean(-loss.detach())
 
         self.function = None
         if None in ages.values():
             return
-        with torch.random.fork_rng([x.device for x, _ in batches[:1] if x.is_cuda]):
+        with torch.random.fork_rng(gpus):
             try:
-                self.function = self.compiled(steps, backend, batches)
+                self.function = self.compiled(step, backend, batch)
             except Unsteady:
                 raise
             except Exception as error:  # whatever torch, its backend and the system's compiler find wrong
                 raise Untraceable((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
-    def compiled(self, steps: Callable, backend: str, batches: Batches) -> Callable:
-        """Return ``steps`` as one function of tensors, once tried on copies."""
-        arguments = *self.values(), self.factors(len(batches)), list(batches)
+    def compiled(self, step: Callable, backend: str, batch: Batch) -> Callable:
+        """Return ``step`` as one function of tensors, once tried on copies."""
+        arguments = *self.values(), self.factors(1)[0], batch
         copies = tree_map_only(Tensor, lambda value: value.detach().clone(), arguments)
         with NumbersStay():
-            function = make_fx(steps)(*copies)
+            function = make_fx(step)(*copies)
         if operation := shaped_by_numbers(function.graph):
             raise Unsteady(f"the numbers decide on the shape of a tensor, by {operation}")
         if backend != "eager":
-            options = OPTIONS[batches[0][0].device.type] if backend == "inductor" else None
+            options = OPTIONS[batch[0].device.type] if backend == "inductor" else None
             function = torch.compile(function, dynamic=False, backend=backend, options=options)
         with torch.no_grad():
             function(*copies)
         return function
 
     @torch.no_grad()
-    def __call__(self, pieces: Sequence[Batches]) -> Tensor:
-        """Take the steps of each piece in a call of its own; return the bounds of all."""
-        values, factors = self.values(), self.factors(sum(map(len, pieces))).split(len(pieces[0]))
-        bounds = [self.function(*values, f, list(piece)) for f, piece in zip(factors, pieces, strict=True)]
+    def __call__(self, batches: Batches) -> Tensor:
+        """Take a step with each of the batches; return their bounds."""
+        values, factors = self.values(), self.factors(len(batches)).unbind()
+        bounds = [self.function(*values, *one) for one in zip(factors, batches, strict=True)]
         if self.rule.memories:
-            torch._foreach_add_(
-                [self.optimizer.state[p]["step"] for p in self.learning.values()], sum(map(len, pieces))
-            )
-        return torch.cat(bounds)
+            torch._foreach_add_([self.optimizer.state[p]["step"] for p in self.learning.values()], len(batches))
+        return torch.stack(bounds)
 
     def values(self) -> tuple[Named, dict[str, tuple[Tensor, ...]], Named]:
         """Return what the function reads or writes, besides the batches."""
@@ -204,17 +214,16 @@ class Trace:
         found = self.rule.factors(t, self.group["lr"], self.group)
         return torch.stack([f if isinstance(f, Tensor) else torch.full_like(t, f) for f in found], -1).to(p.dtype)
 
-    def read_constants(self, batches: Batches) -> Any:
+    def read_constants(self, batch: Batch) -> Any:
         """Return what the trace takes for constant besides the settings of the modules."""
-        kinds = tree_map(lambda value: (value.shape, value.dtype, value.device), list(batches))
         ages = self.ages()
         group = {name: value for name, value in self.group.items() if name not in ("params", "lr")}
-        autocast = torch.is_autocast_enabled(batches[0][0].device.type)
-        return kinds, [ages.index(age) for age in ages], None in ages, group, torch.get_default_dtype(), autocast
+        autocast = torch.is_autocast_enabled(batch[0].device.type)
+        return kind(batch), [ages.index(age) for age in ages], None in ages, group, torch.get_default_dtype(), autocast
 
-    def holds(self, batches: Batches) -> bool:
+    def holds(self, batch: Batch) -> bool:
         """Whether all is still as it was traced."""
-        return self.settings.hold() and self.constants == self.read_constants(batches)
+        return self.settings.hold() and self.constants == self.read_constants(batch)
 
 
 class NumbersStay(TorchFunctionMode):

@@ -189,7 +189,7 @@ class StackedTraining(Training):
         self.recipe, self.device, self.hooks, self.update = first.recipe, first.device, [], None
         self.model = stack([training.model for training in self.trainings])
         self.parameters = list(self.model.parameters())
-        self.compile, self.most = compile, first.most
+        self.compile, self.even = compile, first.even
         self.steps_per_epoch, self.seconds, self.stopped = first.steps_per_epoch, 0.0, False
         self.streams = {"layers": stream("layers", self.recipe.seed, self.device)}
         self.restart_optimizer()

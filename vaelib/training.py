@@ -41,7 +41,7 @@ from vaelib.optimizers import RULES, build_optimizer
 from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
-STEPS_ON_GPU = 50  # drawn for, and captured, at once
+AT_ONCE = {"cpu": 10, "cuda": 50}  # steps on end: where they are compiled, and on a GPU, where they are drawn for too
 REHEARSALS = 5  # of the first step of a model of one's own; a model that tosses one coin passes once in 16 times
 ROUNDING = 1e-5  # the relative difference of two losses that come of the same numbers, on a GPU in another order
 
@@ -262,7 +262,7 @@ class Training:
     hooks
         what else goes on; their states are in the record.
     compile
-        take the same steps with less overhead (:mod:`vaelib.fast`): several traced as one function, on a GPU many
+        take the same steps with less overhead (:mod:`vaelib.fast`): a whole step traced as one function, on a GPU many
         captured as one graph; where a hook takes the steps, this changes nothing.
 
     Attributes
@@ -327,8 +327,7 @@ class Training:
         self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
         self.compile = compile and self.update is None
-        on_gpu = self.device.type == "cuda" and self.fixed and self.update is None and isinstance(split, Split)
-        self.most = STEPS_ON_GPU if on_gpu else 1  # steps taken at once; four traced as one save next to nothing
+        self.even = self.fixed and self.update is None and isinstance(split, Split)  # one step is made as another
         self.noises: dict[Any, Any] = {}
         self.restart_optimizer()
 
@@ -355,7 +354,7 @@ class Training:
     def run(self, after_step: Callable[[Training], None] | None = None, progress: bool = False) -> list:
         """Train until the recipe's epochs are done, from wherever :attr:`step` stands; return the history.
 
-        ``after_step(training)`` is called after each step, or after those that a GPU takes at once.
+        ``after_step(training)`` is called after each step, or after those that are taken on end (:data:`AT_ONCE`).
 
         Raises
         ------
@@ -388,9 +387,9 @@ class Training:
         if self.epoch_ends:
             self.begin_epoch()
         left = self.steps_per_epoch - self.step % self.steps_per_epoch
-        index = self.index(self.most if self.most <= left else 1)
+        index = self.index(min(self.most, left))
         with drawing_from(self.streams["layers"]):
-            return self.captured(index) if self.captured and len(index) > 1 else self.learn(index)
+            return self.captured(index) if self.captured and len(index) == self.most else self.learn(index)
 
     def index(self, steps: int) -> Tensor:
         """Return the observations of the next ``steps`` steps, by their numbers, ``[steps, B]``."""
@@ -415,7 +414,7 @@ class Training:
         return [(x[i], eps if callable(eps) else map_latent(lambda e: e[i], eps)) for i in range(len(index))]
 
     def take(self, batches: fast.Batches) -> Tensor:
-        """Take a step with each of the batches, as one traced function if told to compile; return the mean bounds."""
+        """Take a step with each of the batches, as a traced function if told to compile; return the mean bounds."""
         if self.whole and not callable(batches[0][1]):
             return self.whole(batches)
         return torch.stack([self.plain_step(x, eps) for x, eps in batches])
@@ -475,11 +474,13 @@ class Training:
         self.set_lr()
 
     def hasten(self) -> None:
-        """Make what takes the steps where they are compiled."""
+        """Make what takes the steps where they are compiled, and say how many are taken on end."""
         self.whole = self.captured = None
+        on_gpu = self.device.type == "cuda"
+        self.most = AT_ONCE.get(self.device.type, 1) if self.even and (self.compile or on_gpu) else 1
         if self.compile:
             self.whole = fast.WholeSteps(self)
-            if self.most == STEPS_ON_GPU:
+            if on_gpu and self.even:
                 self.captured = fast.Captured(self.learn, self.model, self.generators())
 
     def set_lr(self) -> None:
