@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 LEARNING_RATE, ADAM_EPS = 1e-3, 1e-4
-AT_ONCE = (1, 2, 4)  # whole steps in one traced function of ours
 WAKE_UP = 3  # untimed steps before each timed stretch: threads and caches come back
 
 
@@ -175,41 +174,33 @@ def ours(row: str, k: int, problem: Problem) -> Contestant:
     return Contestant(steps, check)
 
 
-def whole_steps(at_once: int) -> Callable:
-    """Return the builder of our compiled loop, ``at_once`` whole steps a call."""
+@library("vaelib --compile", "vaelib", lambda k: {"iwae-total": "iwae"})
+def compiled(row: str, k: int, problem: Problem) -> Contestant:
+    import torch
 
-    def build(row: str, k: int, problem: Problem) -> Contestant:
-        import torch
+    from vaelib import models
+    from vaelib.config import Recipe
+    from vaelib.data import Split
+    from vaelib.posteriors import draw
+    from vaelib.training import Training
 
-        from vaelib import models
-        from vaelib.config import Recipe
-        from vaelib.data import Split
-        from vaelib.posteriors import draw
-        from vaelib.training import Training
+    recipe = Recipe(k=k, lr=LEARNING_RATE, adam_eps=ADAM_EPS, batch_size=problem.batch_size)
+    model = models.build("mlp-1", problem.images.shape[1])
+    load([*model.encoder.parameters(), *model.joint.parameters()], problem.parameters)
+    loop = Training(model, Split.of(problem.images), row, recipe, compile=True)
+    batches, generator = torch_batches(problem), torch.Generator().manual_seed(0)
+    noise = model.encoder(torch.as_tensor(problem.images[: problem.batch_size])).noise_like(k)
 
-        recipe = Recipe(k=k, lr=LEARNING_RATE, adam_eps=ADAM_EPS, batch_size=problem.batch_size)
-        model = models.build("mlp-1", problem.images.shape[1])
-        load([*model.encoder.parameters(), *model.joint.parameters()], problem.parameters)
-        loop = Training(model, Split.of(problem.images), row, recipe, compile=True)
-        batches, generator = torch_batches(problem), torch.Generator().manual_seed(0)
-        noise = model.encoder(torch.as_tensor(problem.images[: problem.batch_size])).noise_like(k)
+    def steps(n: int) -> None:
+        for taken in range(0, n, loop.most):
+            loop.whole([(next(batches), draw(noise, generator)) for _ in range(min(loop.most, n - taken))])
 
-        def steps(n: int) -> None:
-            for _ in range(0, n, at_once):
-                loop.whole([(next(batches), draw(noise, generator)) for _ in range(at_once)])
+    def check() -> None:
+        steps(3)
+        if not loop.whole.works:
+            raise RuntimeError("torch.compile does not work here")
 
-        def check() -> None:
-            steps(3 * at_once)
-            if not loop.whole.works:
-                raise RuntimeError("torch.compile does not work here")
-
-        return Contestant(steps, check)
-
-    return build
-
-
-for at_once in AT_ONCE:
-    library(f"vaelib --compile, {at_once} a call", "vaelib", lambda k: {"iwae-total": "iwae"})(whole_steps(at_once))
+    return Contestant(steps, check)
 
 
 @library("Pyro", "pyro-ppl", both_bounds)
