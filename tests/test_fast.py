@@ -115,6 +115,14 @@ def test_traced_steps_are_the_steps(row, model, optimizer):
     assert not all(torch.allclose(a, b) for a, b in pairs)  # the negative control
 
 
+def test_batches_of_two_kinds_have_a_trace_each():
+    plain, traced, whole, batches = begun()
+    batches = [(x, eps) if i % 3 else (x[:2], eps[:, :2]) for i, (x, eps) in enumerate(batches)]
+    torch.testing.assert_close(whole(batches), plainly(plain)(batches))
+    assert_same_values(plain, traced)
+    assert whole.works and len(whole.traces) == 2
+
+
 def test_the_first_step_of_an_optimiser_is_a_plain_one():
     model, x, eps = problem()
     loop = Loop(model, "iwae-dreg")
