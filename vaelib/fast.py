@@ -64,8 +64,8 @@ class WholeSteps:
     loss, its gradients, and what the optimiser does with them, values and memories written back in place. Whether all
     is as it was traced is asked once for all the steps of a call, and what they need is put together once. Where
     there is no compiler, or a step of the model is more than a function of tensors, it warns, once, and takes plain
-    steps. So it does, without a word, where an optimiser has no memories yet to write to: at the first step, and at
-    the first one of a parameter.
+    steps. So it does, without a word, where an optimiser has no memories yet to write to: in the first call, and in
+    the first one with a parameter.
 
     Parameters
     ----------
