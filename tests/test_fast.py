@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import shutil
 from dataclasses import fields
@@ -18,7 +19,7 @@ from vaelib import data, estimators, fast, models, optimizers, posteriors, train
 from vaelib.config import Recipe
 from vaelib.errors import InputError
 from vaelib.stacked import StackedTraining
-from vaelib.training import Training
+from vaelib.training import Diverged, Training
 
 SMALL = {"hidden": 4, "latent": 2}
 needs_compiler = pytest.mark.skipif(
@@ -172,7 +173,7 @@ def test_a_traced_training_is_the_same_training(recipe):
     eager, traced = tiny_training(False, **recipe), with_backend(tiny_training(False, **recipe))
     seen = []
     eager.run(), traced.run(lambda run: seen.append(run.step))
-    assert seen == [4, 8, 11, 15, 19, 22]
+    assert seen == [1, 5, 9, 11, 15, 19, 22]
     assert traced.whole.works and traced.whole.traces
     assert_same_to_rounding([eager], [traced])
 
@@ -196,6 +197,45 @@ def test_a_traced_training_goes_on_bit_for_bit():
     for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [r["bound"] for r in straight.history] == [r["bound"] for r in second.history]
+
+
+class Reused(data.images.Split):
+    """Images whose batches all lie in the same place."""
+
+    def batch(self, index, generator=None):
+        x = super().batch(index, generator)
+        place = self.__dict__.setdefault(f"place of {len(x)}", torch.empty_like(x))
+        return place.copy_(x)
+
+
+def test_batches_that_lie_in_the_same_place_are_taken_one_by_one():
+    runs = []
+    for compile in (False, True):
+        run = tiny_training(False)
+        reused = Reused(**{field.name: getattr(run.split, field.name) for field in fields(run.split)})
+        runs.append(Training(run.model, reused, run.estimator, run.recipe, compile=compile))
+    runs[1].whole.backend = "eager"
+    for run in runs:
+        run.run()
+    assert runs[1].whole.works and runs[1].whole.traces
+    assert_same_to_rounding(runs[:1], runs[1:])
+
+
+@pytest.mark.parametrize("step", [5, 13])
+def test_plain_steps_of_a_compiled_training_name_the_step_that_failed(step):
+    run = with_backend(tiny_training(False))
+    run.whole.works, calls, plain = False, itertools.count(1), run.plain_step
+
+    def take(x, eps):
+        if next(calls) == step:
+            for p in run.model.parameters():
+                p.data.fill_(torch.nan)
+            raise ValueError("not in the constraint")
+        return plain(x, eps)
+
+    run.plain_step = take
+    with pytest.raises(Diverged, match=f"not finite before step {step} "):
+        run.run()
 
 
 def test_an_estimator_that_changes_cannot_be_compiled():

@@ -327,7 +327,8 @@ class Training:
         self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
         self.compile = compile and self.update is None
-        self.even = self.fixed and self.update is None and isinstance(split, Split)  # one step is made as another
+        ours = getattr(type(split), "batch", None) is Split.batch  # another may look at the model, or fill one buffer
+        self.even = self.fixed and self.update is None and ours  # so that batches may be drawn ahead
         self.noises: dict[Any, Any] = {}
         self.restart_optimizer()
 
@@ -387,7 +388,8 @@ class Training:
         if self.epoch_ends:
             self.begin_epoch()
         left = self.steps_per_epoch - self.step % self.steps_per_epoch
-        index = self.index(min(self.most, left))
+        one_by_one = self.device.type == "cpu" and not (self.step and self.whole and self.whole.works)  # plain steps
+        index = self.index(1 if one_by_one else min(self.most, left))
         with drawing_from(self.streams["layers"]):
             return self.captured(index) if self.captured and len(index) == self.most else self.learn(index)
 
