@@ -182,7 +182,7 @@ def compiled(row: str, k: int, problem: Problem) -> Contestant:
     from vaelib.config import Recipe
     from vaelib.data import Split
     from vaelib.posteriors import draw
-    from vaelib.training import Training
+    from vaelib.training import AT_ONCE, Training
 
     recipe = Recipe(k=k, lr=LEARNING_RATE, adam_eps=ADAM_EPS, batch_size=problem.batch_size)
     model = models.build("mlp-1", problem.images.shape[1])
@@ -192,11 +192,13 @@ def compiled(row: str, k: int, problem: Problem) -> Contestant:
     noise = model.encoder(torch.as_tensor(problem.images[: problem.batch_size])).noise_like(k)
 
     def steps(n: int) -> None:
-        for taken in range(0, n, loop.most):
-            loop.whole([(next(batches), draw(noise, generator)) for _ in range(min(loop.most, n - taken))])
+        for taken in range(0, n, AT_ONCE["cpu"]):
+            on_end = min(AT_ONCE["cpu"], n - taken)
+            loop.whole([(next(batches), draw(noise, generator)) for _ in range(on_end)])
 
     def check() -> None:
-        steps(3)
+        for _ in range(2):  # the first steps are plain: there are no memories to write to
+            steps(1)
         if not loop.whole.works:
             raise RuntimeError("torch.compile does not work here")
 

@@ -156,10 +156,6 @@ PAGE_ROWS = {
     "stacked": lambda r: (
         r["threads"] == "1" and f"{float(r['ratio_to_alone']):.2f} ({float(r['ratio_to_alone_min']):.2f} to"
     ),
-    "steps": lambda r: (
-        r["library"].startswith(("vaelib --compile", "floor"))
-        and f"{float(r['ratio_to_plain']):.2f} ({float(r['ratio_min']):.2f} to {float(r['ratio_max']):.2f}) |"
-    ),
     "gradient-lab": lambda r: f"| {r['way']} | {float(r['draws_a_second']):,.0f} | {float(r['times_the_loop']):.2f} (",
     "log-likelihood": lambda r: f"| {r['way']} | {float(r['seconds']):.2f} | {float(r['ratio_to_at_once']):.2f} (",
 }

@@ -44,6 +44,11 @@ def problem(model="mlp-1", k=3):
     return built, x, built.encoder(x).noise(k, torch.Generator().manual_seed(2))
 
 
+@pytest.fixture(autouse=True)
+def four_at_once(monkeypatch):
+    monkeypatch.setitem(training.AT_ONCE, "cpu", 4)
+
+
 class Loop:
     """What :class:`vaelib.fast.WholeSteps` is told of a training: a model, a row and an optimiser."""
 
@@ -164,7 +169,7 @@ def with_backend(run, backend="eager"):
     """Let a training take its steps traced: four on end, in epochs of eleven."""
     run.compile = True
     run.hasten()
-    run.most, run.whole.backend = 4, backend
+    run.whole.backend = backend
     return run
 
 

@@ -383,15 +383,21 @@ class Training:
             hook.finish(self)
         return self.history
 
+    @property
+    def at_once(self) -> int:
+        """How many steps are taken on end: more than one on a GPU, and where they are compiled, not plain ones."""
+        traced = self.step and self.whole and self.whole.works
+        on_end = self.even and (traced or self.device.type == "cuda")
+        return AT_ONCE.get(self.device.type, 1) if on_end else 1
+
     def advance(self) -> Tensor:
         """Take a step, or several where that is faster; return their bounds, ``[steps, ...]``."""
         if self.epoch_ends:
             self.begin_epoch()
         left = self.steps_per_epoch - self.step % self.steps_per_epoch
-        one_by_one = self.device.type == "cpu" and not (self.step and self.whole and self.whole.works)  # plain steps
-        index = self.index(1 if one_by_one else min(self.most, left))
+        index = self.index(min(self.at_once, left))
         with drawing_from(self.streams["layers"]):
-            return self.captured(index) if self.captured and len(index) == self.most else self.learn(index)
+            return self.captured(index) if self.captured and len(index) == self.at_once else self.learn(index)
 
     def index(self, steps: int) -> Tensor:
         """Return the observations of the next ``steps`` steps, by their numbers, ``[steps, B]``."""
@@ -476,13 +482,11 @@ class Training:
         self.set_lr()
 
     def hasten(self) -> None:
-        """Make what takes the steps where they are compiled, and say how many are taken on end."""
+        """Make what takes the steps where they are compiled."""
         self.whole = self.captured = None
-        on_gpu = self.device.type == "cuda"
-        self.most = AT_ONCE.get(self.device.type, 1) if self.even and (self.compile or on_gpu) else 1
         if self.compile:
             self.whole = fast.WholeSteps(self)
-            if on_gpu and self.even:
+            if self.even and self.device.type == "cuda":
                 self.captured = fast.Captured(self.learn, self.model, self.generators())
 
     def set_lr(self) -> None:
