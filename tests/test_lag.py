@@ -62,6 +62,20 @@ def test_the_table_has_a_line_a_method_and_the_published_numbers_beside(results)
     assert find("lag-toy").table(twice)[1][8] == "2" and "± 0.00" in find("lag-toy").table(twice)[1][1]
 
 
+def test_images_have_a_table_for_each_place_and_are_searched_from_the_smallest_on(tmp_path):
+    images = find("lag-images")
+    found = measure(images, tmp_path)
+    larger = found.assign(side=14, value=found["value"] + 1)
+    header, *lines = images.table(pd.concat([found, larger]))
+    assert header[:4] == ("data", "pixels", "method", "NLL") and {len(line) for line in lines} == {len(header)}
+    assert [line[:3] for line in lines] == [
+        ("digits", f"{side} x {side}", method) for side in (8, 14) for method in ("no z (autoregressive)", "VAE")
+    ]
+    assert float(lines[2][3]) == pytest.approx(float(lines[0][3]) + 1)
+    sides = [side for _, side in lag.PLACES]
+    assert sides == sorted(sides) and len(set(lag.PLACES)) == len(lag.PLACES)
+
+
 TABLE_1 = """
 anneal             328.6  0.0 0.0   89.20  2.1 1.9
 beta-0.2           333.1 18.7 3.4  105.19 69.1 3.9

@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "lag-toy": "lag",
     "lag-text": "lag",
     "lag-omniglot": "lag",
+    "lag-images": "lag",
     "flow-ring": "flow",
     "flow-vae": "flow",
 }
