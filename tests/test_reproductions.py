@@ -44,6 +44,9 @@ FAULTS = {
         ("and the gain falls", {**SCHEDULE, "epochs": 121, "estimator": "elbo-path"}, lambda nll: nll - 1),
         ("later stages", {**SCHEDULE, "epochs": 364, "estimator": "elbo-path", "seed": 0}, lambda nll: nll + 0.6),
     ],
+    "schedule-dreg": [
+        ("IWAE path ahead", {"metric": "nll", "k": 5, "epochs": 13, "estimator": "iwae-path"}, lambda nll: nll + 0.15),
+    ],
     "figure-1-check": [
         ("total ends above", {"metric": "final kl", "estimator": "elbo-total", "seed": 3}, lambda kl: 0.2),
         ("path ends over a thousand", {"metric": "final kl", "estimator": "elbo-path"}, lambda kl: 1e4 * kl),
@@ -77,6 +80,9 @@ FAULTS = {
         ("the guided start lower", {**ELBO, "method": "linear", "at": 3}, lambda elbo: elbo + 90),
         ("four of them end lower", {**LOG_P, "data": "omniglot", "method": "plain"}, lambda log_p: log_p - 9),
         ("and none ends higher", {**LOG_P, "data": "fashion-mnist", "method": "linear"}, lambda log_p: log_p + 9),
+    ],
+    "silent-annealed-start": [
+        ("start lower with every seed", {**ELBO, "method": "plain", "at": 3, "seed": 1}, lambda elbo: elbo - 9),
     ],
     "silent-annealed-long-check": [
         ("ten seeds each", {**LOG_P, "method": "plain", "seed": 3, "data": "mnist"}, lambda log_p: math.nan),
@@ -117,6 +123,8 @@ FAULTS = {
 
 NEEDS = {
     "schedule-check": ["schedule-table"],
+    "schedule-dreg": ["schedule-table"],
+    "silent-annealed-start": ["silent-annealed-check"],
     "table-2-released": ["table-2-behind"],
     "lag-text-kept": ["lag-text-check"],
 }
