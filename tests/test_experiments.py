@@ -1298,6 +1298,17 @@ def test_a_stage_does_not_begin_with_one_that_has_lost_a_file(lost, tmp_path):
     assert not (tmp_path / "4" / "checkpoint.pt").exists()
 
 
+def test_a_stage_whose_predecessor_is_damaged_says_which_and_begins_once_that_is_gone(tmp_path):
+    runs.train(tmp_path / "1", runs.Config(model="linear", epochs=1, batch_size=500))
+    damaged = tmp_path / "1" / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"'{damaged}' is cut or altered.*or delete it to begin anew"):
+        schedule.begin(tmp_path / "4")
+    assert not (tmp_path / "4" / "checkpoint.pt").exists() and not (tmp_path / "4" / "config.json").exists()
+    damaged.unlink()
+    schedule.begin(tmp_path / "4")
+
+
 def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_path, monkeypatch):
     """The last one first, as with many jobs at once; then the first; the last again ends in the same numbers."""
     monkeypatch.setattr(schedule, "config_of", partial(without_compiler, schedule.config_of))

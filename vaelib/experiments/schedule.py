@@ -89,6 +89,7 @@ def begin(place: Path) -> None:
     before = (place.with_name(f"{epochs}") for epochs in reversed(STAGES) if epochs < int(place.name))
     for folder in map(runs.Folder, before):
         if folder.checkpoint.exists() and folder.config.exists() and "training" in runs.read_result(folder.result):
+            runs.read_state(folder.checkpoint)  # a damaged one is told of by its own name
             with runs.in_use(runs.Folder(place)) as there:
                 if not there.checkpoint.exists():  # as when another grid has been there in the meantime
                     files.write(there.config, files.read(folder.config))
