@@ -482,6 +482,21 @@ def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path
     assert results.code_version(tmp_path.parent / "nowhere.py") == vaelib.__version__
 
 
+def test_changed_code_makes_a_version_dirty_and_a_changed_table_does_not(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for name in ("code/some.py", "code/part/other.py", "results/table.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
+    (tmp_path / "results" / "table.csv").write_text("1")
+    clean = results.code_version(tmp_path / "code" / "some.py")
+    assert re.fullmatch(rf"{re.escape(vaelib.__version__)}\+\w+", clean)
+    (tmp_path / "code" / "part" / "other.py").write_text("1")
+    assert results.code_version(tmp_path / "code" / "some.py") == f"{clean}-dirty"
+
+
 def test_a_table_is_set_in_columns_and_in_markdown():
     table = experiments.Table([("name", "nll"), ("a", "1.25"), ("longer", "2")])
     assert str(table) == "name    nll\na       1.25\nlonger  2"

@@ -374,9 +374,11 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
 
 
 def code_version(file: Path | None = None) -> str:
-    """Return the version of the package, with the commit if it runs from a checkout, which ``file`` then belongs to."""
+    """Return the version of the package, with the commit if it runs from a checkout, which ``file`` then belongs to.
 
-    file = file or Path(__file__)
+    What is changed and not committed in that file's folder makes it "dirty"; a table of results does not.
+    """
+    file = file or Path(__file__).parents[1] / "__init__.py"
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=file.parent)
@@ -384,10 +386,10 @@ def code_version(file: Path | None = None) -> str:
     try:
         if git("ls-files", "--error-unmatch", file.name).returncode:
             return __version__
-        found = git("describe", "--always", "--dirty")
+        found, changed = git("describe", "--always"), git("diff", "--quiet", "HEAD", "--", ".").returncode
     except OSError:
         return __version__
-    return __version__ if found.returncode else f"{__version__}+{found.stdout.strip()}"
+    return __version__ if found.returncode else f"{__version__}+{found.stdout.strip()}{'-dirty' if changed else ''}"
 
 
 CODE = code_version()
