@@ -468,28 +468,29 @@ def test_a_curve_has_the_places_that_its_own_runs_have():
     assert list(points.index) == [1, 2] and list(points["mean"]) == [4.0, 4.0] and list(points["n"]) == [2, 1]
 
 
+def commit(folder: Path, *names: str) -> None:
+    """Make a repository in a folder, with these files in it, all empty."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for path in map(folder.joinpath, names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    subprocess.run([*git, "add", *names], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
+
+
 def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path):
     """A package installed into an environment inside somebody's repository is not of their commit."""
     assert results.code_version() == results.CODE
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    for name in ("theirs.py", "installed.py"):
-        (tmp_path / name).write_text("")
-    subprocess.run([*git, "add", "theirs.py"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "-m", "theirs"], check=True)
+    commit(tmp_path, "theirs.py")
+    (tmp_path / "installed.py").write_text("")
     assert results.code_version(tmp_path / "installed.py") == vaelib.__version__
     assert re.fullmatch(rf"{re.escape(vaelib.__version__)}\+\w+", results.code_version(tmp_path / "theirs.py"))
     assert results.code_version(tmp_path.parent / "nowhere.py") == vaelib.__version__
 
 
 def test_changed_code_makes_a_version_dirty_and_a_changed_table_does_not(tmp_path):
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    for name in ("code/some.py", "code/part/other.py", "results/table.csv"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
+    commit(tmp_path, "code/some.py", "code/part/other.py", "results/table.csv")
     (tmp_path / "results" / "table.csv").write_text("1")
     clean = results.code_version(tmp_path / "code" / "some.py")
     assert re.fullmatch(rf"{re.escape(vaelib.__version__)}\+\w+", clean)
@@ -1322,6 +1323,7 @@ def test_a_stage_whose_predecessor_is_damaged_says_which_and_begins_once_that_is
     assert not (tmp_path / "4" / "checkpoint.pt").exists() and not (tmp_path / "4" / "config.json").exists()
     damaged.unlink()
     schedule.begin(tmp_path / "4")
+    assert not (tmp_path / "4" / "checkpoint.pt").exists()  # there is none before it to go on from
 
 
 def test_a_stage_needs_none_before_it_and_is_left_alone_by_those_after_it(tmp_path, monkeypatch):

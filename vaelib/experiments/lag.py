@@ -525,6 +525,12 @@ def image_grid(methods: Sequence[str], **common: Any) -> list[Cell]:
     return [{**keys, **common, "method": method} for method in methods]
 
 
+SMALL = {
+    "images": 600, "valid": 200, "latent": 8, "maps": 16, "layers": 4, "encoder_maps": 16, "hidden": 32, "samples": 200,
+    "evaluated": 300,
+}  # fmt: skip
+"""A model and images few enough for a core to train it plainly in half a minute."""
+
 LAG_OMNIGLOT = Experiment(
     "lag-omniglot",
     "He et al. 2019, Tables 1 and 2, images: Omniglot with a PixelCNN (paper), 8 x 8 digits with a small one (short)",
@@ -543,8 +549,7 @@ LAG_OMNIGLOT = Experiment(
                     "no-z", "plain", "aggressive", "aggressive-anneal", "anneal", "beta-0.4", "beta-0.8", "cyclical",
                     "free-bits", "sa-vae",
                 ),
-                data="digits", valid=200, images=600, latent=8, maps=16, layers=4, encoder_maps=16, hidden=32,
-                epochs=25, samples=200, evaluated=300,
+                **SMALL, data="digits", epochs=25,
             ),
             seeds=2,
             minutes=18,
@@ -562,12 +567,6 @@ LAG_OMNIGLOT = Experiment(
     CURVES,
 )  # fmt: skip
 
-SMALL = {
-    "images": 600, "valid": 200, "latent": 8, "maps": 16, "layers": 4, "encoder_maps": 16, "hidden": 32, "epochs": 100,
-    "samples": 200, "evaluated": 300,
-}  # fmt: skip
-"""The model of ``lag-omniglot`` "short" and as many images, for four times as long."""
-
 PLACES = [("digits", 8), *((name, side) for side in (8, 14, 20, 28) for name in ("mnist", "fashion-mnist", "omniglot"))]
 """Data sets and sizes in the order in which a collapse of plain training is looked for."""
 
@@ -584,7 +583,11 @@ LAG_IMAGES = Experiment(
             minutes=0.2,
         ),
         "search": Preset(
-            [cell for name, side in PLACES for cell in image_grid(("plain",), **SMALL, data=name, side=side)],
+            [
+                cell
+                for name, side in PLACES
+                for cell in image_grid(("plain",), **SMALL, data=name, side=side, epochs=100)
+            ],
             seeds=3,
             minutes=120,
         ),
