@@ -887,6 +887,7 @@ def cluster(monkeypatch):
     monkeypatch.delenv("VAELIB_DATA", raising=False)
     monkeypatch.setenv("RAY_agent_register_timeout_ms", "240000")  # a busy machine
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # notice a lost node sooner
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")  # else a lost head ends this process
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     ray.shutdown()

@@ -306,6 +306,14 @@ def test_images_are_trained_by_the_same_run(tmp_path, monkeypatch):
     ).all()
 
 
+@pytest.mark.parametrize(("kept", "epochs"), [(5, [1, 2, 3, 4, 5]), (4, [2, 4]), (2, [3])])
+def test_a_long_curve_is_kept_at_evenly_spaced_epochs(tmp_path, monkeypatch, kept, epochs):
+    monkeypatch.setattr(lag, "KEPT", kept)
+    config = {**find("lag-toy").presets["smoke"].grid[1], "epochs": 5, "points": 0}
+    measured = lag.run(config, 0, tmp_path, "cpu", QUIET)
+    assert [m.at for m in measured if m.metric == "kl" and m.at is not None] == epochs
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_points_whose_last_line_was_cut_are_refused(tmp_path, lost):
     """The last number may have lost a digit."""

@@ -120,7 +120,10 @@ PRETRAINING = 10
 """Epochs as an autoencoder before a training that is "pretrained"."""
 
 CURVES = ("nll_bound", "kl", "mi", "mi_all", "au", "encoder_steps")
-"""What is measured after each epoch."""
+"""What is measured after epochs."""
+
+KEPT = 25
+"""How many points of a curve are kept at most, evenly spaced, where the configuration fixes the number of epochs."""
 
 METRICS = ("nll", *CURVES, "collapsed", "training_seconds", "aggressive_seconds", "decoder_steps")
 """What is measured at the end."""
@@ -184,7 +187,9 @@ def run(config: Cell, seed: int, folder: Path, device: str, report: Report) -> l
         final = collapse.measure(model, x, recipe.batch_size, noise)
         values = evaluation.log_likelihood(model, x, config["samples"], 10, noise, batch_size=recipe.batch_size)
     nll, error = evaluation.mean_and_standard_error(-values)
-    curves = [Measured(name, record[name], at=record["epoch"]) for record in training.history for name in CURVES]
+    every = max(1, math.ceil((config["epochs"] or 0) / KEPT))
+    kept = [record for record in training.history if record["epoch"] % every == 0]
+    curves = [Measured(name, record[name], at=record["epoch"]) for record in kept for name in CURVES]
     cost = training.history[-1]
     return [
         Measured("nll", nll, error),
