@@ -179,6 +179,8 @@ def summary(times: list[float], plain: list[float] | None) -> dict[str, str]:
 
 def provenance() -> dict[str, str]:
     """Return on what, when and with which code this run was made."""
+    from vaelib.experiments.results import processor
+
     settings = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "LD_PRELOAD")}
     given = [f"{name}={Path(value).name}" for name, value in settings.items() if value]
     describe = ["git", "describe", "--always", "--dirty", "--tags"]
@@ -193,15 +195,6 @@ def provenance() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "code": code,
     }
-
-
-def processor() -> str:
-    """Return the processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def write(path: Path, records: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:

@@ -88,7 +88,7 @@ BAD = {
     ),
     "an unknown schedule": (("--schedule", "burdda"), "did you mean 'burda'"),
     "an unknown binarisation": (("--binarisation", "dynamc"), "did you mean 'dynamic'"),
-    "an unknown device": (("--device", "gpu"), "no device is called 'gpu'"),
+    "an unknown device": (("--device", "gpu"), "no device is called 'gpu', did you mean 'cuda'?"),
     "a size twice": (
         ("--size", "latent=4", "--size", "latent=5"),
         "--size latent is given twice, 4 and 5: give it once",

@@ -180,12 +180,12 @@ SPOILT = {
     ),
     "a quote that does not end": (in_line_3(lambda lines: '"' + lines[2]), "is not CSV"),
     "a place between epochs": (in_line_3(lambda lines: lines[2].replace(",1,1,,1", ",1.5,1,,1")), "has at '1.5'"),
-    "half a letter": (lambda text: text.replace("cpu", "cp\u00fc").encode("latin-1"), "is not text in UTF-8"),
+    "half a letter": (lambda text: text.replace("kl", "k\u00fc").encode("latin-1"), "is not text in UTF-8"),
     "UTF-16": (lambda text: text.encode("utf-16"), "is not text in UTF-8"),
     "zero bytes": (in_line_3(lambda lines: lines[2].replace("kl", "k\0l")), "line 3|repeats|metric"),
     "semicolons": (lambda text: text.replace(",", ";").encode(), "has the columns preset;estimator"),
     "a line of another making of the run": (
-        in_line_3(lambda lines: lines[2].replace(",1,cpu,", ",2,cpu,")),
+        in_line_3(lambda lines: re.sub(f',1,(?="?{re.escape(results.processor())})', ",2,", lines[2])),
         "line 3 of .* is of another making of its run than .*: it has seconds '2', not '1': mend that",
     ),
     "nothing": (lambda text: b"", "csv' is empty: put a whole copy in its place"),
@@ -489,6 +489,17 @@ def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path
     assert results.code_version(tmp_path.parent / "nowhere.py") == vaelib.__version__
 
 
+def test_a_number_says_what_processor_it_was_made_on(monkeypatch):
+    (number,) = numbers(1.0)
+    assert number["device"] == results.processor() != ""
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor : 0\nmodel name\t: Abacus: 2\nmodel name : other\n")
+    assert results.processor() == "Abacus: 2"
+    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    monkeypatch.setattr(results.platform, "processor", str)
+    monkeypatch.setattr(results.platform, "machine", str)
+    assert results.processor() == "cpu"
+
+
 def test_changed_code_makes_a_version_dirty_and_a_changed_table_does_not(tmp_path):
     commit(tmp_path, "code/some.py", "code/part/other.py", "results/table.csv")
     (tmp_path / "results" / "table.csv").write_text("1")
@@ -613,6 +624,33 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     failed = finish(grid.OnThisMachine(1), [wrong, right], tmp_path)
     assert list(failed) == [wrong] and "no data set is called 'nothing'" in failed[wrong]
     assert {seed for seed, _ in values(tmp_path)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "what"),
+    [
+        ("lag-toy", {"results_folder": "a-file/below"}, "a-file/below/lag-toy.csv"),
+        ("lag-toy", {"runs_folder": "a-file"}, "'a-file' is a file, but a run needs a folder"),
+        ("stl-schedule", {}, "VAELIB_DATA is 'nowhere', which is not a folder"),
+    ],
+)
+def test_what_would_stop_every_run_is_said_before_the_first(tmp_path, monkeypatch, name, where, what):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAELIB_DATA", "nowhere")
+    monkeypatch.setattr(grid.Grid, "finish", lambda grid: pytest.fail("a run was started"))
+    Path("a-file").touch()
+    with pytest.raises(InputError, match=re.escape(what)):
+        grid.run(name, "short", device="cpu", jobs=1, **where)
+
+
+def test_a_folder_that_takes_no_table_is_told_before_the_first_run(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(grid.Grid, "finish", lambda grid: pytest.fail("a run was started"))
+    with pytest.raises(InputError, match="lag-toy.csv' could not be written"):
+        grid.run("lag-toy", "smoke", device="cpu", jobs=1, results_folder=tmp_path, runs_folder=tmp_path)
 
 
 class Told:
@@ -1212,7 +1250,7 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
         )
     out = capsys.readouterr().out
     assert (
-        "preset smoke, 2 of 2 runs, cpu" in out
+        f"preset smoke, 2 of 2 runs, {results.processor()}" in out
         and "elbo-path" in out
         and "1.25" in out
         and (tmp_path / "a.png").exists()
@@ -1230,13 +1268,21 @@ def test_the_list_says_what_is_done_and_how_long_it_takes(tmp_path, capsys, monk
     assert [line for line in lines if not line.startswith(" ")] == list(experiments.EXPERIMENTS)
     at = lines.index("stl-figure-1")
     assert lines[at + 2 : at + 4] == [
-        "    smoke: 2 runs, 1 done; 6 seconds of one core, 2 seconds here",
+        "    smoke: 2 runs, 1 done; 6 seconds of one core, 1 second here",
         "    short: 20 runs, 0 done; 60 seconds of one core, 15 seconds here",
     ]
 
 
 @pytest.mark.parametrize(
-    "minutes, words", [(0.5, "30 seconds"), (2, "2 minutes"), (119, "119 minutes"), (120, "2 hours"), (2880, "2 days")]
+    "minutes, words",
+    [
+        (1 / 60, "1 second"),
+        (0.5, "30 seconds"),
+        (2, "2 minutes"),
+        (119, "119 minutes"),
+        (120, "2 hours"),
+        (2880, "2 days"),
+    ],
 )
 def test_durations(minutes, words):
     assert cli.duration(minutes) == words

@@ -383,7 +383,7 @@ def list_experiments(results: ResultsFolder = Path("results")) -> None:
 
     \b
     done    runs whose results are in the folder already
-    here    all runs together, on all cores of this machine
+    here    the others together, on all cores of this machine
     """
     from vaelib.experiments import EXPERIMENTS, find
     from vaelib.experiments.grid import default_jobs
@@ -399,8 +399,10 @@ def list_experiments(results: ResultsFolder = Path("results")) -> None:
             typer.echo(f"    {explain(error)}")
             continue
         for preset, size in experiment.presets.items():
-            time = f"{duration(size.minutes)} of one core, {duration(size.minutes / jobs)} here"
-            typer.echo(f"    {preset}: {size.runs} runs, {made(experiment, preset, have)} done; {time}")
+            done = made(experiment, preset, have)
+            left = size.minutes * (1 - done / size.runs) / jobs
+            time = f"{duration(size.minutes)} of one core" + f", {duration(left)} here" * (done < size.runs)
+            typer.echo(f"    {preset}: {size.runs} runs, {done} done; {time}")
 
 
 def made(experiment: Any, preset: str, have: set[tuple[str, ...]]) -> int:
@@ -532,7 +534,8 @@ def duration(minutes: float) -> str:
     """Return a time in the largest unit of which there are two, such as "30 seconds", "90 minutes" or "3 hours"."""
     units = {"days": 24 * 60, "hours": 60, "minutes": 1, "seconds": 1 / 60}
     unit = next((name for name, size in units.items() if minutes >= 2 * size), "seconds")
-    return f"{minutes / units[unit]:.0f} {unit}"
+    number = f"{minutes / units[unit]:.0f}"
+    return f"{number} {unit.removesuffix('s') if number == '1' else unit}"
 
 
 def parse_sizes(texts: Iterable[str]) -> dict[str, int]:

@@ -31,6 +31,10 @@ NO_MEMORY = (
 """What errors say for which there is too little memory, or would be in any machine."""
 
 
+MEANT = {"gpu": "cuda"}
+"""What a name stands for that other programs use."""
+
+
 class InputError(ValueError):
     """Something the caller gave is not usable; the message is one sentence meant for them."""
 
@@ -82,7 +86,8 @@ def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
         raise InputError(f"{what} must be a name, not of type {type(name).__name__}; choose from: {', '.join(options)}")
     if name in options:
         return options[name]
-    near = difflib.get_close_matches(name.lower(), options, n=1)
+    meant = MEANT.get(name.lower())
+    near = [meant] if meant in options else difflib.get_close_matches(name.lower(), options, n=1)
     hint = f", did you mean '{near[0]}'?" if near else ";"
     raise InputError(f"no {what} is called {shown(name)}{hint} choose from: {', '.join(options)}")
 

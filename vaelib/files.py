@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -124,6 +125,14 @@ def make_folder(path: Path) -> None:
             f"'{path}' is {what}, but a run needs a folder: move it out of the way, or choose another name"
         )
     path.mkdir(parents=True, exist_ok=True)
+
+
+def make_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written later; raise InputError if it takes none."""
+    folder = Path(os.path.realpath(path)).parent
+    with told(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

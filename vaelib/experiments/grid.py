@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from vaelib import files
+from vaelib import data, files
 from vaelib.config import DEVICES
 from vaelib.data.files import environment
 from vaelib.errors import InputError, choose, positive, whole_number
@@ -86,7 +86,8 @@ def run(
     Raises
     ------
     InputError
-        if there is no such experiment or preset, or if a run failed: all others are finished first.
+        if there is no such experiment or preset; before the first run, if the table or the folder of runs cannot be
+        written or data is not to be had; or if a run failed: all others are finished first.
     KeyboardInterrupt
         after SIGINT, SIGTERM or SIGHUP; the runs under way have saved their checkpoints.
     """
@@ -100,6 +101,11 @@ def run(
     all_jobs = [Job(task, folder / name / preset / task.name, device) for task in tasks]
     waiting = [job for job in all_jobs if job.task.key not in known]
     failed = {}
+    if waiting:
+        files.make_writable(results.path_of(experiment, table))
+        files.make_folder(folder)
+        if not ray:  # whose machines may have what this one has not
+            fetch_data([job.task for job in waiting])
     if together:
         make_together(experiment, [job.task for job in waiting], folder / name, device, table)
     elif waiting:
@@ -124,6 +130,13 @@ def run(
             "has them either: something else wrote it or removed it; the same command makes them anew"
         )
     return path
+
+
+def fetch_data(tasks: list[Task]) -> None:
+    """Make sure that the data of runs is here, before the first of them; raise InputError as :func:`data.fetch`."""
+    for name in dict.fromkeys(task.config.get("data") for task in tasks):
+        if name is not None:
+            data.fetch(name)
 
 
 def put_back(experiment: Experiment, jobs: list[Job], table: Path) -> list[Job]:
@@ -427,6 +440,7 @@ def in_own_process(sender: Any, task: Task, folder: Path, device: str) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # the terminal's Ctrl-C is for the grid, which passes it on once
     threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is killed leaves
     try:
         sender.send(execute(task, folder, device))
     except (KeyboardInterrupt, BrokenPipeError):  # asked to stop, or nobody is there any more

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import functools
 import math
+import platform
 import re
 import subprocess
 import warnings
@@ -361,7 +362,7 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
 
     provenance = {
         "seconds": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "vaelib": CODE,
@@ -371,6 +372,14 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
         {"metric": m.metric, "at": m.at, "value": m.value, "standard_error": m.standard_error, **provenance}
         for m in measured
     ]
+
+
+def processor() -> str:
+    """Return the processor's name, as the system tells it; "cpu" where it does not."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine() or "cpu"
 
 
 def code_version(file: Path | None = None) -> str:
