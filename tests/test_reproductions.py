@@ -114,6 +114,10 @@ FAULTS = {
         ("Treebank, end", {"metric": "nll", "method": "aggressive-anneal"}, lambda nll: nll + 0.3),
         ("eight of ten ahead", {"metric": "nll", "method": "sa-vae-anneal", "seed": 3}, lambda nll: nll + 0.6),
     ],
+    "lag-text-middle-check": [
+        ("plain collapses", {"metric": "au", "at": None, "method": "plain", "seed": 5}, lambda au: 1),
+        ("against no z it is undecided", {"metric": "nll", "method": "plain"}, lambda nll: nll + 0.3),
+    ],
     "lag-omniglot-check": [
         ("images: aggressive", {"metric": "kl", "at": None, "method": "aggressive", "seed": 0}, lambda kl: kl / 3),
         ("as long as SA-VAE", {"metric": "training_seconds", "method": "aggressive"}, lambda seconds: 2 * seconds),
@@ -121,6 +125,11 @@ FAULTS = {
     "lag-images-search-check": [
         ("no place where three", {"metric": "au", "data": "omniglot", "side": 8}, lambda au: 0),
         ("two seeds do", {"metric": "au", "data": "mnist", "side": 8, "seed": 2}, lambda au: 0),
+    ],
+    "lag-images-cures-check": [
+        ("8 × 8: plain keeps", {"metric": "au", "at": None, "method": "plain", "seed": 5}, lambda au: 1),
+        ("two are behind no z", {"metric": "nll", "method": "no-z"}, lambda nll: nll + 0.03),
+        ("the rest within", {"metric": "nll", "method": "cyclical", "seed": 3}, lambda nll: nll + 0.5),
     ],
 }
 """For each check cell what its lines say, and a fault to be found: rows of one kind, and what stands there instead."""
