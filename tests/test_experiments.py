@@ -492,9 +492,9 @@ def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path
 def test_a_number_says_what_processor_it_was_made_on(monkeypatch):
     (number,) = numbers(1.0)
     assert number["device"] == results.processor() != ""
-    monkeypatch.setattr(Path, "read_text", lambda path: "processor : 0\nmodel name\t: Abacus: 2\nmodel name : other\n")
+    monkeypatch.setattr(files, "read_text", lambda path: "processor : 0\nmodel name\t: Abacus: 2\nmodel name : other\n")
     assert results.processor() == "Abacus: 2"
-    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    monkeypatch.setattr(files, "read_text", lambda path: None)
     monkeypatch.setattr(results.platform, "processor", str)
     monkeypatch.setattr(results.platform, "machine", str)
     assert results.processor() == "cpu"

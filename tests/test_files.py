@@ -25,7 +25,7 @@ def test_nothing_else_in_the_package_opens_a_file():
     for path in PACKAGE.rglob("*.py"):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             opens = getattr(call.func, "attr", None) in methods or getattr(call.func, "id", None) == "open"
-            if opens and "io." not in (words := ast.unparse(call)):  # from memory
+            if opens and not (words := ast.unparse(call)).startswith("files.") and "io." not in words:  # from memory
                 found.add(f"{path.relative_to(PACKAGE)}: {words}")
     assert {one for one in found if not one.startswith("files.py: ")} == {
         "data/files.py: open(path, 'rb')",  # a part of a download, for its digest

@@ -376,10 +376,9 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
 
 def processor() -> str:
     """Return the processor's name, as the system tells it; "cpu" where it does not."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine() or "cpu"
+    lines = (files.read_text(Path("/proc/cpuinfo")) or "").splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "cpu"
 
 
 def code_version(file: Path | None = None) -> str:
