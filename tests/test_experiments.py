@@ -490,13 +490,18 @@ def test_the_version_is_that_of_the_code_and_of_no_repository_around_it(tmp_path
 
 
 def test_a_number_says_what_processor_it_was_made_on(monkeypatch):
+    def hidden(path):
+        raise InputError(f"'{path}' cannot be read (Permission denied)")
+
     (number,) = numbers(1.0)
     assert number["device"] == results.processor() != ""
     monkeypatch.setattr(files, "read_text", lambda path: "processor : 0\nmodel name\t: Abacus: 2\nmodel name : other\n")
     assert results.processor() == "Abacus: 2"
-    monkeypatch.setattr(files, "read_text", lambda path: None)
     monkeypatch.setattr(results.platform, "processor", str)
     monkeypatch.setattr(results.platform, "machine", str)
+    monkeypatch.setattr(files, "read_text", lambda path: None)
+    assert results.processor() == "cpu"
+    monkeypatch.setattr(files, "read_text", hidden)
     assert results.processor() == "cpu"
 
 

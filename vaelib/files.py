@@ -127,12 +127,18 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def make_writable(path: Path) -> None:
-    """Make the folder of a file that is to be written later; raise InputError if it takes none."""
+def folder_around(path: Path) -> Path:
+    """Return the folder that a file is in, which is made if need be; of a link it is where that leads."""
     folder = Path(os.path.realpath(path)).parent
     with told(path):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError if no file can be written at ``path`` later."""
+    with told(path):
+        tempfile.TemporaryFile(dir=folder_around(path)).close()
 
 
 @contextmanager
@@ -292,9 +298,6 @@ def locked(path: Path, wait: bool = False) -> Iterator[Lock | None]:
 
 @contextmanager
 def locked_around(path: Path) -> Iterator[None]:
-    """Wait for the lock of the folder that a file is in, which is made if need be; of a link it is where that leads."""
-    folder = Path(os.path.realpath(path)).parent
-    with told(path):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=True):
+    """Wait for the lock of :func:`folder_around` a file."""
+    with locked(folder_around(path), wait=True):
         yield

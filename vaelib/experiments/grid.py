@@ -102,7 +102,7 @@ def run(
     waiting = [job for job in all_jobs if job.task.key not in known]
     failed = {}
     if waiting:
-        files.make_writable(results.path_of(experiment, table))
+        files.check_writable(results.path_of(experiment, table))
         files.make_folder(folder)
         if not ray:  # whose machines may have what this one has not
             fetch_data([job.task for job in waiting])

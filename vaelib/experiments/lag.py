@@ -121,7 +121,7 @@ PRETRAINING = 10
 """Epochs as an autoencoder before a training that is "pretrained"."""
 
 CURVES = ("nll_bound", "kl", "mi", "mi_all", "au", "encoder_steps")
-"""What is measured after epochs."""
+"""What is measured after each epoch."""
 
 KEPT = 25
 """How many points of a curve are kept at most, evenly spaced, where the configuration fixes the number of epochs."""

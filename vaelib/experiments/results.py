@@ -376,9 +376,11 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
 
 def processor() -> str:
     """Return the processor's name, as the system tells it; "cpu" where it does not."""
-    lines = (files.read_text(Path("/proc/cpuinfo")) or "").splitlines()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine() or "cpu"
+    with suppress(InputError):  # it may be hidden
+        text = files.read_text(Path("/proc/cpuinfo")) or ""
+        if found := re.search(r"^model name[ \t]*:[ \t]*(.+)", text, re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "cpu"
 
 
 def code_version(file: Path | None = None) -> str:
