@@ -125,11 +125,13 @@ FAULTS = {
     "lag-images-search-check": [
         ("no place where three", {"metric": "au", "data": "omniglot", "side": 8}, lambda au: 0),
         ("two seeds do", {"metric": "au", "data": "mnist", "side": 8, "seed": 2}, lambda au: 0),
+        ("the larger the images", {"metric": "kl", "at": None, "data": "omniglot", "side": 20}, lambda kl: kl / 9),
     ],
     "lag-images-cures-check": [
         ("8 × 8: plain keeps", {"metric": "au", "at": None, "method": "plain", "seed": 5}, lambda au: 1),
         ("two are behind no z", {"metric": "nll", "method": "no-z"}, lambda nll: nll + 0.03),
         ("the rest within", {"metric": "nll", "method": "cyclical", "seed": 3}, lambda nll: nll + 0.5),
+        ("z tells more", {"metric": "mi_all", "at": None, "method": "aggressive"}, lambda mi: mi - 0.04),
     ],
 }
 """For each check cell what its lines say, and a fault to be found: rows of one kind, and what stands there instead."""
