@@ -222,6 +222,16 @@ def test_what_is_said_of_an_amd_processor_is_what_was_measured():
     assert (f"{np.min(to_floor):.2f}", f"{np.max(to_floor):.2f}") == ("0.97", "1.23")
 
 
+def test_what_a_row_and_a_compiled_step_cost_is_what_was_measured():
+    page = (ROOT / "book" / "running.md").read_text("utf-8")
+    for library, said in (
+        ("vaelib", "every row takes {:.2f} to {:.2f} of the time of a hand-written PyTorch step"),
+        ("vaelib --compile", "{:.2f} to {:.2f} of the time of that step"),
+    ):
+        ratios = [float(row["ratio_to_plain"]) for row in rows_of("steps") if row["library"] == library]
+        assert said.format(min(ratios), max(ratios)) in page
+
+
 def test_the_readme_quotes_what_was_measured_elsewhere():
     digits, burda = (
         float(row["ratio_to_alone"]) for row in rows_of("stacked") if row["seeds"] == "8" and row["threads"] == "1"
