@@ -570,7 +570,7 @@ def levels(*wrong: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ("grey", "complaint"),
     [
         (levels(0, 255), "from 0 to 255"),
-        (levels(-1, 1), "from -1 to 1"),
+        (levels(-1, 1), "from -1 to 1.*real numbers take a likelihood of theirs, such as likelihoods.Gaussian"),
         (levels(1 + 2**-20), r"from 0.5 to 1\b"),
         (levels(math.nan), "from nan to nan"),
         (levels(math.inf), "from 0.5 to inf"),

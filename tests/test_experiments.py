@@ -624,6 +624,18 @@ def test_the_seconds_of_earlier_starts_count(tmp_path, monkeypatch):
     assert {number["seconds"] for number in grid.measured_in(tmp_path / "measured.json", task)} == {1012.0}
 
 
+def test_a_run_that_another_version_of_the_code_went_on_with_names_both(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    task, mine = FIGURE_1.tasks("smoke")[0], results.CODE
+    assert grid.execute(task, first, "cpu") == ""
+    assert grid.code_at(second) == mine
+    monkeypatch.setattr(results, "CODE", "another")
+    assert grid.execute(task, second, "cpu") == ""
+    for folder, code in ((first, mine), (second, f"{mine} then another")):
+        assert {number["vaelib"] for number in grid.measured_in(folder / "measured.json", task)} == {code}
+
+
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     wrong, right = jobs_of([training_task(data="nothing"), training_task(epochs=1)], tmp_path)
     failed = finish(grid.OnThisMachine(1), [wrong, right], tmp_path)
@@ -1246,7 +1258,7 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main(["experiment", *arguments, "--results", str(tmp_path)])
         assert end.value.code == 2 and sentence in capsys.readouterr().err
-    for task in FIGURE_1.tasks("smoke"):
+    for task in FIGURE_1.tasks("smoke", 2):
         measured = results.with_provenance([Measured("kl", 1.25, at=0), Measured("final kl", 1.25)], 1.0, "cpu")
         results.add(FIGURE_1, task, measured, tmp_path)
     with pytest.raises(SystemExit):
@@ -1255,7 +1267,7 @@ def test_the_command_shows_a_table_and_says_what_is_missing(tmp_path, capsys):
         )
     out = capsys.readouterr().out
     assert (
-        f"preset smoke, 2 of 2 runs, {results.processor()}" in out
+        f"preset smoke, 2 of 2 runs and 2 of further seeds, {results.processor()}" in out
         and "elbo-path" in out
         and "1.25" in out
         and (tmp_path / "a.png").exists()

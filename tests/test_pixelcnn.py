@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -461,3 +462,30 @@ def test_a_run_says_whether_it_collapsed(method, tmp_path):
     if method == "no-z":
         assert final["kl"] == final["mi"] == final["au"] == 0
         assert final["nll"] == pytest.approx(final["nll_bound"], rel=1e-5)
+
+
+# --- how far a pixel sees
+
+
+def seen(side: int, layers: int) -> float:
+    """Return the share of all pairs of an earlier and a later pixel of which the later one's logit knows the earlier."""
+    alone = PixelCNN(side, latent=0, maps=2, layers=layers, generator=generator()).double().eval()
+    context = torch.zeros(1, 1, 2, side, side, dtype=torch.float64)
+
+    def logits(pixels: torch.Tensor) -> torch.Tensor:
+        return alone.logits(pixels.view(1, side, side), context).flatten()
+
+    pixels = torch.rand(side**2, generator=generator(1), dtype=torch.float64)
+    depends = torch.autograd.functional.jacobian(logits, pixels, vectorize=True) != 0
+    assert not depends.triu().any(), "causal"
+    return depends.sum().item() / math.comb(side**2, 2)
+
+
+def test_how_much_of_an_image_the_decoders_see_is_what_the_page_says():
+    assert lag.SMALL["layers"] == 4
+    shares = [f"{seen(side, 4):.0%}".rstrip("%") for side in (8, 14, 20, 28)]
+    page = (Path(__file__).resolve().parent.parent / "book" / "reproductions.ipynb").read_text("utf-8")
+    first, *others, last = shares
+    assert f"computes a pixel from {first}% of those before it at 8 × 8" in page
+    assert f"and from {', '.join(others)} and {last}% at 14, 20 and 28 pixels a side" in page
+    assert f"the paper's decoder, of 13 layers, sees {seen(28, 13):.0%} at 28 × 28" in page

@@ -227,6 +227,22 @@ def test_sentences_and_images_go_with_their_models(tmp_path):
             runs.train(tmp_path / "run", config)
 
 
+@pytest.mark.parametrize(("of_the_run", "asked", "used"), [(1, None, 4), (7, None, 7), (7, 2, 2)])
+def test_advice_is_for_the_draws_of_the_run_and_at_least_four(image, monkeypatch, of_the_run, asked, used):
+    """Most estimators need two draws and more, and are compared at the same number."""
+    seen, load = [], runs.load
+
+    def loaded(*arguments):
+        run = load(*arguments)
+        return replace(run, config=replace(run.config, k=of_the_run))
+
+    monkeypatch.setattr(runs, "load", loaded)
+    monkeypatch.setattr("vaelib.gradients.advise", lambda *_, k, **__: seen.append(k) or SimpleNamespace(as_dict=dict))
+    monkeypatch.setattr(report, "png", lambda *_: b"a picture")
+    report.advise(image, asked, device="cpu")
+    assert seen == [used]
+
+
 def test_advice_is_shown_before_it_is_written(image, monkeypatch):
     shown = []
 

@@ -265,7 +265,12 @@ def show(run_dir: RunDir, device: Annotated[str, typer.Option(help=HELP["device"
 @app.command()
 def advise(
     run_dir: RunDir,
-    k: Annotated[int, typer.Option(help="Evaluations of the decoder for each observation.")] = 4,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            help="Evaluations of the decoder for each observation.", show_default="the run's own, and at least 4"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all noise, and of the choice of observations.")] = 0,
     device: Annotated[str, typer.Option(help=HELP["device"])] = "auto",
     quiet: Quiet = False,
@@ -509,7 +514,11 @@ def show_experiment(
     have = [each for each in experiment.presets if each in set(found["preset"])]
     preset = have[-1]
     found = found[found["preset"] == preset]
-    runs = f"{made(experiment, preset, loaded_runs(found, experiment))} of {experiment.presets[preset].runs} runs"
+    loaded = loaded_runs(found, experiment)
+    done = made(experiment, preset, loaded)
+    runs = f"{done} of {experiment.presets[preset].runs} runs"
+    if further := len(loaded) - done:
+        runs += f" and {further} of further seeds"
     typer.echo(f"{experiment.reproduces}\npreset {preset}, {runs}, {', '.join(sorted(set(found['device'])))}\n")
     table(*experiment.table(found))
     if figure is not None:

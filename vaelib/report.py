@@ -79,7 +79,7 @@ def show(run_dir: str | Path, device: str = "auto") -> Path:
 
 def advise(
     run_dir: str | Path,
-    k: int = 4,
+    k: int | None = None,
     device: str = "auto",
     seed: int = 0,
     progress: bool = False,
@@ -87,6 +87,7 @@ def advise(
 ) -> tuple[Advice, list[Path]]:
     """Measure what :func:`vaelib.gradients.advise` does on a run; write ``advice.json`` and ``advice.png`` beside it.
 
+    ``k`` is that of the run, and at least four, unless it is given.
     ``show`` is given the advice before anything is written, so that a full disk loses no computation; it is written
     even if this fails.
 
@@ -102,8 +103,8 @@ def advise(
         noise = torch.Generator(x.device).manual_seed(seed)
         with enough_memory("k"):
             given = gradients.advise(
-                run.model, x, k=k, batch_size=run.config.batch_size, estimator=run.config.estimator, generator=noise,
-                progress=progress,
+                run.model, x, k=max(4, run.config.k) if k is None else k, batch_size=run.config.batch_size,
+                estimator=run.config.estimator, generator=noise, progress=progress,
             )  # fmt: skip
         try:
             show(given)
@@ -157,7 +158,7 @@ def page(run: Run, name: str) -> str:
 def verdict(used: Usage, elbo: Estimate) -> list[str]:
     """Say whether z is used, and by how much."""
     first = {
-        "yes": "z is collapsed: the model does without it.",
+        "yes": "z is collapsed: as it is now, the model does without it.",
         "no": "z is used.",
         "cannot tell": "Whether z is used, these observations do not tell.",
     }

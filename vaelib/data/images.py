@@ -85,10 +85,13 @@ class Split:
                 low >= 0 and high <= 1 if self.binarisation != "grey" else math.isfinite(low) and math.isfinite(high)
             )
             if not within:  # also if one is not a number
-                limits = "finite" if self.binarisation == "grey" else "in [0, 1]"
+                limits, other = "finite", ""
+                if self.binarisation != "grey":
+                    limits = "in [0, 1]"
+                    other = "; real numbers take a likelihood of theirs, such as likelihoods.Gaussian, and binary=False"
                 raise InputError(
                     f"grey levels must be {limits}, but these are from {low:g} to {high:g}: scale them (0 to 255 by "
-                    "x / 255), and fill in what is not a number"
+                    f"x / 255), and fill in what is not a number{other}"
                 )
 
     @classmethod

@@ -301,6 +301,7 @@ def execute(task: Task, folder: Path, device: str) -> str:
                 return ""
             start = time.monotonic()
             before = progress_in(folder)["seconds"]  # of earlier starts
+            code = code_at(folder)
 
             def report(fraction: float) -> None:
                 nonlocal reported
@@ -311,7 +312,7 @@ def execute(task: Task, folder: Path, device: str) -> str:
             reported = start
             place = find_device(device).type
             measured = find(task.experiment).run(task.config, task.seed, folder, place, report)
-            numbers = results.with_provenance(measured, before + time.monotonic() - start, place)
+            numbers = results.with_provenance(measured, before + time.monotonic() - start, place, code)
             files.write_json(outcome, outcome_of(task, numbers))
             return ""
     except files.InUse:
@@ -351,6 +352,17 @@ def measured_in(path: Path, task: Task) -> list[dict[str, Any]]:
             "checkpoint"
         )
     return measured
+
+
+def code_at(folder: Path) -> str:
+    """Return the versions of the code that a run has been made with, the first one first; this one is noted."""
+    path, said = folder / "code.txt", []
+    with suppress(InputError):
+        said = (files.read_text(path) or "").splitlines()
+    if said[-1:] != [results.CODE]:
+        said.append(results.CODE)
+        files.write(path, "\n".join(said).encode())
+    return " then ".join(said)
 
 
 def progress_in(folder: Path) -> dict[str, float]:

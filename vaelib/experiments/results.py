@@ -356,8 +356,10 @@ def is_measured(one: Any) -> bool:
     )
 
 
-def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -> list[dict[str, Any]]:
-    """Return what a run measured, each number with what it was measured with."""
+def with_provenance(
+    measured: Iterable[Measured], seconds: float, device: str, code: str | None = None
+) -> list[dict[str, Any]]:
+    """Return what a run measured, each number with what it was measured with; ``code``, if not by this one alone."""
     import torch
 
     provenance = {
@@ -365,7 +367,7 @@ def with_provenance(measured: Iterable[Measured], seconds: float, device: str) -
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "vaelib": CODE,
+        "vaelib": code or CODE,
         "date": datetime.date.today().isoformat(),
     }
     return [
