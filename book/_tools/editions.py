@@ -50,13 +50,7 @@ SOLUTIONS = "## Solutions\n\nOf each, the check of its exercise, and a likely mi
 TAGS = {"check", "stub", "exercise-check", "solution", "wrong-answer", "nbval-ignore-output", "raises-exception"}
 """The tags that a notebook keeps: those that a program asks for."""
 
-NUMBERED = {
-    "exercise": "Exercise", "exercise-start": "Exercise", "prf:theorem": "Theorem", "prf:lemma": "Lemma",
-    "prf:proposition": "Proposition", "prf:corollary": "Corollary", "prf:definition": "Definition",
-    "prf:algorithm": "Algorithm", "prf:example": "Example", "prf:remark": "Remark",
-}  # fmt: skip
-BOXES = {"note": "Note", "tip": "Tip", "warning": "Warning", "important": "Important", "caution": "Caution",
-         "hint": "Hint", "seealso": "See also", "attention": "Attention", "danger": "Danger"}  # fmt: skip
+NUMBERED = {"exercise": "Exercise", "prf:theorem": "Theorem"}
 
 FENCE = re.compile(r"(:{3,}|`{3,}|~{3,})\{([\w:-]+)\} *(.*)")
 CODE = re.compile(r"(`{3,}|~{3,})(?!\{)")
@@ -140,14 +134,7 @@ class Book:
                 if found := LABELLED.match(line):
                     add(found[1], "equation", f"equation-{found[1]}")
                 elif (found := FENCE.match(line)) and found[2] in NUMBERED:
-                    options = take_options(lines[i + 1 :])[0]
-                    if "nonumber" not in options:
-                        add(options.get("label"), NUMBERED[found[2]])
-                elif (found := FENCE.match(line)) and found[2] in ("math", "figure"):
-                    options = take_options(lines[i + 1 :])[0]
-                    if label := options.get("label") or options.get("name"):
-                        kind = "equation" if found[2] == "math" else "Fig."
-                        add(label, kind, f"equation-{label}" if found[2] == "math" else label)
+                    add(take_options(lines[i + 1 :])[0].get("label"), NUMBERED[found[2]])
                 elif found := TARGET.match(line):
                     heading = next((line for line in lines[i + 1 :] if line.startswith("#")), f"# {found[1]}")
                     self.labels[found[1]] = Label(heading.lstrip("# "), page, found[1])
@@ -252,7 +239,7 @@ class Page:
                 flush()
                 body = take_until(lines, lambda line, fence=found[1]: line.rstrip() == fence)
                 options, body = take_options(body)
-                done += self.directive(found[2], found[3].strip(), options, "\n".join(body).strip("\n"))
+                done.append(self.directive(found[2], found[3].strip(), options, "\n".join(body).strip("\n")))
             elif found := CODE.match(line.lstrip()):
                 flush()
                 fence = found[1]
@@ -302,12 +289,10 @@ class Page:
             raise SourceError(f"a link to no page of the book: {address}")
         return self.link(words, page, anchor)
 
-    def directive(self, name: str, argument: str, options: dict[str, str], body: str) -> list[str | Fold]:
-        kind = "numbered" if name in NUMBERED else "box" if name in BOXES else name
-        if kind not in DIRECTIVES:
+    def directive(self, name: str, argument: str, options: dict[str, str], body: str) -> str | Fold:
+        if name not in DIRECTIVES:
             raise SourceError(f"the directive {{{name}}} is not one that the editions know")
-        made = DIRECTIVES[kind](self, name, argument, options, body)
-        return made if isinstance(made, list) else [made]
+        return DIRECTIVES[name](self, name, argument, options, body)
 
     def numbered(self, name: str, argument: str, options: dict[str, str], body: str) -> str:
         kind, label = NUMBERED[name], options.get("label")
@@ -317,10 +302,8 @@ class Page:
         return text if kind == "Exercise" else quote(text)
 
     def box(self, name: str, argument: str, options: dict[str, str], body: str) -> str:
-        title = self.inline(argument) if name == "admonition" else BOXES.get(name, "")
-        if "dropdown" in options.get("class", "") or name == "hint":
-            return fold(title, self.markdown(body))
-        return quote((f"**{title}**\n\n" if title else "") + self.markdown(body))
+        title, text = self.inline(argument), self.markdown(body)
+        return fold(title, text) if "dropdown" in options.get("class", "") else quote(f"**{title}**\n\n{text}")
 
     def proof(self, name: str, argument: str, options: dict[str, str], body: str) -> str:
         if "dropdown" in options.get("class", ""):
@@ -341,10 +324,6 @@ class Page:
         words = words.replace("%s", number).replace("{number}", number) or label.words
         return self.link(words, label.page, label.anchor)
 
-    def document(self, words: str, target: str) -> str:
-        page = Path(target).stem
-        return self.link(words or self.book.titles[page], page)
-
     def cite(self, words: str, target: str) -> str:
         return f"({'; '.join(self.work(key, ', {}') for key in target.split(','))})"
 
@@ -359,9 +338,6 @@ class Page:
         entry = self.book.works[key]
         words, href = authors(entry) + year.format(entry.fields["year"]), address_of(entry)
         return f"[{words}]({href})" if href else words
-
-    def code(self, words: str, target: str) -> str:
-        return f"`{words or target.lstrip('~')}`"
 
     def references(self) -> str:
         """The works cited so far, one an item."""
@@ -378,30 +354,20 @@ def take_until(lines: list[str], end: Callable[[str], bool]) -> list[str]:
     raise SourceError(f"a block without an end: {' '.join(taken)[:60]!r}")
 
 
-DIRECTIVES: dict[str, Callable] = {
-    "numbered": Page.numbered,
-    "box": Page.box,
+DIRECTIVES: dict[str, Callable[[Page, str, str, dict[str, str], str], str | Fold]] = {
+    **dict.fromkeys(NUMBERED, Page.numbered),
     "admonition": Page.box,
-    "margin": Page.box,
+    "hint": lambda page, name, argument, options, body: page.box(name, argument or "Hint", options, body),
     "prf:proof": Page.proof,
-    "container": lambda page, name, argument, options, body: page.markdown(body),
     "dropdown": lambda page, name, argument, options, body: fold(page.inline(argument), page.markdown(body)),
-    "math": lambda page, name, argument, options, body: page.formula(body or argument, options.get("label", "")),
-    "exercise-end": lambda page, name, argument, options, body: [],
-    "solution-start": lambda page, name, argument, options, body: [Fold(argument)],
-    "solution-end": lambda page, name, argument, options, body: [Fold("")],
-    "solution": lambda page, name, argument, options, body: [Fold(argument), *page.pieces(body), Fold("")],
-    "bibliography": lambda page, name, argument, options, body: [],
-    "index": lambda page, name, argument, options, body: [],
+    "solution-start": lambda page, name, argument, options, body: Fold(argument),
+    "solution-end": lambda page, name, argument, options, body: Fold(""),
 }
 ROLES: dict[str, Callable[[Page, str, str], str]] = {
     "term": Page.term,
     **dict.fromkeys(("eq", "ref", "numref", "prf:ref"), Page.reference),
-    "doc": Page.document,
-    **dict.fromkeys(("cite", "cite:p"), Page.cite),
+    "cite": Page.cite,
     "cite:t": Page.cite_text,
-    **dict.fromkeys((f"py:{kind}" for kind in ("mod", "func", "class", "meth", "data", "attr")), Page.code),
-    "index": lambda page, words, target: words or target,
 }
 
 
