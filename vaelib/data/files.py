@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from vaelib.errors import InputError
@@ -87,9 +88,7 @@ def digest(path: Path, algorithm: str) -> str:
 
 def cache() -> Path:
     """Return the folder that downloads go to; laid out as ``VAELIB_DATA`` is."""
-    import pooch  # here and below: it warns on import inside a notebook without widgets, and most need no download
-
-    return Path(pooch.os_cache("vaelib"))
+    return user_cache_path("vaelib")
 
 
 def folders() -> dict[str, Path]:

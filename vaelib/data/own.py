@@ -43,10 +43,9 @@ Part = tuple[np.ndarray, np.ndarray | None]
 
 def image_set(path: Path) -> ImageSet:
     """Return the data set in a file or folder, which is read when it is loaded."""
-    size = "its own"
     return ImageSet(
-        str(path), f"your own, in {path}", size, lambda files: divided(whole(path), path), ("grey", "dynamic", "fixed"),
-        licence="", citation="", by_label=True,
+        str(path), f"your own, in {path}", splits="its own", read=lambda files: divided(whole(path), path),
+        binarisations=("grey", "dynamic", "fixed"), licence="", citation="", by_label=True,
     )  # fmt: skip
 
 
@@ -157,15 +156,9 @@ def loaded(path: Path) -> Any:
         raise InputError(f"'{path}' is no file of NumPy, or is cut ({error}): write it again with np.save") from error
 
 
-def npy(path: Path) -> dict[str, Part]:
-    """Read one array."""
+def arrays(path: Path) -> dict[str, Part]:
+    """Read one array, or several by their names."""
     found = loaded(path)
-    return npz(path, found) if isinstance(found, dict) else {"train": (found, None)}
-
-
-def npz(path: Path, found: dict[str, np.ndarray] | None = None) -> dict[str, Part]:
-    """Read arrays by their names."""
-    found = loaded(path) if found is None else found
     if isinstance(found, np.ndarray):
         return {"train": (found, None)}
     taken = set()
@@ -248,7 +241,7 @@ def is_number(word: str) -> bool:
     return True
 
 
-READERS: dict[str, Callable[[Path], dict[str, Part]]] = {".npy": npy, ".npz": npz, ".csv": table}
+READERS: dict[str, Callable[[Path], dict[str, Part]]] = {".npy": arrays, ".npz": arrays, ".csv": table}
 """The readers of files, by how the file's name ends."""
 
 
@@ -284,7 +277,7 @@ def folder(path: Path) -> dict[str, Part]:
             raise InputError(
                 f"the folder '{parts[part]}' has no pictures: their names must end in {', '.join(sorted(PICTURES))}"
             )
-    colour = any(image_mode(file) for found in files.values() for file in found)
+    colour = any(has_colours(file) for found in files.values() for file in found)
     images = {part: np.stack(list(same_size(found, colour))) for part, found in files.items()}
     labels = {
         part: np.array([file.relative_to(parts[part]).parts[0] if file.parent != parts[part] else "" for file in found])
@@ -304,7 +297,7 @@ def opened(file: Path) -> Any:
         raise InputError(f"'{file}' is no picture, or is cut: take it out of the folder ({error})") from error
 
 
-def image_mode(file: Path) -> bool:
+def has_colours(file: Path) -> bool:
     """Whether a picture has colours, or raise InputError if its levels are not bytes."""
     picture = opened(file)
     mode, pages = picture.mode, getattr(picture, "n_frames", 1)
