@@ -111,7 +111,7 @@ def usage(model: nn.Module, x: Tensor, generator: torch.Generator, draws: int = 
         order = torch.randperm(len(x), generator=generator, device=x.device)
         for part in x[order].split(batch_size):
             q = as_posterior(model.encoder(part))
-            k = -(-draws // q.strata) * q.strata
+            k = q.at_least(draws)
             eps = q.noise(k, generator)
             z, log_q = ready(q, eps).sample_and_log_prob(eps)
             share = torch.as_tensor(q.log_share(k)).exp()
@@ -193,8 +193,7 @@ def weights_of(part: Any) -> list[nn.Parameter]:
 
 def elbo(model: nn.Module, x: Tensor, generator: torch.Generator, draws: int = 8, batch_size: int = 100) -> Tensor:
     """Return the ELBO of each observation by some draws, ``[N]``."""
-    strata = as_posterior(model.encoder(x[:1])).strata
-    k = -(-draws // strata) * strata
+    k = as_posterior(model.encoder(x[:1])).at_least(draws)
     return evaluation.bound_by_draws(model, ESTIMATORS["elbo-total"], x, k, generator, batch_size=batch_size)
 
 

@@ -129,7 +129,7 @@ def log_likelihood(
             q = as_posterior(model.encoder(batch))
             if samples % q.strata:
                 raise InputError(f"samples must be a multiple of the mixture's {q.strata} components, but is {samples}")
-            estimate, step, most = StreamingLogMeanExp(), -(-chunk // q.strata) * q.strata, None
+            estimate, step, most = StreamingLogMeanExp(), q.at_least(chunk), None
             for start in range(0, samples, step):
                 eps = q.noise(min(step, samples - start), generator)
                 z, log_q = ready(q, eps).sample_and_log_prob(eps)

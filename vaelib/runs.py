@@ -288,7 +288,7 @@ class Run:
         x = self.data.train.batch(slice(0, 1), stream("test", 0, next(self.model.parameters()).device))
         generator = generator or torch.Generator(x.device).manual_seed(0)
         q = as_posterior(self.model.encoder(x))
-        eps = q.noise(-(-n // q.strata) * q.strata, generator)  # of the prior too
+        eps = q.noise(q.at_least(n), generator)  # of the prior too
         return self._joint.generate(self._joint.sample_prior(eps), generator).flatten(0, 1)[:n]
 
     @torch.no_grad()

@@ -316,7 +316,7 @@ def _faults_of_estimator(estimator: Estimator, joint: Any, q: Posterior, x: Tens
     encoder, generator = _Numbers(q), _seeded(4)
     objective = Objective(estimator, joint, encoder)
     named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    k = -(-max(4, estimator.least_k) // q.strata) * q.strata
+    k = q.at_least(max(4, estimator.least_k))
     noise = [encoder(x).noise(k, generator) for _ in range(DRAWS)]
     eps, kept = noise[0], map_latent(Tensor.clone, noise[0])
 

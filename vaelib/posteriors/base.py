@@ -150,6 +150,10 @@ class Posterior:
     detaches = False
     """Whether stopping it on purpose also holds constant what it should not; no estimator then is what it says."""
 
+    def at_least(self, k: int) -> int:
+        """Return the smallest number of draws that is ``k`` or more and a multiple of the strata."""
+        return -(-k // self.strata) * self.strata
+
     def noise_like(self, k: int) -> Noise | tuple[Noise, ...]:
         """Return the noise that ``k`` draws are made of, before it is drawn."""
         raise NotImplementedError
