@@ -61,7 +61,7 @@ def kl_by_dimension(posterior: DiagonalGaussian) -> Tensor:
     r"""Return :math:`\mathrm{KL}(q(z_d \mid x) \,\|\, \mathcal N(0, 1))` of each dimension, ``[B, D]``."""
     if not isinstance(posterior, DiagonalGaussian):
         raise InputError(f"free bits are for a DiagonalGaussian, but this one is a {type(posterior).__name__}")
-    return DiagonalGaussian(posterior.mean.unsqueeze(-1), posterior.log_std.unsqueeze(-1)).kl()
+    return posterior.kl_by_dimension()
 
 
 def constant(progress: Progress, recipe: LagRecipe) -> float:

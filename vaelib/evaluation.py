@@ -261,7 +261,7 @@ def kl_by_unit(joint: Callable[..., Tensor], q: Posterior) -> Tensor | None:
     except InputError:
         return None
     if isinstance(q, DiagonalGaussian):
-        return DiagonalGaussian(q.mean.unsqueeze(-1), q.log_std.expand_as(q.mean).unsqueeze(-1)).kl()
+        return q.kl_by_dimension()
     if isinstance(q, Discrete):
         axis = -1 if isinstance(q, FactorisedBernoulli) else -2
         alone, prior = (type(q)(part.logits.unsqueeze(axis)) for part in (q, joint.prior))

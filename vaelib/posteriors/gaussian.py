@@ -105,6 +105,10 @@ class DiagonalGaussian(Gaussian):
         """
         return 0.5 * (self.mean.square() + (2 * self.log_std).expm1() - 2 * self.log_std).sum(-1)
 
+    def kl_by_dimension(self) -> Tensor:
+        """Return the divergence of each dimension, ``[B, D]``."""
+        return DiagonalGaussian(self.mean.unsqueeze(-1), self.log_std.unsqueeze(-1)).kl()
+
     def linear_moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the mean :math:`w^\top \mu` and variance of each row of W z, ``[B, X]``.
 
