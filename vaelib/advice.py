@@ -176,8 +176,7 @@ def lag(
     seed = int(torch.randint(2**62, (), generator=generator, device=x.device))
     before = elbo(own, held, torch.Generator(x.device).manual_seed(seed))
     optimizer = torch.optim.Adam(moving, lr)
-    for _ in range(steps):
-        batch = learnt[torch.randint(len(learnt), (batch_size,), generator=generator, device=x.device)]
+    for batch in minibatches(learnt, batch_size, steps, generator):
         q = as_posterior(own.encoder(batch))
         optimizer.zero_grad()
         estimator.loss(own.joint, q, batch, q.noise(k, generator)).mean().backward()
@@ -279,10 +278,10 @@ class Pairs:
         q = as_posterior(self.model.encoder(x))
         loss = self.estimator.loss(self.model.joint, q, x, q.noise(self.k, generator)).mean()
         leaves = [p for part in self.weights.values() for p in part]
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found = torch.autograd.grad(loss, leaves, materialize_grads=True)
         _wait(x)
         self.times.append(time.perf_counter() - start)
-        flat = iter(torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(leaves, found))
+        flat = map(Tensor.flatten, found)
         return {name: torch.cat([next(flat) for _ in part]) for name, part in self.weights.items()}
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:

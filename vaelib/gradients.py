@@ -47,7 +47,7 @@ from vaelib.advice import Advice, Bias
 from vaelib.errors import InputError, choose, whole_number
 from vaelib.estimators import Estimator
 from vaelib.evaluation import evaluating
-from vaelib.objectives import Objective
+from vaelib.objectives import Objective, gradient
 from vaelib.posteriors import Discrete, Latent, Posterior, as_posterior, map_latent, modules_in
 from vaelib.posteriors import draws as count
 
@@ -534,7 +534,7 @@ class Laboratory:
             for estimator, series in zip(estimators, times, strict=True):
                 _wait(self.x.device)
                 start = time.perf_counter()
-                _gradient(estimator.loss(self.joint, self.encoder(self.x), self.x, eps).mean(), parameters)
+                gradient(estimator.loss(self.joint, self.encoder(self.x), self.x, eps).mean(), parameters)
                 _wait(self.x.device)
                 series.append(time.perf_counter() - start)
         return [statistics.median(series[1:]) for series in times]
@@ -577,7 +577,7 @@ def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
 
         q, x = lab.q.map_parameters(leaf), lab.x.repeat(s, *[1] * (lab.x.ndim - 1))
         side_by_side = map_latent(lambda e: e.transpose(0, 1).flatten(1, 2), eps)
-        parts = _gradient(estimator.loss(lab.joint, q, x, side_by_side).mean(), leaves)
+        parts = gradient(estimator.loss(lab.joint, q, x, side_by_side).mean(), leaves)
         return -s * batch * torch.cat([part.reshape(s, -1) for part in parts], dim=1)
 
     sizes: list[int] = []
@@ -610,15 +610,15 @@ def _of_weights(*parts: str) -> Callable[..., PerDraw]:
             rows, leaves = [], {name: p.detach().requires_grad_() for name, p in weights.items()}
             for s in range(count(eps)):
                 value = bound(leaves, map_latent(lambda e, s=s: e[s], eps))
-                rows.append(torch.cat([part.flatten() for part in _gradient(value, list(leaves.values()))]))
+                rows.append(torch.cat([part.flatten() for part in gradient(value, list(leaves.values()))]))
             return torch.stack(rows)
 
         def side_by_side(eps: Latent) -> Tensor:
             try:
-                gradient = vmap(grad(bound), in_dims=(None, map_latent(lambda _: 0, eps)))(weights, eps)
+                found = vmap(grad(bound), in_dims=(None, map_latent(lambda _: 0, eps)))(weights, eps)
             except RuntimeError:
                 return one_by_one(eps)
-            return torch.cat([gradient[name].reshape(count(eps), -1) for name in weights], dim=1).detach()
+            return torch.cat([found[name].reshape(count(eps), -1) for name in weights], dim=1).detach()
 
         recurrent = any(isinstance(part, nn.RNNBase) for part in objective.modules())  # slow under vmap, or no rule
         return PerDraw(one_by_one if recurrent or size >= LOOP_FROM else side_by_side, size)
@@ -633,14 +633,6 @@ WRT: dict[str, Callable[..., PerDraw]] = {
     "weights": _of_weights("joint", "encoder"),
 }
 """What a gradient can be taken with respect to, by name."""
-
-
-def _gradient(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Return the gradient in each leaf, 0 where there is none."""
-    if not loss.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, found, strict=True)]
 
 
 def _wait(device: torch.device) -> None:

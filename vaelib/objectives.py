@@ -117,6 +117,13 @@ def loss(
         return estimator.loss(log_joint, q, x, q.noise(k, generator) if eps is None else eps)
 
 
+def gradient(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Return the gradient of a number in each leaf, 0 where there is none."""
+    if not (leaves and value.requires_grad):
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(value, leaves, materialize_grads=True))
+
+
 class Objective(nn.Module):
     """An estimator's loss as a module of its two networks, for ``torch.func.functional_call``.
 

@@ -15,7 +15,7 @@ from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU, Estimator
 from vaelib.estimators.base import check_noise, check_observations, log_joint
 from vaelib.models import DiscreteJoint, Guided, HierarchicalJoint, LinearDecoder, LinearGaussian
-from vaelib.objectives import Objective
+from vaelib.objectives import Objective, gradient
 from vaelib.posteriors import (
     DiagonalGaussian,
     FactorisedBernoulli,
@@ -158,10 +158,8 @@ def _standard_errors_off(q: Posterior) -> dict[str, float]:
         moves = any(layer.requires_grad for layer in layers_of(z))
         z = map_latent(lambda layer: layer.detach().requires_grad_(), z)
         log_q = (_share(q, k).detach() * q.log_prob(z)).sum()
-        phi = _parameters(q)
-        found = torch.autograd.grad(log_q, [*layers_of(z), *phi], allow_unused=True) if log_q.requires_grad else ()
-        zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(found, [*layers_of(z), *phi], strict=False)]
-        in_z, in_phi = zeros[: len(layers_of(z))], zeros[len(layers_of(z)) :]
+        found = gradient(log_q, [*layers_of(z), *_parameters(q)])
+        in_z, in_phi = found[: len(layers_of(z))], found[len(layers_of(z)) :]
         scores.append(torch.cat([g.flatten() for g in in_phi]) / k if in_phi else log_q.new_zeros(1))
         parts = [
             torch.stack([slope.mean(0), ((layer - c) * slope + share.unsqueeze(-1)).mean(0)]).flatten()
@@ -231,7 +229,7 @@ def _slope_off(log_p: Callable[..., Tensor], x: Tensor, z: Latent, other: Latent
 
     before, after = (value(at(t)).detach() for t in (0.5 - STEP, 0.5 + STEP))
     middle = [layer.requires_grad_() for layer in at(0.5)]
-    found = _gradient(value(middle).sum(), middle)
+    found = gradient(value(middle).sum(), middle)
     slope = (after - before) / (2 * STEP)
     along = sum((g * step).flatten(2).sum(-1) for g, step in zip(found, way, strict=True))
     rounding = torch.finfo(slope.dtype).eps * (before.norm() + after.norm()) / STEP
@@ -247,7 +245,7 @@ def _learning(q: Posterior) -> Posterior:
         return q
 
 
-PAIRED = {"elbo": ("elbo-total", "elbo-score-loo"), "iwae": ("iwae-total", "iwae-vimco"), "wake": ("rws",)}
+KNOWN_UNBIASED = {"elbo": ("elbo-total", "elbo-score-loo"), "iwae": ("iwae-total", "iwae-vimco"), "wake": ("rws",)}
 """Rows that are known to have the gradient of each target, for samples with and without a path."""
 
 
@@ -343,16 +341,16 @@ def _faults_of_estimator(estimator: Estimator, joint: Any, q: Posterior, x: Tens
         return list(found.values()), losses.detach()
 
     mine, values = draws(estimator)
-    loop = zip(*[_gradient(objective(x, one).mean(), list(named.values())) for one in noise[:4]], strict=True)
+    loop = zip(*[gradient(objective(x, one).mean(), list(named.values())) for one in noise[:4]], strict=True)
     alike = all(_close(a[:4], torch.stack(b)) for a, b in zip(mine, loop, strict=True))
     yield alike, "vmap(grad(loss)) is not the gradient of each draw"
 
     theta = [p for p in joint.parameters() if p.requires_grad] if isinstance(joint, nn.Module) else []
-    frozen = _gradient(estimator.loss(joint, encoder(x).stop_gradient(), x, eps).mean(), theta)
+    frozen = gradient(estimator.loss(joint, encoder(x).stop_gradient(), x, eps).mean(), theta)
     yield all(_close(a, b[0]) for a, b in zip(frozen, mine, strict=False)), "theta gets another gradient if q is frozen"
 
     target = estimator.target or estimator.bound
-    row = next(row for row in map(TABLEAU.get, PAIRED[target]) if _takes(row, joint, encoder(x), x, eps))
+    row = next(row for row in map(TABLEAU.get, KNOWN_UNBIASED[target]) if _takes(row, joint, encoder(x), x, eps))
     truth, bounds = draws(row)
     off = _off(values - bounds)
     yield off <= CONTRACT_SIGMAS, f"the value is not -{estimator.bound}: it is off by {off:.0f} standard errors"
@@ -428,9 +426,3 @@ def _takes(row: Estimator, joint: Any, q: Posterior, x: Tensor, eps: Latent) -> 
     except InputError:
         return False
     return True
-
-
-def _gradient(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(value, parameters, allow_unused=True) if parameters and value.requires_grad else ()
-    found = found or [None] * len(parameters)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
