@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import clock, finish, ratios, spread, take_turns
-from steps import ROOT
+from rounds import clock, finish, parser, ratios, spread, take_turns
 from torch import Tensor, nn
 
 from vaelib import objectives
@@ -130,14 +128,10 @@ def measure(depth: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, nargs="+", default=[2, 4, 8, 16], help="layers (default: 2 4 8 16)")
-    parser.add_argument("--hidden", type=int, default=128, help="width of the two hidden layers (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=60, help="rounds that count (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "benchmark-flows.csv", help="the CSV to write"
-    )
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-flows", rounds=60)
+    options.add_argument("--depth", type=int, nargs="+", default=[2, 4, 8, 16], help="layers (default: 2 4 8 16)")
+    options.add_argument("--hidden", type=int, default=128, help="width of both hidden layers (default: %(default)s)")
+    arguments = options.parse_args(argv)
     torch.set_num_threads(1)
     finish(arguments.output, [record for depth in arguments.depth for record in measure(depth, arguments)])
 

@@ -8,15 +8,12 @@ product of matrices in float32 on the same chip. Needs a GPU, and there is no ot
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import finish, spread, take_turns
+from rounds import finish, parser, spread, take_turns
 from stacked import training
-from steps import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaelib.stacked import StackedTraining
@@ -79,14 +76,12 @@ def measure(k: int, seeds: int, rounds: int, rate: float) -> list[dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 50], help="draws (default: 1 5 50)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 8, 32], help="stacked (default: 1 8 32)")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-gpu.csv")
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-gpu", rounds=10)
+    options.add_argument("--k", type=int, nargs="+", default=[1, 5, 50], help="draws (default: 1 5 50)")
+    options.add_argument("--seeds", type=int, nargs="+", default=[1, 8, 32], help="stacked (default: 1 8 32)")
+    arguments = options.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("this benchmark needs an NVIDIA GPU, and torch finds none here")
+        options.error("this benchmark needs an NVIDIA GPU, and torch finds none here")
     rate = chip()
     finish(
         arguments.output,

@@ -8,14 +8,11 @@ variance. They are timed in turns, on one thread, by the process's own time; a r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import clock, finish, ratios, spread, take_turns
-from steps import ROOT
+from rounds import clock, finish, parser, ratios, spread, take_turns
 from torch import nn
 
 from vaelib import gradients, models, objectives
@@ -72,12 +69,10 @@ def measure(wrt: str, draws: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wrt", nargs="+", choices=list(DRAWS), default=list(DRAWS))
-    parser.add_argument("--draws", type=int, help="in a round (default: 2000 of the posterior, 60 of the encoder)")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-gradient-lab.csv")
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-gradient-lab", rounds=20)
+    options.add_argument("--wrt", nargs="+", choices=list(DRAWS), default=list(DRAWS))
+    options.add_argument("--draws", type=int, help="in a round (default: 2000 of the posterior, 60 of the encoder)")
+    arguments = options.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     records = [r for wrt in arguments.wrt for r in measure(wrt, arguments.draws or DRAWS[wrt], arguments.rounds)]

@@ -15,13 +15,11 @@ import copy
 import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rounds import clock, ratios, take_turns
-from steps import ROOT, provenance, write
+from rounds import clock, parser, provenance, ratios, take_turns, write
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -296,9 +294,8 @@ def quartiles(name: str, values: list[float]) -> dict[str, str]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__, "benchmark-lagging", rounds=15)
     for name, default, what in (
-        ("rounds", 15, "rounds that count"),
         ("latent", 32, "dimension of z"),
         ("vocabulary", 5000, "words of the text"),
         ("embedding", 256, "width of the embeddings"),
@@ -310,12 +307,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("layers", 13, "layers of the PixelCNN"),
         ("image-batch", 20, "images a step"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)")
-    output = ROOT / "results" / "benchmark-lagging.csv"
-    parser.add_argument("--output", type=Path, default=output, help="the CSV to write")
-    arguments = parser.parse_args(argv)
+        options.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)")
+    arguments = options.parse_args(argv)
     if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2, for quartiles")
+        options.error("--rounds must be at least 2, for quartiles")
     return arguments
 
 

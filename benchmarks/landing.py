@@ -8,15 +8,12 @@ divergence from the prior in closed form, 0 for the path gradient. Nothing is ti
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from rounds import finish
-from steps import ROOT
+from rounds import finish, parser
 from torch import Tensor
 
 from vaelib import checks, gradients, models
@@ -89,10 +86,9 @@ LIBRARIES = {"vaelib": ("vaelib", ours), "Pyro": ("pyro-ppl", pyro), "NumPyro": 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=20_000, help="gradients of each objective (a tenth for Pyro)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/benchmark-landing.csv")
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-landing")
+    options.add_argument("--draws", type=int, default=20_000, help="gradients of each objective (a tenth for Pyro)")
+    arguments = options.parse_args(argv)
     records = []
     for library, (package, gradients_of) in LIBRARIES.items():
         for objective, draws in gradients_of(arguments.draws):
@@ -101,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                 "library": library, "version": importlib.metadata.version(package), "objective": objective,
                 "draws": len(draws), "variance": f"{variance:.4f}", "standard_error": f"{error:.4f}",
             })  # fmt: skip
-    finish(arguments.out, records)
+    finish(arguments.output, records)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ Memory is the rise of the largest resident set of a fresh process while it does 
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import clock, finish, ratios, spread, take_turns
-from steps import ROOT
+from rounds import clock, finish, parser, ratios, spread, take_turns
 from torch import Tensor
 
 from vaelib import evaluation, models
@@ -98,12 +95,10 @@ def measure(images: int, samples: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=5000, help="draws an image (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-log-likelihood.csv")
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-log-likelihood", rounds=10)
+    options.add_argument("--images", type=int, default=20, help="(default: %(default)s)")
+    options.add_argument("--samples", type=int, default=5000, help="draws an image (default: %(default)s)")
+    arguments = options.parse_args(argv)
     finish(arguments.output, measure(arguments.images, arguments.samples, arguments.rounds))
 
 

@@ -1,19 +1,34 @@
-"""What the benchmarks on one machine share: contestants in turns, round after round; ratios within a round; a CSV."""
+"""What the benchmarks share: options; contestants in turns, round after round; ratios within a round; a CSV."""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import datetime
+import importlib.metadata
 import os
+import platform
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from steps import provenance, write
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parent.parent
 Key = TypeVar("Key", bound=Hashable)
+
+
+def parser(doc: str, table: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return the options of a benchmark that writes ``results/TABLE.csv``, with so many rounds if it has any."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds:
+        found.add_argument("--rounds", type=int, default=rounds, help="rounds that count (default: %(default)s)")
+    found.add_argument("--output", type=Path, default=ROOT / f"results/{table}.csv", help="the CSV to write")
+    return found
 
 
 def clock(threads: int) -> Callable[[], float]:
@@ -49,6 +64,37 @@ def spread(name: str, values: list[float]) -> dict[str, str]:
 def ratios(mine: list[float], theirs: list[float]) -> list[float]:
     """Return the ratios, round by round."""
     return [a / b for a, b in zip(mine, theirs, strict=True)]
+
+
+def provenance() -> dict[str, str]:
+    """Return on what, when and with which code this run was made."""
+    from vaelib.experiments.results import processor
+
+    settings = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "LD_PRELOAD")}
+    given = [f"{name}={Path(value).name}" for name, value in settings.items() if value]
+    describe = ["git", "describe", "--always", "--dirty", "--tags"]
+    try:
+        code = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        code = importlib.metadata.version("vaelib")
+    return {
+        "machine": ", ".join([processor(), f"{os.cpu_count()} cores", *given]),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "code": code,
+    }
+
+
+def write(path: Path, records: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write the CSV whole or not at all."""
+    from vaelib.files import atomic
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as part, part.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(records)
 
 
 def finish(path: Path, records: list[dict[str, Any]]) -> None:

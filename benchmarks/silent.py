@@ -13,12 +13,10 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rounds import clock, finish, ratios, spread, take_turns
-from steps import ROOT
+from rounds import clock, finish, parser, ratios, spread, take_turns
 from torch import Tensor, nn
 
 from vaelib import models, objectives, silent
@@ -123,16 +121,12 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 50], help="draws (default: 1 5 50)")
-    parser.add_argument("--latent", type=int, default=50, help="latents, a multiple of 10 (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=100, help="images a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="gradients a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds that count (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "benchmark-silent.csv", help="the CSV to write"
-    )
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-silent", rounds=40)
+    options.add_argument("--k", type=int, nargs="+", default=[1, 5, 50], help="draws (default: 1 5 50)")
+    options.add_argument("--latent", type=int, default=50, help="latents, a multiple of 10 (default: %(default)s)")
+    options.add_argument("--batch-size", type=int, default=100, help="images a step (default: %(default)s)")
+    options.add_argument("--steps", type=int, default=5, help="gradients a round (default: %(default)s)")
+    arguments = options.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     finish(arguments.output, [record for name in KINDS for record in measure(name, arguments)])

@@ -10,12 +10,10 @@ seed.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import clock, finish, ratios, spread, take_turns
-from steps import ROOT
+from rounds import clock, finish, parser, ratios, spread, take_turns
 
 from vaelib import models
 from vaelib.config import Recipe
@@ -62,15 +60,13 @@ def measure(name: str, k: int, threads: int, arguments: argparse.Namespace) -> l
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--k", type=int, nargs="+", default=[1], help="draws (default: 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="(default: 1 2 4 8 16)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--steps", type=int, default=20, help="in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark-stacked.csv")
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "benchmark-stacked", rounds=30)
+    options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    options.add_argument("--k", type=int, nargs="+", default=[1], help="draws (default: 1)")
+    options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="(default: 1 2 4 8 16)")
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    options.add_argument("--steps", type=int, default=20, help="in a round (default: %(default)s)")
+    arguments = options.parse_args(argv)
     torch.set_flush_denormal(True)
     finish(
         arguments.output,

@@ -14,25 +14,19 @@ core a step can take fifty times as long. With OMP_WAIT_POLICY=PASSIVE in the en
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import math
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from peers import LIBRARIES, Check, Problem, serve
+from rounds import parser, provenance, write
 
-ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     "library,version,estimator,k,batch,threads,steps,repeats,ms_median,ms_min,ms_max,"
     "ratio_to_plain,ratio_min,ratio_max,machine,python,torch,date,code"
@@ -177,37 +171,6 @@ def summary(times: list[float], plain: list[float] | None) -> dict[str, str]:
     return {key: f"{value:.4f}" for key, value in found.items()}
 
 
-def provenance() -> dict[str, str]:
-    """Return on what, when and with which code this run was made."""
-    from vaelib.experiments.results import processor
-
-    settings = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "LD_PRELOAD")}
-    given = [f"{name}={Path(value).name}" for name, value in settings.items() if value]
-    describe = ["git", "describe", "--always", "--dirty", "--tags"]
-    try:
-        code = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        code = importlib.metadata.version("vaelib")
-    return {
-        "machine": ", ".join([processor(), f"{os.cpu_count()} cores", *given]),
-        "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "code": code,
-    }
-
-
-def write(path: Path, records: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Write the CSV whole or not at all."""
-    from vaelib.files import atomic
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
-
-
 def show(records: list[dict[str, Any]]) -> None:
     """Print the summary, a table for each k."""
     for threads, k in dict.fromkeys((record["threads"], record["k"]) for record in records):
@@ -222,33 +185,30 @@ def show(records: list[dict[str, Any]]) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, nargs="+", default=list(STEPS), help="draws (default: 1 5 50)")
-    parser.add_argument(
+    options = parser(__doc__, "benchmark-steps")
+    options.add_argument("--k", type=int, nargs="+", default=list(STEPS), help="draws (default: 1 5 50)")
+    options.add_argument(
         "--steps",
         type=int,
         nargs="+",
         help="steps a row and round, one number for each k (default: 60 40 12; 12 for another k)",
     )
-    parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=20, help="images a step (default: %(default)s)")
-    parser.add_argument(
+    options.add_argument("--repeats", type=int, default=30, help="rounds that count (default: %(default)s)")
+    options.add_argument("--batch-size", type=int, default=20, help="images a step (default: %(default)s)")
+    options.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], help="threads, and cores, of each library (default: 1 2)"
     )
-    parser.add_argument(
+    options.add_argument(
         "--only", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="only these libraries"
     )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "benchmark-steps.csv", help="the CSV to write"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = options.parse_args(argv)
     if arguments.steps is None:
         arguments.steps = [STEPS.get(k, 12) for k in arguments.k]
     if len(arguments.steps) != len(arguments.k):
-        parser.error(f"--steps needs one number for each of the {len(arguments.k)} k, but has {len(arguments.steps)}")
+        options.error(f"--steps needs one number for each of the {len(arguments.k)} k, but has {len(arguments.steps)}")
     for name in ("k", "steps", "repeats", "batch_size", "threads"):
         if np.min(getattr(arguments, name)) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            options.error(f"--{name.replace('_', '-')} must be at least 1")
     return arguments
 
 
@@ -257,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"MALLOC_TRIM_THRESHOLD_": 2**29, "MALLOC_MMAP_THRESHOLD_": 2**29, "JAX_PLATFORMS": "cpu"}
     os.environ |= {name: str(value) for name, value in settings.items()}  # the workers start with them
     records = [record for threads in arguments.threads for record in measure(arguments, threads)]
-    write(arguments.output, records)
+    write(arguments.output, records, COLUMNS)
     show(records)
     print(f"\nWritten: {os.path.relpath(arguments.output)}")
 

@@ -21,19 +21,16 @@ enumeration, or DisARM where that costs less)?
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from rounds import finish
-from steps import ROOT
+from rounds import finish, parser
 
 from vaelib import advice, data, flows, gradients, models, training
 from vaelib.collapse import elbo_kl
@@ -147,12 +144,11 @@ def wrong(records: list[dict[str, Any]], question: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=20, help="planted models of each kind (default: %(default)s)")
-    parser.add_argument("--models", type=int, default=3, help="seeds of each of the chapter's (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "advice.csv")
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__, "advice")
+    options.add_argument("--seeds", type=int, default=20, help="planted models of each kind (default: %(default)s)")
+    options.add_argument("--models", type=int, default=3, help="seeds of each of the chapter's (default: %(default)s)")
+    options.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    arguments = options.parse_args(argv)
     tasks: list[tuple[Callable[..., dict[str, Any]], str, int]] = [
         *((judge, case, seed) for case in CASES for seed in range(arguments.seeds)),
         *((choose, case, seed) for case in ZOO for seed in range(arguments.models)),

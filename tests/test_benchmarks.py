@@ -62,9 +62,9 @@ def test_ratios_are_taken_round_by_round():
 
 def test_output_is_whole(task, tmp_path):
     record = dict.fromkeys(steps.COLUMNS, "1")
-    steps.write(tmp_path / "table.csv", [record])
+    rounds.write(tmp_path / "table.csv", [record], steps.COLUMNS)
     with pytest.raises(ValueError):
-        steps.write(tmp_path / "table.csv", [record, {"another": "column"}])
+        rounds.write(tmp_path / "table.csv", [record, {"another": "column"}], steps.COLUMNS)
     with open(tmp_path / "table.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [record]
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
