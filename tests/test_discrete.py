@@ -415,9 +415,7 @@ def test_straight_through_decodes_bits_and_gumbel_softmax_does_not():
     assert torch.equal(hard, hard.round()) and torch.equal(through, hard) and not torch.equal(soft, soft.round())
 
 
-def test_the_temperature_anneals_to_its_floor():
-    temperatures = [discrete.annealed_temperature(step) for step in (0, 1000, 10**6)]
-    assert temperatures[0] == 1 and temperatures[1] == pytest.approx(math.exp(-0.1)) and temperatures[2] == 0.5
+def test_a_temperature_is_in_the_name_and_above_0():
     assert discrete.gumbel_softmax(0.25).name == "elbo-gumbel-softmax(0.25)"
     for wrong in (0, -1.0, math.nan):
         with pytest.raises(InputError, match="temperature .* must be a positive number"):

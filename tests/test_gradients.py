@@ -72,7 +72,6 @@ def test_the_moments_are_those_of_all_draws_at_once():
     total, error = checks.total_variance(draws)
     assert moments.total_variance == pytest.approx(total, rel=1e-11)
     assert moments.total_variance_error == pytest.approx(error, rel=0.02)  # the anchor is a mean of 130
-    torch.testing.assert_close(moments.snr, draws.mean(0) / draws.std(0), rtol=1e-11, atol=0)
     torch.testing.assert_close(moments.standard_error, draws.std(0) / 1000**0.5, rtol=1e-11, atol=0)
 
 
@@ -108,21 +107,19 @@ def test_single_precision_draws_far_from_zero_keep_their_variance():
     assert moments.variance.item() == pytest.approx(draws.double().var().item(), rel=1e-9)
 
 
-def test_confidence_intervals_hold_the_truth_as_often_as_they_say():
+def test_variance_intervals_hold_the_truth_as_often_as_they_say():
     """90 % intervals over 400 seeds: between 335 and 385 hits, at 4 standard errors of the binomial."""
-    hits = torch.zeros(3)
+    hits = 0
     for seed in range(400):
         moments = Moments().add(2 + 3 * torch.randn(500, 2, generator=seeded(seed), dtype=DTYPE))
-        (low, high), (least, most) = moments.confidence_interval(0.9), moments.variance_interval(0.9)
-        hits += torch.tensor([low[0] < 2 < high[0], low[1] < 2 < high[1], least < 18 < most])
-    assert (hits >= 335).all() and (hits <= 385).all(), hits
+        least, most = moments.variance_interval(0.9)
+        hits += least < 18 < most
+    assert 335 <= hits <= 385
 
 
 def test_the_signal_to_noise_ratio_of_a_known_distribution():
     moments = Moments().add(torch.tensor([3.0, 0.0]) + 2 * torch.randn(40_000, 2, generator=seeded(), dtype=DTYPE))
     error = math.sqrt((1 + 0.5 * 1.5**2) / 40_000)  # of a ratio of mean and standard deviation
-    assert abs(moments.snr[0].item() - 1.5) < 4 * error
-    assert moments.snr[1].item() < 4 / math.sqrt(40_000)
     assert abs(moments.total_snr - 3 / math.sqrt(8)) < 4 * error
     assert Moments().add(torch.tensor([[2.0, 3.0], [4.0, 5.0]])).total_snr == pytest.approx(5 / 2)  # of (3, 4)
     constant = Moments().add(torch.ones(5, 2))
@@ -526,15 +523,9 @@ def test_two_layers_and_the_trap_of_detached_outputs():
 def test_intervals_are_as_wide_as_their_errors():
     moments = Moments().add(torch.randn(400, 3, generator=seeded(), dtype=DTYPE))
     for level, sigmas in ((0.95, 1.959964), (0.9, 1.644854)):
-        low, high = moments.confidence_interval(level)
-        torch.testing.assert_close((low + high) / 2, moments.mean)
-        torch.testing.assert_close(high - low, 2 * sigmas * moments.standard_error, rtol=1e-6, atol=0)
         least, most = moments.variance_interval(level)
         assert (least + most) / 2 == pytest.approx(moments.total_variance)
         assert most - least == pytest.approx(2 * sigmas * moments.total_variance_error, rel=1e-6)
-    torch.testing.assert_close(
-        torch.stack(moments.confidence_interval()), torch.stack(moments.confidence_interval(0.95))
-    )
     assert moments.variance_interval() == moments.variance_interval(0.95)  # if nothing is said
     few = Moments().add(torch.tensor([[0.0]] * 99 + [[1.0]]))
     assert few.variance_interval(0.9999)[0] == 0  # a variance is not negative

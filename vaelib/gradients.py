@@ -146,14 +146,6 @@ class Moments:
         return math.sqrt(max(second - first**2, 0.0) / self.count)
 
     @property
-    def snr(self) -> Tensor:
-        r"""The signal-to-noise ratio :math:`|\EE[g_p]| / \sqrt{\Var[g_p]}`, ``[P]``.
-
-        Where the mean is 0 this reads about :math:`1 / \sqrt S` and not 0, since the mean is estimated as well.
-        """
-        return self.mean.abs() / self.variance.sqrt()
-
-    @property
     def total_snr(self) -> float:
         r"""The signal-to-noise ratio of the whole vector, :math:`\|\EE[g]\| / \sqrt{\Var[g]}`."""
         noise = math.sqrt(self.total_variance)
@@ -171,11 +163,6 @@ class Moments:
         if self.seconds is None:
             raise InputError("no time was taken; ask for it by measure(..., repeats=20)")
         return self.total_variance * self.seconds
-
-    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Return the ends of the interval that holds each coordinate of the mean with this probability, ``[P]``."""
-        width = two_sided(1 - level) * self.standard_error
-        return self.mean - width, self.mean + width
 
     def variance_interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the ends of the interval that holds the total variance with this probability."""

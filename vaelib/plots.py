@@ -63,8 +63,6 @@ LOOKS = {
     "elbo-gumbel-softmax": Look(ORANGE, "-", "o", "Gumbel-Softmax (biased)"),
     "elbo-straight-through": Look(ORANGE, "--", "h", "straight-through (biased)"),
     "one-pass": Look(RED, "--", "X", "path, one pass"),
-    "theta": Look(BLUE, "-", "o", "plain"),
-    "gdreg": Look(GREEN, "--", "X", "GDReG"),
     "gaussian": Look(ORANGE, "--", "o", "Gaussian"),
     "mixture": Look(RED, "-", "s", "mixture"),
     "plain": Look(BLUE, "-", "o", "plain"),
@@ -136,13 +134,11 @@ def images(axes: Axes, pictures: Tensor, columns: int) -> None:
     axes.set_axis_off()
 
 
-def variance_along(
-    axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]], level: float = 0.95
-) -> None:
-    """Draw the total variance of each estimator at each ``x``, with its confidence interval, on a log axis."""
+def variance_along(axes: Axes, x: Sequence[float], measured: Mapping[str, Sequence[Moments]]) -> None:
+    """Draw the total variance of each estimator at each ``x``, with its 95% interval, on a log axis."""
     for name, moments in measured.items():
         value = torch.tensor([m.total_variance for m in moments])
-        ends = torch.tensor([m.variance_interval(level) for m in moments]).mT
+        ends = torch.tensor([m.variance_interval() for m in moments]).mT
         bars = (ends - value).abs()
         axes.errorbar(x, value, bars, **LOOKS[name].points(linestyle="none"))
     axes.set(yscale="log", ylabel="variance of the gradient")

@@ -212,7 +212,7 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for name, color in zip(names, (plots.SKY, plots.ORANGE, plots.GREEN, plots.PURPLE), strict=False):
+        for name, color in zip(names, (plots.SKY, plots.ORANGE), strict=False):
             label = BOUNDS[name]
             axes.plot(epochs, [record.get(name) for record in history], color=color, label=label, marker="o", ms=3)
         axes.set(xlabel="epoch", ylabel="bound (nats)")

@@ -88,7 +88,6 @@ class Visit:
     """A page that is open, and what happened while it loaded."""
 
     page: object
-    root: str
     name: str
     folder: Path
     said: list[str] = field(default_factory=list)
@@ -217,7 +216,7 @@ def visited(program, root: str, name: str, folder: Path) -> Iterator[Visit]:
     """A page that has loaded, in a window without a past."""
     context = program.new_context(viewport={"width": WIDTHS[0], "height": 900}, color_scheme=SCHEMES[0])
     page = context.new_page()
-    visit = Visit(page, root, name, folder)
+    visit = Visit(page, name, folder)
     page.set_default_timeout(TIMEOUT)
 
     def answered(response) -> None:

@@ -84,10 +84,10 @@ def examples_as_code(lines: list[str]) -> list[str]:
     return shown
 
 
-def modules(package: str = "vaelib") -> list[str]:
+def modules() -> list[str]:
     """The names of the package's public modules, in alphabetical order."""
-    path = importlib.util.find_spec(package).submodule_search_locations
-    names = [module.name for module in pkgutil.walk_packages(path, package + ".")]
+    path = importlib.util.find_spec("vaelib").submodule_search_locations
+    names = [module.name for module in pkgutil.walk_packages(path, "vaelib.")]
     return sorted(name for name in names if not name.rpartition(".")[2].startswith("_"))
 
 

@@ -243,9 +243,9 @@ def _off(draws: Tensor, exact: Tensor | float, what: str) -> Estimate:
     return found._replace(mean=found.mean - exact, error=torch.maximum(found.error, rounding))
 
 
-def z_scores(draws: Tensor, exact: Tensor | float, what: str = "mean") -> Tensor:
+def z_scores(draws: Tensor, exact: Tensor | float) -> Tensor:
     """Return how many standard errors (float rounding, where there is no spread) each mean is from ``exact``."""
-    off = _off(_draws(draws, what), exact, what)
+    off = _off(_draws(draws, "mean"), exact, "mean")
     return torch.where(off.mean == 0, 0, off.mean.abs() / off.error)
 
 

@@ -149,8 +149,7 @@ def gumbel_softmax(temperature: float) -> LossEstimator:
     r"""Return the estimator that differentiates a continuous sample (Jang et al. 2017, Maddison et al. 2017).
 
     Its bias goes to 0 with the temperature :math:`\tau`, while its variance grows without limit. To anneal, make one
-    for every few steps: ``gumbel_softmax(annealed_temperature(step))``.
-    Introduced in book/03-silent-gradients.ipynb.
+    for every few steps. Introduced in book/03-silent-gradients.ipynb.
 
     Raises
     ------
@@ -176,11 +175,6 @@ def straight_through(temperature: float) -> LossEstimator:
     name = f"elbo-straight-through({temperature:g})"
     summary = "For discrete latents: the value of the sample, the gradient of a continuous one; biased."
     return LossEstimator(name, "elbo", None, 1, "jang2017", relaxed(temperature, straight_through=True), summary)
-
-
-def annealed_temperature(step: int, rate: float = 1e-4, floor: float = 0.5) -> float:
-    r"""Return :math:`\tau = \max(\tau_{\min}, e^{-r t})` at step t, the schedule of Jang et al. (2017)."""
-    return max(floor, math.exp(-rate * step))
 
 
 TEMPERATURE = 0.5

@@ -146,7 +146,7 @@ class ResNetEncoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.side, self.latent = side, latent
+        self.side = side
         left = math.ceil(side / 2**blocks)
         self.network = nn.Sequential(
             *(halving_block(maps if i else 1, maps, generator) for i in range(blocks)),
