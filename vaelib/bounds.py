@@ -45,12 +45,7 @@ def iwae(log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
     book/06-mixtures-and-iwae.ipynb.
     """
     shared = log_w + log_share if isinstance(log_share, Tensor) else log_w
-    return log_sum_exp(shared) - math.log(log_w.shape[0])
-
-
-def log_sum_exp(log_w: Tensor) -> Tensor:
-    r"""Return :math:`\log \sum_k w_k`, ``[K, B] -> [B]``, whose derivatives are 0 where all w are."""
-    return possible(log_w).logsumexp(0)
+    return possible(shared).logsumexp(0) - math.log(log_w.shape[0])
 
 
 def possible(log_w: Tensor) -> Tensor:
@@ -219,14 +214,14 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
     """
     integrand = choose("form of the ELBO", form, FORMS)
     combine = choose("bound", bound, BOUNDS)
-    if form != "monte-carlo" and bound != "elbo":
-        raise InputError(
-            f"the form '{form}' takes an expectation out of log w, but bound '{bound}' needs log w itself for every "
-            "draw: use form 'monte-carlo', or bound 'elbo'"
-        )
-    if form != "monte-carlo" and not hasattr(posterior, form):
-        raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
     if form != "monte-carlo":
+        if bound != "elbo":
+            raise InputError(
+                f"the form '{form}' takes an expectation out of log w, but bound '{bound}' needs log w itself for "
+                "every draw: use form 'monte-carlo', or bound 'elbo'"
+            )
+        if not hasattr(posterior, form):
+            raise InputError(f"{type(posterior).__name__} has no {form} in closed form: use form 'monte-carlo'")
         check_form(posterior, form)
     k = draws(z)
     values = integrand(joint, x, posterior, z)

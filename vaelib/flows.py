@@ -253,14 +253,9 @@ class Flow(Posterior):
         """Return standard normal noise, ``[K, B, D]``."""
         return self.base.noise_like(k)
 
-    @property
-    def centre(self) -> Tensor:
-        """Where the mean of the Gaussian ends, ``[B, D]``; the mean of q itself has no closed form."""
-        return self.sample(torch.zeros_like(self.base.mean).unsqueeze(0))[0]
-
     def means(self) -> tuple[Tensor, ...]:
-        """Return :attr:`centre`, which stands for the mean."""
-        return (self.centre,)
+        """Return where the mean of the Gaussian ends, which stands for the mean: that of q has no closed form."""
+        return (self.sample(torch.zeros_like(self.base.mean).unsqueeze(0))[0],)
 
     def sample(self, eps: Tensor) -> Tensor:
         r"""Return :math:`z_L`, ``[K, B, D]``."""

@@ -7,11 +7,11 @@ screen, and nothing is fetched.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,10 @@ def page(run: Run, name: str) -> str:
     elbo = Estimate.of(advice.elbo(run.model, x[:1000], generator))
     config = run.config
     parts = [
-        f"<h1>{_words(name)}</h1>",
-        f'<p class="faint">{_words(config.model)} on {_words(config.data)}, {_words(config.estimator)} with k = '
+        f"<h1>{escape(name)}</h1>",
+        f'<p class="faint">{escape(config.model)} on {escape(config.data)}, {escape(config.estimator)} with k = '
         f"{config.k}, {len(run.history)} epoch{'s' * (len(run.history) != 1)}</p>",
-        f'<div class="verdict">{"".join(f"<p>{_words(line)}</p>" for line in verdict(used, elbo))}</div>',
+        f'<div class="verdict">{"".join(f"<p>{escape(line)}</p>" for line in verdict(used, elbo))}</div>',
         *section("Training", curves(run.history)),
         *made(run, x),
         *section("Where observations lie in z", latent_map(run, x)),
@@ -150,7 +150,7 @@ def page(run: Run, name: str) -> str:
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_words(name)}</title><style>{STYLE}</style></head><body>'
+        f'<link rel="icon" href="data:,"><title>{escape(name)}</title><style>{STYLE}</style></head><body>'
     )
     return head + "\n".join(parts) + "</body></html>\n"
 
@@ -177,11 +177,11 @@ def made(run: Run, x: Tensor) -> list[str]:
     try:
         again, samples = run.reconstruct(shown), run.sample(SHOWN, torch.Generator(x.device).manual_seed(1))
     except InputError as error:
-        return [f'<p class="faint">No reconstructions and samples: {_words(str(error))}.</p>']
+        return [f'<p class="faint">No reconstructions and samples: {escape(str(error))}.</p>']
     if isinstance(run.data, Text):
         words = run.data.vocabulary.decode
         pairs = table(list(zip(words(shown[:12]), words(again[:12]), strict=True)), ("sentence", "through z"))
-        written = "".join(f"<li>{_words(line)}</li>" for line in words(samples[:12]))
+        written = "".join(f"<li>{escape(line)}</li>" for line in words(samples[:12]))
         return [
             "<h2>Sentences, and what comes back</h2>",
             pairs,
@@ -313,10 +313,10 @@ def units(run: Run, x: Tensor) -> str:
 def picture(draw: Callable[[Figure], None], alt: str, height: float, caption: str = "") -> str:
     """Return a figure with its caption, drawn for light and for dark screens."""
     light, dark = (base64.b64encode(png(draw, (WIDTH, height), theme)).decode() for theme in ({}, DARK))
-    below = f"<figcaption>{_words(caption)}</figcaption>" if caption else ""
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
         '<figure><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="data:image/png;base64,{dark}"><img src="data:image/png;base64,{light}" alt="{_words(alt)}"></picture>'
+        f'srcset="data:image/png;base64,{dark}"><img src="data:image/png;base64,{light}" alt="{escape(alt)}"></picture>'
         f"{below}</figure>"
     )
 
@@ -333,10 +333,6 @@ def png(draw: Callable[[Figure], None], size: tuple[float, float], theme: dict[s
 
 def table(lines: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     """Return a table of columns of one width, in which long words are broken."""
-    top = "".join(f"<th>{_words(word)}</th>" for word in header)
-    body = "".join(f"<tr>{''.join(f'<td>{_words(word)}</td>' for word in line)}</tr>" for line in lines)
+    top = "".join(f"<th>{escape(word)}</th>" for word in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in line)}</tr>" for line in lines)
     return f"<table>{f'<tr>{top}</tr>' if header else ''}{body}</table>"
-
-
-def _words(text: str) -> str:
-    return html.escape(text, quote=True)

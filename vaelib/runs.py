@@ -122,10 +122,6 @@ class Folder:
     def model(self) -> Path:
         return self.file("model.py")
 
-    @property
-    def tensorboard(self) -> Path:
-        return self.file("tensorboard")
-
 
 def train(
     run_dir: str | Path,
@@ -590,7 +586,7 @@ def tensorboard(folder: Folder, training: Training) -> Callable[[Training], None
         raise InputError(
             f"{typed('log')} tensorboard needs a package that is not here: pip install 'vaelib[tensorboard]'"
         ) from error
-    writer = SummaryWriter(str(folder.tensorboard), purge_step=len(training.history) + 1)
+    writer = SummaryWriter(str(folder.file("tensorboard")), purge_step=len(training.history) + 1)
 
     def log(training: Training) -> None:
         if training.epoch_ends:
