@@ -2,8 +2,8 @@ r"""What a model says of itself when it is asked: is z used, is the encoder late
 
 :func:`usage` and :func:`lag` are the questions of the chapter on inference lag, :func:`cost_of_rows` and :data:`CHART`
 those of the chapter on choosing, put to a model that is given; :func:`vaelib.gradients.advise` asks all of them, and
-:class:`Advice` is what it hands back. Every number has its standard error, and a verdict is "yes" or "no" only where
-the number is :data:`SURE` of them away from what matters; otherwise it is "cannot tell".
+:class:`Advice` is what it hands back. Every number that a verdict rests on has its standard error, and a verdict is
+"yes" or "no" only where the number is :data:`SURE` of them away from what matters; otherwise it is "cannot tell".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the outside comes in: files that are read and checked, files that are whole or not there, locks, shell words.
 
-Nothing else in the package opens a file.
+Nothing else in the package opens a file; downloads, and what is made of them, are in :mod:`vaelib.data`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 r"""Likelihoods p(x given z): what a decoder returns.
 
-Each is built from the decoder's output for ``[K, B]`` latents and has one method, ``log_prob(x)``, summed over the
-pixels: ``x`` is ``[B, D]``, the result ``[K, B]``, in nats.
+Each is built from the decoder's output for ``[K, B]`` latents and has a ``mean``, ``sample(generator)``, both
+``[K, B, D]``, and ``log_prob(x)``, summed over the pixels: ``x`` is ``[B, D]``, the result ``[K, B]``, in nats.
 """
 
 from __future__ import annotations

@@ -280,6 +280,8 @@ class Training:
         whether a hook ended the training before its time.
     sources : dict
         the SHA-256 of what its recipe names by a place on the disk, see :func:`vaelib.runs.sources`.
+    shapes : dict
+        of the tensors of its model's state when that was built, see :func:`vaelib.runs.shapes`.
 
     Raises
     ------
@@ -323,6 +325,7 @@ class Training:
         self.step, self.seconds, self.decay, self.stopped = 0, 0.0, 1.0, False
         self.history: list[dict[str, Any]] = []
         self.sources: dict[str, str] = {}
+        self.shapes: dict[str, str] = {}
         self.lines: list[str] = []
         self.order = torch.arange(self.steps_per_epoch * recipe.batch_size, device=self.device)
         self.bounds = torch.zeros(self.steps_per_epoch, device=self.device)
@@ -834,7 +837,7 @@ def check_fit(training: Training) -> None:
             if works(x.to(dtype)):
                 raise InputError(
                     f"the images are {x.dtype}, but the model is {dtype}: convert one of them, such as by "
-                    f"model.to({x.dtype}), which is float() or double(), or replace(split, grey=split.grey.to({dtype}))"
+                    f"model.to({x.dtype}), which is float() or double(), or split.to(dtype={dtype})"
                 ) from error
         pixels = x.shape[-1]
         for width in sorted({size for p in parameters for size in p.shape} - {pixels}):
