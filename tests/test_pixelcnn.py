@@ -468,7 +468,7 @@ def test_a_run_says_whether_it_collapsed(method, tmp_path):
 
 
 def seen(side: int, layers: int) -> float:
-    """Return the share of all pairs of an earlier and a later pixel of which the later one's logit knows the earlier."""
+    """Return the share of the pairs of an earlier and a later pixel whose later one depends on the earlier."""
     alone = PixelCNN(side, latent=0, maps=2, layers=layers, generator=generator()).double().eval()
     context = torch.zeros(1, 1, 2, side, side, dtype=torch.float64)
 

@@ -623,8 +623,8 @@ class Advice:
             cure = (
                 "While q is late, which is next, more steps of the encoder may (chapter 5): train on and ask again"
                 if self.lag.late == "yes"
-                else "While the bound still rises, train on and ask again; once it rests, train anew with more steps of "
-                "the encoder, a KL weight that starts at 0, or free bits (chapter 5)"
+                else "While the bound still rises, train on and ask again; once it rests, train anew with more steps "
+                "of the encoder, a KL weight that starts at 0, or free bits (chapter 5)"
             )
             said.append(f"z is collapsed ({numbers}): no row brings it back. {cure}")
         elif used.collapsed == "cannot tell":
