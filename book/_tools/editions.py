@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import nbformat
 import settings_of_book as settings
+from check_book import tags
 from nbformat.v4 import new_code_cell, new_markdown_cell
 from pybtex.database import Entry, parse_file
 from pybtex.richtext import Text
@@ -397,10 +398,6 @@ def whole(entry: Entry) -> str:
 
 
 # --- notebooks --------------------------------------------------------------------------------------------------------
-
-
-def tags(cell) -> list[str]:
-    return cell.metadata.get("tags", [])
 
 
 def edition(book: Book, name: str, kind: str):

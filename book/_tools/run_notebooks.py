@@ -7,13 +7,14 @@ a path in its metadata as ``picture`` is stored there too.
 from __future__ import annotations
 
 import base64
-import os
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
+
+from vaelib.files import write
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 TRANSIENT = ("ExecuteTime", "collapsed", "execution", "scrolled", "trusted")
@@ -40,16 +41,6 @@ def run(path: Path) -> None:
             (png,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
             write(path.parent / cell.metadata["picture"], base64.b64decode(png))
     write(path, (nbformat.writes(notebook) + "\n").encode())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write the file at ``path``, whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def main(paths: list[str]) -> int:
