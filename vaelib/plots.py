@@ -121,6 +121,14 @@ def band(axes: Axes, x: Tensor, curves: Tensor, look: Look) -> None:
     axes.fill_between(x, mean - 2 * error, mean + 2 * error, color=look.color, alpha=0.2, linewidth=0)
 
 
+def legend_below(figure: Figure, columns: int = 3, **style: Any) -> None:
+    """Name every line of a figure once, below its panels."""
+    named = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    lines = {label: line for each in named for line, label in each}
+    if lines:
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, **style)
+
+
 def images(axes: Axes, pictures: Tensor, columns: int) -> None:
     """Show ``pictures`` ``[N, H, W]`` or ``[N, 3, H, W]`` as one sheet of lines of ``columns``; grey is ink."""
     pictures = pictures.detach().cpu()

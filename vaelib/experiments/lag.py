@@ -396,7 +396,7 @@ def figure(results: DataFrame, fig: Figure) -> None:
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
     fig.set_layout_engine("constrained")
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    plots.legend_below(fig, fontsize=8)
 
 
 # --- the experiments --------------------------------------------------------------------------------------------------

@@ -265,8 +265,7 @@ def figure_of_stages(found: DataFrame, figure: Figure) -> None:
         ax.axhline(0, color="k", lw=0.8)
         ax.set(xscale="log", title=f"{model}, k = {k}", xlabel="epochs")
     axes[0].set_ylabel("nats gained on total")
-    named = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=3)
+    plots.legend_below(figure)
 
 
 def seeds_of_stage(cell: Cell) -> int:

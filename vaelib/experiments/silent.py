@@ -255,14 +255,7 @@ def figure_linear(found: DataFrame, figure: Figure) -> None:
             trim(ax)
     axes[0, 0].set_ylabel("ELBO (nats)")
     axes[1, 0].set_ylabel("final ELBO (nats)")
-    legend(figure)
-
-
-def legend(figure: Figure) -> None:
-    """Name every line of a figure once, below it."""
-    lines = {line.get_label(): line for ax in figure.axes for line in ax.lines if not line.get_label().startswith("_")}
-    if lines:
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=5, fontsize="small")
+    plots.legend_below(figure, columns=5, fontsize="small")
 
 
 def draw_curve(ax, found: DataFrame, metric: str, look: plots.Look) -> None:
@@ -450,7 +443,7 @@ def _panels(found: DataFrame, figure: Figure, metric: str, label: str, trimmed: 
         ax.set(title=f"{name}, {base}", xlabel="epoch", ylabel=label)
         if trimmed and ax.lines:
             trim(ax)
-    legend(figure)
+    plots.legend_below(figure, columns=5, fontsize="small")
 
 
 # --- the control variate ----------------------------------------------------------------------------------------------

@@ -245,8 +245,7 @@ def figure_of_gains(found: DataFrame, figure: Figure) -> None:
     for ax in axes[-1]:
         ax.set_xlabel("k")
     figure.supylabel("nats gained on total", fontsize="medium")
-    legend = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
+    plots.legend_below(figure, columns=len(PAIRS) + 1)
 
 
 # --- Figure 1: a 100-dimensional Gaussian fitted to another -----------------------------------------------------------
