@@ -371,7 +371,7 @@ def figure_3(found: DataFrame, figure: Figure) -> None:
     for name in COMPONENTS:
         look = plots.LOOKS[f"elbo-{name}"]
         for i, (_, line) in enumerate(found[found["metric"] == name].groupby("seed")):
-            style = look.line(lw=1, alpha=0.6, label=None if i else look.label)
+            style = look.line(lw=1.5, alpha=0.6, label=None if i else look.label)
             ax.plot(line["at"], line["value"].clip(lower=1e-30), **style)
     ax.set(yscale="log", xlabel="per cent of the way to the target", ylabel="variance", ylim=(1e-4, None))
     ax.legend()
