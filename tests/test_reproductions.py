@@ -149,6 +149,7 @@ NEEDS = {
 
 READING = {
     "02-score-and-path.ipynb": ("cell-057", "cell-058"),
+    "04-silent-and-nonlinear.ipynb": ("cell-010", "cell-011", "cell-012", "guided-end", "guided-end-check"),
     "05-inference-lag.ipynb": ("lag-seeds-check", "lag-summary", "lag-summary-check"),
     "08-choosing.ipynb": ("cell-046", "cell-047"),
 }
@@ -156,8 +157,8 @@ READING = {
 IMPORTS = """
 import torch
 from matplotlib import pyplot as plt
-from vaelib import checks, experiments
-from vaelib.experiments import lag
+from vaelib import checks, experiments, plots
+from vaelib.experiments import lag, silent as study
 label = str
 """
 
@@ -166,12 +167,25 @@ PAPER = {"metric": "nll", "recipe": "paper", "data": "mnist"}
 
 GAIN = {"metric": "nll", "k": 1, "estimator": "elbo-path"}
 
+EARLY = {"preset": "short", "metric": "log-likelihood"}
+ENDED, BEST = ({"preset": "long", "metric": metric} for metric in ("log-likelihood", "best elbo"))
+LOO = {"estimator": "elbo-score-loo"}
 CHAPTER_FAULTS = {
     "02-score-and-path.ipynb": [
         ("mlp-1, 121 epochs: ten seeds", {**GAIN, "model": "mlp-1", "epochs": 121, "seed": 3}, lambda nll: math.nan),
         ("mlp-2, 40 epochs: path is ahead", {**GAIN, "model": "mlp-2", "epochs": 40}, lambda nll: nll + 1),
         ("mlp-1: the gain falls", {**GAIN, "model": "mlp-1", "epochs": 40}, lambda nll: nll - 1),
         ("mlp-1, 1 epochs: by 1.6 nats", {**GAIN, "model": "mlp-1", "epochs": 1}, lambda nll: nll + 0.2),
+    ],
+    "04-silent-and-nonlinear.ipynb": [
+        ("exact guide: no gain", {**EARLY, "data": "fashion-mnist", "method": "linear"}, lambda log_p: log_p + 9),
+        ("the guide loses in each", {**EARLY, **LOO, "data": "omniglot", "method": "linear"}, lambda log_p: log_p + 7),
+        ("more than its control", {**EARLY, "data": "omniglot", "method": "linear, sampled"}, lambda log_p: log_p - 9),
+        ("seven of the eight", {**EARLY, **LOO, "data": "mnist", "method": "linear"}, lambda log_p: log_p - 1.5),
+        ("ten seeds each", {**ENDED, "data": "mnist", "method": "cosine", "seed": 2}, lambda log_p: math.nan),
+        ("no gain is beyond", {**ENDED, "data": "mnist", "method": "cosine"}, lambda log_p: log_p + 9),
+        ("nor is any loss", {**ENDED, "data": "mnist", "method": "cosine"}, lambda log_p: log_p - 9),
+        ("in the ELBO one loss", {**BEST, "data": "mnist", "method": "cosine"}, lambda elbo: elbo - 2),
     ],
     "05-inference-lag.ipynb": [
         ("plain: no active unit", {**TOY, "metric": "au", "method": "plain", "seed": 3}, lambda au: 1),
