@@ -216,7 +216,7 @@ def test_every_family_has_its_leaf(name, sizes, has, leaf):
 def test_a_collapse_is_for_good_only_where_the_encoder_is_not_late():
     used = advice.Usage(Estimate(3.0, 0.1), Estimate(-0.001, 0.01), 4.0, [2], [2], 100)
     setting = {"k": 4, "batch_size": 20, "observations": 100}
-    for gain, first in ((9.0, "more steps of the encoder may"), (0.0, "Train anew")):
+    for gain, first in ((9.0, "more steps of the encoder may"), (0.0, "train anew")):
         given = advice.Advice([], {}, [], [], used, advice.Lag(Estimate(gain, 0.1), 400), None, setting)
         assert given.recommendation[0].startswith("z is collapsed (the decoder loses 0.00 ± 0.01 nats")
         assert first in given.recommendation[0] and ("the encoder is late" in str(given)) == (gain > 1)

@@ -13,7 +13,7 @@ from toys import DTYPE, TWO_LAYERS, ChainEncoder, ChainJoint
 from vaelib import checks, estimators, gdreg, models, silent
 from vaelib.errors import InputError, choose
 from vaelib.estimators import ALIASES, ESTIMATORS, TABLEAU, LossEstimator, Row, Weights
-from vaelib.posteriors import DiagonalGaussian
+from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, HierarchicalGaussian
 from vaelib.posteriors.base import tracing
 
 LOG_W = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 0.1]], dtype=torch.float64)
@@ -267,3 +267,83 @@ def test_the_baselines_of_vimco_with_an_impossible_draw():
     without = torch.log(torch.tensor([[math.e], [1.0], [1 + math.e + math.exp(0.5)]], dtype=DTYPE) / 3)
     torch.testing.assert_close(found.score, log_w.logsumexp(0) - math.log(3) - without - w)
     torch.testing.assert_close(TABLEAU["elbo-score-loo"].weights(log_w + 1).score, torch.zeros_like(w))
+
+
+# --- rows, layers and noise of other people
+
+
+def truncated(log_w):
+    w = log_w.softmax(0).clamp_max(0.8)
+    return Weights(theta=w, path=w, score=-w)
+
+
+def without_theta(log_w):
+    return Weights(theta=torch.zeros_like(log_w), path=log_w.softmax(0).square(), score=None)
+
+
+def above_half(log_w):
+    w = log_w.softmax(0)
+    return Weights(theta=torch.where(w > 0.5, w, 0.0), path=w, score=-w)
+
+
+@pytest.mark.parametrize("rule", [truncated, without_theta, above_half])
+def test_a_row_of_ones_own_is_what_its_weights_say(rule):
+    """Weights that are the bound's for some draws only, and a path where theta has no weight."""
+    row, generator = Row("mine", "iwae", None, 1, "", rule), torch.Generator().manual_seed(0)
+    joint = models.LinearGaussian(
+        torch.randn(4, 2, generator=generator).double(), torch.zeros(4).double(), torch.zeros(())
+    )
+    x, mean = torch.randn(6, 4, generator=generator).double(), torch.randn(6, 2, generator=generator).double()
+    phi = mean.requires_grad_(), torch.zeros(6, 2).double().requires_grad_()
+    q = DiagonalGaussian(*phi)
+    eps = q.noise(5, generator)
+    mine, right = (torch.autograd.grad(f(joint, q, x, eps).sum(), phi) for f in (row.loss, row.reference_loss))
+    assert all(part.abs().max() > 0.1 for part in right)
+    for one, other in zip(mine, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Above(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2).double())
+
+    def forward(self, z):
+        return DiagonalGaussian(self.scale * z, torch.zeros_like(z))
+
+
+def beside(x, z):
+    return 3 * z[0].sum(-1) - 0.5 * (z[1] - x).square().sum(-1)
+
+
+@pytest.mark.parametrize("name", TABLEAU)
+def test_bits_below_a_gaussian_have_no_path(name):
+    x, logits = torch.randn(3, 2).double(), torch.zeros(3, 2).double()
+    for first, refused in (
+        (FactorisedBernoulli(logits.clone().requires_grad_()), TABLEAU[name].reparameterised),
+        (FactorisedBernoulli(logits), False),
+        (DiagonalGaussian(logits, logits), False),
+        (DiagonalGaussian(logits.clone().requires_grad_(), logits), False),
+    ):
+        q = HierarchicalGaussian(first, (Above(),))
+        eps = q.noise(2, torch.Generator().manual_seed(0))
+        if refused:
+            with pytest.raises(InputError, match="needs a sample that moves with the encoder's parameters"):
+                TABLEAU[name].loss(beside, q, x, eps)
+        else:
+            assert TABLEAU[name].loss(beside, q, x, eps).shape == (3,)
+
+
+def test_noise_of_another_kind_is_refused():
+    x, zero = torch.randn(3, 2).double(), torch.zeros(3, 2).double()
+    bits, layers = FactorisedBernoulli(zero), HierarchicalGaussian(DiagonalGaussian(zero, zero), (Above(),))
+    normal = torch.randn(5, 3, 2).double()
+    for q, eps, sentence in (
+        (bits, normal, r"uniform on \(0, 1\), but eps is from -"),
+        (bits, 5, "must be a tensor, or a tuple of one for each stochastic layer, but is of type int"),
+        (bits, [normal], "but is of type list"),
+        (layers, (normal, normal[:1]), r"of the same draws and observations.*\[\[5, 3, 2\], \[1, 3, 2\]\]"),
+        (layers, (normal, normal[:, :1]), "of the same draws and observations"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            TABLEAU["elbo-score"].loss(beside, q, x, eps)

@@ -474,3 +474,18 @@ def test_a_model_is_evaluated_in_evaluation_mode_and_left_in_its_own():
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     model.eval()
     torch.testing.assert_close(found, ask())
+
+
+def test_an_entropy_that_is_the_same_for_all_counts_for_each():
+    class OneEntropy(DiagonalGaussian):
+        def entropy(self):
+            return super().entropy()[0]
+
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    found = [
+        evaluation.mutual_information(
+            lambda x, kind=kind: kind(x, torch.zeros_like(x)), x, generator=torch.Generator().manual_seed(1)
+        )
+        for kind in (DiagonalGaussian, OneEntropy)
+    ]
+    assert found[0] == pytest.approx(found[1]) and found[0] > 0.1

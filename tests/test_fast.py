@@ -650,3 +650,13 @@ def test_tracing_leaves_the_running_means_of_batch_normalisation_alone():
     plain, traced = after(False), after(True)
     assert traced.num_batches_tracked == plain.num_batches_tracked == 8
     assert torch.allclose(traced.running_mean, plain.running_mean, atol=1e-6)
+
+
+def test_a_module_with_two_names_is_not_traced():
+    """functional_call would lose one of its names, and the optimiser its parameters."""
+    layer = nn.Linear(2, 2)
+    with pytest.raises(fast.Shared, match="'0' and '2' are one module under two names"):
+        fast.check_apart(nn.Sequential(layer, nn.Tanh(), layer))
+    tied, tanh = nn.Linear(2, 2), nn.Tanh()
+    tied.weight = layer.weight
+    fast.check_apart(nn.Sequential(layer, tanh, tied, tanh))

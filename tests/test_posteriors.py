@@ -718,3 +718,19 @@ def test_a_scale_that_is_shared_has_coordinates_of_each_observation(shape):
     assert seen == [(4, 2), (4, 2)]
     z = torch.randn(3, 4, 2)
     assert torch.equal(same.log_prob(z), q.log_prob(z)) and torch.equal(q.stop_gradient().log_prob(z), q.log_prob(z))
+
+
+@dataclass(frozen=True)
+class StudentT(DiagonalGaussian):
+    """Somebody's density, on the samples of a Gaussian."""
+
+    def log_prob(self, z):
+        return distributions.StudentT(3.0, self.mean, self.log_std.exp()).log_prob(z).sum(-1)
+
+
+def test_a_mixture_of_somebodys_gaussians_has_their_density():
+    mean = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
+    q = Mixture((StudentT(mean, 0 * mean), StudentT(mean + 1, 0 * mean)), torch.zeros(2, 3).double())
+    eps = q.noise(4, torch.Generator().manual_seed(1))
+    z = q.sample(eps)
+    torch.testing.assert_close(q.log_prob_of_sample(z, eps), q.log_prob(z))

@@ -1029,3 +1029,58 @@ def test_sizes_that_do_not_go_together_are_named(decoder, x):
     q = diagonal(*parameters("diagonal"))
     with pytest.raises(InputError, match=r"\[B, X\] = \[2, 3\], but x is \[2, 1\]"):
         silent.expected_log_prob(x[:, :1], q, *decoder)
+
+
+# --- scales that are shared, and joints of other people
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (2,)])
+@pytest.mark.parametrize("kind", ["linear", "cosines"])
+def test_a_shared_scale_counts_for_every_dimension(shape, kind):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(4, 2, generator=generator).double(), torch.randn(3, 4, generator=generator).double()
+    zero, mean = torch.zeros(4).double(), torch.randn(3, 2, generator=generator).double()
+    joint = models.LinearGaussian(weight, zero, torch.zeros(()).double())
+    if kind == "cosines":
+        joint = models.Joint(models.CosineDecoder(weight, zero, weight @ weight.mT, zero, torch.zeros(()).double()))
+    shared, full = (DiagonalGaussian(mean, log_std) for log_std in (torch.full(shape, 0.3).double(), 0 * mean + 0.3))
+    torch.testing.assert_close(silent.elbo(joint, x, shared), silent.elbo(joint, x, full))
+
+
+def test_a_mixture_of_as_many_components_as_observations_with_shared_scales():
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std = (torch.randn(2, 2, *rest, generator=generator).double() for rest in ((2,), ()))
+    weight, logits = torch.randn(4, 2, generator=generator).double(), torch.zeros(2, 2).double()
+    shared, full = (
+        Mixture(tuple(DiagonalGaussian(m, s.expand(rows, 2) if rows else s) for m, s in zip(mean, log_std)), logits)
+        for rows in (0, 2)
+    )
+    for one, other in zip(shared.linear_moments(weight), full.linear_moments(weight), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Tempered(models.LinearGaussian):
+    def log_likelihood(self, x, z):
+        return 0.5 * super().log_likelihood(x, z)
+
+
+class LearntPrior(models.Joint):
+    @property
+    def prior(self):
+        return DiagonalGaussian(torch.ones(1, 2), torch.zeros(1, 2))
+
+    def log_prior(self, z):
+        return self.prior.log_prob(z)
+
+
+def test_closed_forms_that_a_joint_has_not_are_refused_for_every_gaussian():
+    weight, mean, x = torch.ones(4, 2), torch.ones(3, 2), torch.zeros(3, 4)
+    diagonal = DiagonalGaussian(mean, 0 * mean)
+    families = diagonal, FullGaussian(mean, torch.eye(2)), Mixture((diagonal,), torch.zeros(1, 3))
+    for q in families[:2]:
+        with pytest.raises(InputError, match="the likelihood of this Tempered is not that of its"):
+            silent.elbo(Tempered(weight, torch.zeros(4), torch.zeros(())), x, q)
+    learnt = LearntPrior(models.LinearDecoder(weight, torch.zeros(4), torch.zeros(())))
+    with pytest.raises(InputError, match="from a prior of its own kind has no closed form here"):
+        silent.elbo(learnt, x, diagonal)
+    assert objectives.loss("elbo-path", learnt, diagonal, x).shape == (3,)

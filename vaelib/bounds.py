@@ -5,6 +5,7 @@ A log-weight is :math:`\log w_k = \log p(x, z_k) - \log q(z_k \mid x)` for a dra
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -134,6 +135,11 @@ def prior_of(joint: nn.Module, q) -> Posterior | None:
         raise InputError(
             f"the divergence of a {type(q).__name__} from {kind} prior has no closed form: use a posterior of the "
             f"class {known}, or a row of the tableau, which estimates the divergence from draws"
+        )
+    if prior is not None and not inspect.signature(q.kl).parameters:
+        raise InputError(
+            f"the divergence of a {type(q).__name__} from a prior of its own kind has no closed form here, only that "
+            "from the standard normal: use a row of the tableau, which estimates the divergence from draws"
         )
     check_form(q, "kl")
     if prior is None and hasattr(joint, "log_prior") and not tracing():

@@ -327,11 +327,11 @@ def _information(encoder: nn.Module, x: Tensor, generator: torch.Generator | Non
     parts = x.split(chunk)
     posteriors = [as_posterior(encoder(part)) for part in parts]
     samples, entropy = [], 0.0
-    for q in posteriors:
+    for part, q in zip(parts, posteriors, strict=True):
         if not hasattr(q, "entropy"):
             raise InputError(f"{type(q).__name__} has no entropy in closed form, which the estimate starts from")
         samples.append(q.sample_and_log_prob(q.noise(1, generator)))
-        entropy += q.entropy().double().sum().item()
+        entropy += q.entropy().double().expand(len(part)).sum().item()  # one of all may stand for each
     z = torch.cat([sample[0] for sample, _ in samples]).unsqueeze(1)  # [N, 1, D], against each posterior's [b, D]
     log_sum, start = z.new_full((len(x),), -math.inf, dtype=torch.float64), 0
     for part, q, (_, own) in zip(parts, posteriors, samples, strict=True):

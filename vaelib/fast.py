@@ -13,6 +13,7 @@ import itertools
 import random
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,12 @@ class Unsteady(Untraceable):
     """A step of the model does what a trace of it would do once, or not at all."""
 
     advice = "leave out compile"
+
+
+class Shared(Untraceable):
+    """A module has two names, and to be called with other values loses one of them."""
+
+    advice = "share its parameters and not the module, or leave out compile"
 
 
 class WholeSteps:
@@ -121,11 +128,20 @@ def kind(batch: Batch) -> Any:
     return tree_map(lambda value: (value.shape, value.dtype, value.device), batch)
 
 
+def check_apart(objective: nn.Module) -> None:
+    """Raise Shared if a module with parameters or buffers has two names, of which ``functional_call`` loses one."""
+    names = [(name, part) for name, part in objective.named_modules(remove_duplicate=False) if any(part.state_dict())]
+    times = Counter(part for _, part in names)
+    if twice := [name for name, part in names if times[part] > 1]:
+        raise Shared(f"'{twice[0]}' and '{twice[1]}' are one module under two names")
+
+
 class Trace:
     """A whole step as one function; there is none where the optimiser has yet to make its memories."""
 
     def __init__(self, training: Any, backend: str, batch: Batch) -> None:
         self.objective = objective = Objective(training.estimator, training.model.joint, training.model.encoder)
+        check_apart(objective)
         self.optimizer, self.settings = training.optimizer, Settings(objective)
         self.rule, (self.group,) = RULES[type(self.optimizer)], self.optimizer.param_groups
         gpus = [batch[0].device] if batch[0].is_cuda else []

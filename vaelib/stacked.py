@@ -114,8 +114,8 @@ class SideBySide(Row):
 
     @property
     def three(self) -> Tensor:
-        """Log-weights of three draws in each batch, ``[3, S]``."""
-        return super().three.expand(-1, len(self.rows))
+        """Log-weights of three draws for each row, ``[3, 4 S]``."""
+        return super().three.repeat(1, len(self.rows))
 
     def value(self, log_w: Tensor, log_share: Tensor | float = 0.0) -> Tensor:
         """Return the bound that each row reports, ``[K, S B] -> [S B]``."""

@@ -189,9 +189,9 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
         raise InputError(f"there is nothing in this {type(dataset).__name__}")
     pairs = [item if isinstance(item, tuple | list) else (item,) for item in items]
     images = [pair[0] for pair in pairs]
-    if wrong := next((image for image in images if not isinstance(image, Tensor | np.ndarray)), None):
+    if wrong := [type(image).__name__ for image in images if not isinstance(image, Tensor | np.ndarray)]:
         raise InputError(
-            f"the items of a Dataset must be tensors or arrays, but one is a {type(wrong).__name__}: give the Dataset "
+            f"the items of a Dataset must be tensors or arrays, but one is a {wrong[0]}: give the Dataset "
             "a transform, such as torchvision's ToTensor()"
         )
     if len(shapes := {tuple(image.shape) for image in images}) > 1:

@@ -97,6 +97,8 @@ class Estimator:
         check_observations(x)
         if not len(x):
             raise InputError(f"there are no observations: x has the shape {list(x.shape)}")
+        if eps is not None:
+            check_layers(eps)
         q = ready(q, eps)
         if eps is not None:
             self.check(draws(eps))
@@ -150,6 +152,21 @@ def check_observations(x: Tensor) -> None:
         raise InputError(f"x must be a tensor of observations [B, ...], but is {found}")
 
 
+def check_layers(eps: Latent) -> None:
+    """Raise InputError unless ``eps`` is a tensor, or a tuple of them for the same draws and observations."""
+    layers = layers_of(eps)
+    if not layers or not all(isinstance(layer, Tensor) for layer in layers):
+        raise InputError(
+            "the noise eps must be a tensor, or a tuple of one for each stochastic layer, but is of type "
+            f"{type(eps).__name__}: use q.noise(k, generator)"
+        )
+    if len({layer.shape[:2] for layer in layers}) > 1:
+        raise InputError(
+            "the noise of all stochastic layers must be of the same draws and observations, [K, B, ...], but that of "
+            f"eps has the shapes {[list(layer.shape) for layer in layers]}: use q.noise(k, generator)"
+        )
+
+
 def check_noise(q: Posterior, x: Tensor, eps: Latent) -> None:
     """Raise InputError unless ``eps`` is noise of q for the observations ``x``."""
     first = layers_of(eps)[0]
@@ -164,6 +181,11 @@ def check_noise(q: Posterior, x: Tensor, eps: Latent) -> None:
                 f"the noise of a {type(q).__name__} is {expected.kind}, [K, B, {expected.shape[-1]}] of "
                 f"{expected.dtype}, but eps has the shape {list(eps.shape)} and is {eps.dtype}: "
                 "use q.noise(k, generator)"
+            )
+        if expected.kind == "uniform" and not tracing() and (eps.min() < 0 or eps.max() > 1):
+            raise InputError(
+                f"the noise of a {type(q).__name__} is uniform on (0, 1), but eps is from {eps.min():.3g} to "
+                f"{eps.max():.3g}: use q.noise(k, generator)"
             )
 
 

@@ -33,6 +33,7 @@ from vaelib.posteriors import (
     LOG_2PI,
     DiagonalGaussian,
     FullGaussian,
+    Mixture,
     Posterior,
     as_posterior,
     functions_in,
@@ -201,7 +202,7 @@ def covariances_of_cosines(
         for a posterior that is not one Gaussian.
     """
     _one_gaussian(q, "the covariance of two cosines", "a decoder that is linear in z")
-    mean, variance = q.linear_moments(weight)
+    mean, variance = torch.broadcast_tensors(*q.linear_moments(weight))
     mean, half = mean + phase, -0.5 * (variance[:, i] + variance[:, j])
     covariance = (q.linear_moments(weight[i] + weight[j])[1] - q.linear_moments(weight[i] - weight[j])[1]) / 4
 
@@ -258,7 +259,7 @@ def check_closed(joint: nn.Module, part: nn.Module, x: Tensor, q: Posterior) -> 
     ours = all(type(one).__module__.startswith("vaelib.") for one in parts)
     if ours or tracing() or not is_ours(type(part), "expected_log_likelihood"):
         return
-    if not isinstance(q, DiagonalGaussian) or not hasattr(joint, "log_prior"):
+    if not isinstance(q, DiagonalGaussian | FullGaussian | Mixture) or not hasattr(joint, "log_prior"):
         return
     with torch.no_grad():
         z = q.mean.unsqueeze(0)

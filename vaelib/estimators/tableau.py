@@ -80,13 +80,18 @@ class Row(Estimator):
 
     @property
     def three(self) -> Tensor:
-        """Log-weights of three draws, ``[3, 1]``."""
-        return torch.arange(3.0).unsqueeze(-1)
+        """Log-weights of three draws, ``[3, 4]``: of like size, equal, one far ahead, and one far behind."""
+        return torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0], [-3.0, 9.0, 0.0], [0.5, 0.0, -20.0]]).mT
 
     @cached_property
     def example(self) -> Weights:
-        """The rule's weights of three draws, which show the channels that it uses."""
+        """The rule's weights of some draws, which show the channels that it uses."""
         return self.rule(self.three)
+
+    @cached_property
+    def hides(self) -> bool:
+        """Whether the path weighs a draw that theta does not, of which nothing then arrives at the sample."""
+        return self.scales and bool(((self.example.theta == 0) & (self.example.path != 0)).any())
 
     @property
     def reparameterised(self) -> bool:
@@ -115,12 +120,15 @@ class Row(Estimator):
         r"""Return ``-bound``, ``[B]``, with the three channels as its gradient, in one pass through the model.
 
         A row that differentiates its bound as a whole is that bound, of :math:`\log w` with q held constant (path) or
-        not (total). Any other differentiates :math:`\sum_k a_k \log w_k`: that is the theta channel, and
-        :math:`a_k\, \partial_z \log w_k` arrives at the sample, where it is scaled by :math:`b_k / a_k` on its way to
-        the encoder. The score channel is :math:`\log q` at a stopped sample with weight :math:`c_k`.
+        not (total); one that weighs on the path what it does not in theta has its channels one by one. Any other
+        differentiates :math:`\sum_k a_k \log w_k`: that is the theta channel, and :math:`a_k\, \partial_z \log w_k`
+        arrives at the sample, where it is scaled by :math:`b_k / a_k` on its way to the encoder. The score channel is
+        :math:`\log q` at a stopped sample with weight :math:`c_k`.
         """
         if eps is None:
             raise InputError(f"estimator '{self.name}' needs draws: give it eps = q.noise(k, generator)")
+        if self.hides:
+            return self.differentiate_by_channels(joint, q, x, eps)
         if self.scales and torch.compiler.is_dynamo_compiling():
             return eagerly(self, joint, q, x, eps)
         log_share = self.shares(q, draws(eps))
@@ -209,16 +217,44 @@ class Row(Estimator):
     def check_path(self, q: Posterior, z: Latent, eps: Latent) -> None:
         """Raise InputError if the row has a path, but only the density of q moves with its parameters, not its sample.
 
-        If neither moves, the encoder is frozen, and the model learns by itself.
+        If neither moves, the encoder is frozen, and the model learns by itself. Where some layers move and others do
+        not, each parameter that the density moves with must move a layer.
         """
-        if not self.reparameterised or any(layer.requires_grad for layer in layers_of(z)):
+        moving = [layer.requires_grad for layer in layers_of(z)]
+        if not self.reparameterised or all(moving) or (any(moving) and tracing()):
             return
-        if q.density_moves(z, eps):
+        if lacks_path(q, eps) if any(moving) else q.density_moves(z, eps):
             raise InputError(
                 f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
                 f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
                 "elbo-score-loo, iwae-vimco or rws"
             )
+
+
+def lacks_path(q: Posterior, eps: Latent) -> bool:
+    """Whether log q moves with a parameter that no layer of the sample moves with, or q does not tell its parameters.
+
+    As where one layer is of bits and another is Gaussian.
+    """
+    phi: list[Tensor] = []
+
+    def leaf(parameter: Tensor) -> Tensor:
+        phi.append(parameter.detach().requires_grad_(parameter.requires_grad))
+        return phi[-1]
+
+    try:
+        own = q.map_parameters(leaf)
+    except InputError:
+        return True
+    z = own.sample(eps)
+    log_q = own.log_prob_of_sample(map_latent(Tensor.detach, z), eps)
+    phi = [parameter for parameter in phi if parameter.requires_grad]
+    if not (phi and log_q.requires_grad):
+        return False
+    sample = sum(layer.sum() for layer in layers_of(z) if layer.requires_grad)
+    along = torch.autograd.grad(sample, phi, allow_unused=True)
+    at = torch.autograd.grad(log_q.sum(), phi, allow_unused=True)
+    return any(path is None and score is not None for path, score in zip(along, at, strict=True))
 
 
 @torch._disable_dynamo

@@ -15,6 +15,7 @@ from vaelib.posteriors.base import (
     Latent,
     Noise,
     Posterior,
+    is_ours,
     standard_normal_log_prob,
 )
 from vaelib.posteriors.stopping import stop_gradient
@@ -114,7 +115,9 @@ class DiagonalGaussian(Gaussian):
 
         The variance is :math:`\sum_d w_d^2 \sigma_d^2`.
         """
-        return self.mean @ weight.mT, (2 * self.log_std).exp() @ weight.square().mT
+        shared = self.log_std.shape[-1:] != self.mean.shape[-1:]  # by all dimensions
+        log_std = self.log_std.expand_as(self.mean) if shared else self.log_std
+        return self.mean @ weight.mT, (2 * log_std).exp() @ weight.square().mT
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> DiagonalGaussian:
         """As for every posterior; a scale that observations or dimensions share is first given to each."""
@@ -341,7 +344,8 @@ class Mixture(Posterior):
 
     def log_prob_of_sample(self, z: Tensor, eps: Tensor) -> Tensor:
         """As :meth:`log_prob`; a Gaussian drew at its mean plus a step, and no component needs their sum."""
-        if not all(isinstance(q, Gaussian) for q in self.components):
+        kinds = set(map(type, self.components))
+        if not all(issubclass(kind, Gaussian) and is_ours(kind, "log_prob") for kind in kinds):
             return self.log_prob(z)
         still = [q.stop_gradient() for q in self.components]
         steps = [
@@ -378,7 +382,8 @@ class Mixture(Posterior):
 
         The law of total variance, :math:`\sum_c \pi_c [v_c + (m_c - m)^2]`: within the components and between them.
         """
-        means, variances = map(torch.stack, zip(*(q.linear_moments(weight) for q in self.components), strict=True))
+        moments = [torch.broadcast_tensors(*q.linear_moments(weight)) for q in self.components]
+        means, variances = map(torch.stack, zip(*moments, strict=True))
         share = self.log_weights.exp().unsqueeze(-1)
         mean = (share * means).sum(0)
         return mean, (share * (variances + (means - mean).square())).sum(0)
