@@ -254,7 +254,7 @@ def test_a_command_that_is_printed_can_be_pasted_whatever_the_folder_is_called(v
     code, _, err = vaelib("experiment", "show", "stl-figure-3", f"--results={name}")
     found = pasted(re.search(r"`(vaelib .*)`", err, re.DOTALL)[1])
     assert code == 2 and found[:3] == ["experiment", "run", "stl-figure-3"] and found[-1] in (name, f"./{name}")
-    monkeypatch.setattr("vaelib.experiments.grid.run", lambda *_: tmp_path)
+    monkeypatch.setattr("vaelib.experiments.grid.run", lambda *_, **__: tmp_path)
     code, out, _ = vaelib(*found)
     shown = pasted(out[out.index("next: ") + 6 :])
     assert code == 0 and shown[:3] == ["experiment", "show", "stl-figure-3"] and shown[-2:] == found[-2:]
@@ -343,6 +343,7 @@ def test_data_are_listed_with_what_takes_them(vaelib):
     entries = re.split(r"\n(?=\S)", vaelib("data", "list")[1])
     uses = {entry.split()[0]: entry for entry in entries}
     assert "`vaelib train` with any other model" in uses["mnist"] and "--model lstm" in uses["ptb"]
+    assert "licence: MIT" in uses["fashion-mnist"] and "do not pass it on" in uses["ptb"]
 
 
 @pytest.mark.parametrize("set_up", [{"PYTHONOPTIMIZE": "2"}, {"PYTHONIOENCODING": "iso8859-5"}])

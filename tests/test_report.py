@@ -75,6 +75,8 @@ def test_every_kind_of_model_shows_itself(model, made):
     assert run.reconstruct(x).shape == (5, 64) and run.sample(7).shape == (7, 64) and run.embed(x).shape == (5, units)
     assert torch.equal(run.reconstruct(x), run.reconstruct(x)) and torch.equal(run.sample(3), run.sample(3))
     assert not torch.equal(run.sample(3), run.sample(3, seeded(1)))
+    one, same, other = (run.reconstruct(x, seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
     assert "data:image/png" in report.page(run, "a run")
 
 

@@ -332,7 +332,8 @@ def list_data() -> None:
     from vaelib import data
 
     for one in data.describe():
-        typer.echo(f"{one.name}\n    {one.description}\n    {one.splits}\n    {one.use}\n    {one.where}")
+        typer.echo(f"{one.name}\n    {one.description}\n    {one.splits}\n    licence: {one.licence}")
+        typer.echo(f"    {one.use}\n    {one.where}")
         if one.note:
             typer.echo(f"    mind: {one.note}")
 
@@ -464,8 +465,9 @@ def run_experiment(
 
     try:
         path = grid.run(
-            name, preset, seeds, device, jobs, ray, gpu_share, together, results, runs, show_progress(quiet)
-        )
+            name, preset, seeds=seeds, device=device, jobs=jobs, ray=ray, gpu_share=gpu_share, together=together,
+            results_folder=results, runs_folder=runs, progress=show_progress(quiet),
+        )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("vaelib: stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None

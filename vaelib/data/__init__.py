@@ -136,6 +136,7 @@ class Listing:
     name: str
     description: str
     splits: str
+    licence: str
     where: str
     note: str
     use: str
@@ -144,7 +145,7 @@ class Listing:
 def describe() -> list[Listing]:
     """Return a line for each data set; looks whether files exist, and opens none."""
     return [
-        Listing(one.name, one.description, one.splits, where(one), one.note, USES[type(one)])
+        Listing(one.name, one.description, one.splits, one.licence, where(one), one.note, USES[type(one)])
         for one in map(find, names())
     ]
 
