@@ -123,6 +123,20 @@ def test_a_late_encoder_gains_what_it_is_behind_and_no_more():
     assert all(torch.equal(value, before[name]) for name, value in late.state_dict().items())
 
 
+def test_what_the_lag_is_measured_on_is_not_what_the_encoder_learns_from(monkeypatch):
+    (model, x), used = exact_model(), {"minibatches": [], "elbo": []}
+    for name in used:
+
+        def noted(*arguments, name=name, function=getattr(advice, name)):
+            used[name].append(next(each for each in arguments if type(each) is torch.Tensor))
+            return function(*arguments)
+
+        monkeypatch.setattr(advice, name, noted)
+    advice.lag(model, x, ESTIMATORS["elbo-path"], seeded(), steps=2)
+    (learnt,), held = used["minibatches"], used["elbo"]
+    assert all(torch.equal(torch.cat([learnt, part]), x) for part in held) and len(held) == 2
+
+
 def test_an_encoder_without_weights_of_its_own_has_no_lag_to_show():
     model, x = exact_model()
     for encoder in (lambda x: model.encoder(x), copy.deepcopy(model.encoder).requires_grad_(False)):

@@ -30,6 +30,7 @@ from vaelib.posteriors import (
     Mixture,
     OneHotCategorical,
     Posterior,
+    standard_normal_log_prob,
 )
 
 B, X, D = 2, 3, 4
@@ -1084,3 +1085,14 @@ def test_closed_forms_that_a_joint_has_not_are_refused_for_every_gaussian():
     with pytest.raises(InputError, match="from a prior of its own kind has no closed form here"):
         silent.elbo(learnt, x, diagonal)
     assert objectives.loss("elbo-path", learnt, diagonal, x).shape == (3,)
+
+
+@pytest.mark.parametrize("place", [0.3, -1.1, 2.7])
+def test_a_prior_that_agrees_at_one_place_is_not_the_standard_normal(place):
+    class Elsewhere(models.LinearGaussian):
+        def log_prior(self, z):
+            return standard_normal_log_prob(z) + (z - place).sum(-1)
+
+    joint = Elsewhere(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
+    with pytest.raises(InputError, match="the prior of this Elsewhere is not the standard normal"):
+        bounds.divergence(joint, DiagonalGaussian(torch.zeros(3, 2), torch.zeros(3, 2)))
