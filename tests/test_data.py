@@ -980,3 +980,29 @@ def test_real_sets_have_their_published_shape(name, sizes, counts):
         assert loaded.train.binarisation == "fixed" and set(loaded.test.grey.unique().tolist()) == {0.0, 1.0}
         with pytest.raises(InputError, match="validation images of its own"):
             data.load(name, valid=10)
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        ((torch.zeros(2, 2), 0.7), "the labels of a Dataset must be whole numbers, but one is 0.7"),
+        ((torch.zeros(2, 2), "cat"), "the labels of a Dataset must be whole numbers, but one is 'cat'"),
+        (0.0, "the items of a Dataset must be tensors or arrays, but one is a float"),
+        ((0, 1), "the items of a Dataset must be tensors or arrays, but one is a int"),
+    ],
+)
+def test_what_a_dataset_may_not_hold_is_said(item, sentence):
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, place):
+            return item
+
+    with pytest.raises(InputError, match=sentence):
+        Split.of(Pictures())
+
+
+@pytest.mark.parametrize("label", [1, 1.0, torch.tensor(1), np.int64(1)])
+def test_whole_labels_of_any_kind_are_read(label):
+    assert Split.of(torch.utils.data.StackDataset(torch.zeros(3, 2, 2), [label] * 3)).labels.tolist() == [1, 1, 1]

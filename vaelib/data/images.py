@@ -10,6 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -173,6 +174,13 @@ def as_images(images: Any) -> Any:
     return images[:, 0] if len(shape) == 4 and images.shape[1] == 1 else images
 
 
+def is_whole(label: Any) -> bool:
+    """Whether a label is a whole number, of Python, NumPy or PyTorch."""
+    with suppress(TypeError, ValueError, OverflowError):
+        return bool(int(label) == label)
+    return False
+
+
 def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
     """Return the images of a torch ``Dataset`` and their labels, if its items are pairs."""
     if (
@@ -196,7 +204,13 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
         )
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise InputError(f"the images of a Dataset must have one shape, but some are {sorted(shapes)[:3]}")
-    labels = torch.as_tensor([int(pair[1]) for pair in pairs]) if all(len(pair) == 2 for pair in pairs) else None
+    labels = [pair[1] for pair in pairs] if all(len(pair) == 2 for pair in pairs) else None
+    if labels is not None:
+        if odd := [label for label in labels if not is_whole(label)]:
+            raise InputError(
+                f"the labels of a Dataset must be whole numbers, but one is {odd[0]!r}: number the classes"
+            )
+        labels = torch.as_tensor([int(label) for label in labels])
     return torch.stack([torch.as_tensor(image) for image in images]), labels
 
 
