@@ -1094,6 +1094,10 @@ def test_a_cluster_that_dies_in_mid_grid_is_one_sentence(cluster, monkeypatch):
     with pytest.raises(InputError, match="the Ray cluster at '.*' does not answer any more .*goes on from"):
         wait_for(lambda: pool.ended() == [None], seconds=30)
     pool.stop()  # at once: there is nobody to ask
+    from ray._private.worker import global_worker
+
+    for thread in ("listener_thread", "logger_thread"):  # ray.shutdown() waits for them, and they for the head
+        vars(global_worker).pop(thread, None)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
