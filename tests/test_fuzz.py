@@ -96,7 +96,7 @@ def test_a_command_line_is_run_or_refused(folder, command, words):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(cried):
         patch.chdir(folder)
         patch.setattr(runs, "train", trained)
-        patch.setattr(grid, "run", lambda *_: Path("results/x.csv"))
+        patch.setattr(grid, "run", lambda *_, **__: Path("results/x.csv"))
         patch.setattr(data, "fetch", lambda name: data.find(name) and None)
         with pytest.raises(SystemExit) as end:
             cli.main([*command, *words])
