@@ -1,10 +1,10 @@
 """A storm: runs and grids of every kind are killed at random moments, again and again, and must end bit for bit.
 
-``make storm MINUTES=30`` runs it for so many minutes and says how many kills there were. Each kind is first made once
-without a disturbance; then in another folder, where it is killed (SIGKILL, or a signal that it may answer) after a
-random time, and started again by the same command, until it is done. What it leaves must be the same then, times apart,
-and no file of anybody else may be touched. A run is a process forked from this one, which has imported everything; a
-grid is that too, and its workers are processes of their own, which are killed as well.
+``make storm MINUTES=30`` runs it for so many minutes, and on until there was a kill, and says how many there were. Each
+kind is first made once without a disturbance; then in another folder, where it is killed (SIGKILL, or a signal that it
+may answer) after a random time, and started again by the same command, until it is done. What it leaves must be the
+same then, times apart, and no file of anybody else may be touched. A run is a process forked from this one, which has
+imported everything; a grid is that too, and its workers are processes of their own, which are killed as well.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def main(minutes: float, *kinds: str) -> None:
     end, folder = time.monotonic() + 60 * minutes, Path(tempfile.mkdtemp(prefix="storm-"))
     storm = Storm(folder, random.Random(seed))
     print(f"seed {seed}, in {folder}", flush=True)
-    while time.monotonic() < end:
+    while time.monotonic() < end or not storm.kills:  # without a kill it says nothing
         kind = kinds[storm.rounds % len(kinds)]
         storm.rage(kind, 6 if minutes < 1 or KINDS[kind][0] != "train" else 20)
         print(
