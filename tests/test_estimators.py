@@ -304,12 +304,12 @@ def test_a_row_of_ones_own_is_what_its_weights_say(rule):
 
 
 class Above(nn.Module):
-    def __init__(self):
+    def __init__(self, bits=False):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(2).double())
+        self.scale, self.bits = nn.Parameter(torch.ones(2).double()), bits
 
     def forward(self, z):
-        return DiagonalGaussian(self.scale * z, torch.zeros_like(z))
+        return FactorisedBernoulli(self.scale * z) if self.bits else DiagonalGaussian(self.scale * z, 0 * z)
 
 
 def beside(x, z):
@@ -317,15 +317,18 @@ def beside(x, z):
 
 
 @pytest.mark.parametrize("name", TABLEAU)
-def test_bits_below_a_gaussian_have_no_path(name):
-    x, logits = torch.randn(3, 2).double(), torch.zeros(3, 2).double()
-    for first, refused in (
-        (FactorisedBernoulli(logits.clone().requires_grad_()), TABLEAU[name].reparameterised),
-        (FactorisedBernoulli(logits), False),
-        (DiagonalGaussian(logits, logits), False),
-        (DiagonalGaussian(logits.clone().requires_grad_(), logits), False),
+def test_bits_beside_a_gaussian_have_no_path(name):
+    x, numbers, path = torch.randn(3, 2).double(), torch.zeros(3, 2).double(), TABLEAU[name].reparameterised
+    live = numbers.clone().requires_grad_()
+    for first, above, refused in (
+        (FactorisedBernoulli(live), Above(), path),
+        (FactorisedBernoulli(numbers), Above(), False),
+        (DiagonalGaussian(numbers, numbers), Above(), False),
+        (DiagonalGaussian(live, numbers), Above(), False),
+        (DiagonalGaussian(live, numbers), Above(bits=True), path),
+        (DiagonalGaussian(live, numbers), Above(bits=True).requires_grad_(False), False),
     ):
-        q = HierarchicalGaussian(first, (Above(),))
+        q = HierarchicalGaussian(first, (above,))
         eps = q.noise(2, torch.Generator().manual_seed(0))
         if refused:
             with pytest.raises(InputError, match="needs a sample that moves with the encoder's parameters"):

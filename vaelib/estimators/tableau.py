@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelib.bounds import iwae, may_be_impossible, normalised
 from vaelib.errors import InputError
@@ -35,6 +35,7 @@ from vaelib.posteriors import (
     Latent,
     Posterior,
     draws,
+    functions_in,
     in_forward_mode,
     inside_vmap,
     layers_of,
@@ -223,7 +224,8 @@ class Row(Estimator):
         moving = [layer.requires_grad for layer in layers_of(z)]
         if not self.reparameterised or all(moving) or (any(moving) and tracing()):
             return
-        if lacks_path(q, eps) if any(moving) else q.density_moves(z, eps):
+        lacking = lacks_path(q, eps) if any(moving) else q.density_moves(z, eps)
+        if lacking:
             raise InputError(
                 f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
                 f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
@@ -244,11 +246,12 @@ def lacks_path(q: Posterior, eps: Latent) -> bool:
 
     try:
         own = q.map_parameters(leaf)
-    except InputError:
+    except (InputError, NotImplementedError):
         return True
     z = own.sample(eps)
     log_q = own.log_prob_of_sample(map_latent(Tensor.detach, z), eps)
-    phi = [parameter for parameter in phi if parameter.requires_grad]
+    networks = [part for part in functions_in(q) if isinstance(part, nn.Module)]
+    phi = [p for p in (*phi, *(p for network in networks for p in network.parameters())) if p.requires_grad]
     if not (phi and log_q.requires_grad):
         return False
     sample = sum(layer.sum() for layer in layers_of(z) if layer.requires_grad)
