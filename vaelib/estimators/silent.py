@@ -202,7 +202,7 @@ def covariances_of_cosines(
         for a posterior that is not one Gaussian.
     """
     _one_gaussian(q, "the covariance of two cosines", "a decoder that is linear in z")
-    mean, variance = torch.broadcast_tensors(*q.linear_moments(weight))
+    mean, variance = q.linear_moments(weight)
     mean, half = mean + phase, -0.5 * (variance[:, i] + variance[:, j])
     covariance = (q.linear_moments(weight[i] + weight[j])[1] - q.linear_moments(weight[i] - weight[j])[1]) / 4
 

@@ -115,9 +115,10 @@ class DiagonalGaussian(Gaussian):
 
         The variance is :math:`\sum_d w_d^2 \sigma_d^2`.
         """
-        shared = self.log_std.shape[-1:] != self.mean.shape[-1:]  # by all dimensions
-        log_std = self.log_std.expand_as(self.mean) if shared else self.log_std
-        return self.mean @ weight.mT, (2 * log_std).exp() @ weight.square().mT
+        by_all = self.log_std.shape[-1:] != self.mean.shape[-1:]  # one scale for all dimensions
+        log_std = self.log_std.expand_as(self.mean) if by_all else self.log_std
+        mean = self.mean @ weight.mT
+        return mean, ((2 * log_std).exp() @ weight.square().mT).expand_as(mean)
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> DiagonalGaussian:
         """As for every posterior; a scale that observations or dimensions share is first given to each."""
@@ -382,8 +383,7 @@ class Mixture(Posterior):
 
         The law of total variance, :math:`\sum_c \pi_c [v_c + (m_c - m)^2]`: within the components and between them.
         """
-        moments = [torch.broadcast_tensors(*q.linear_moments(weight)) for q in self.components]
-        means, variances = map(torch.stack, zip(*moments, strict=True))
+        means, variances = map(torch.stack, zip(*(q.linear_moments(weight) for q in self.components), strict=True))
         share = self.log_weights.exp().unsqueeze(-1)
         mean = (share * means).sum(0)
         return mean, (share * (variances + (means - mean).square())).sum(0)
