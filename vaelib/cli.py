@@ -332,10 +332,9 @@ def list_data() -> None:
     from vaelib import data
 
     for one in data.describe():
-        typer.echo(f"{one.name}\n    {one.description}\n    {one.splits}\n    licence: {one.licence}")
-        typer.echo(f"    {one.use}\n    {one.where}")
-        if one.note:
-            typer.echo(f"    mind: {one.note}")
+        note = [f"mind: {one.note}"] if one.note else []
+        lines = one.name, one.description, one.splits, f"licence: {one.licence}", one.use, one.where, *note
+        typer.echo("\n    ".join(lines))
 
 
 @data_app.command("fetch")

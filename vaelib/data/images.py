@@ -82,14 +82,11 @@ class Split:
             )
         if self.grey.numel() and not self.grey.is_meta:
             low, high = (level.item() for level in self.grey.detach().aminmax())
-            within = (
-                low >= 0 and high <= 1 if self.binarisation != "grey" else math.isfinite(low) and math.isfinite(high)
-            )
+            any_number = self.binarisation == "grey"
+            within = math.isfinite(low) and math.isfinite(high) if any_number else low >= 0 and high <= 1
             if not within:  # also if one is not a number
-                limits, other = "finite", ""
-                if self.binarisation != "grey":
-                    limits = "in [0, 1]"
-                    other = "; real numbers take a likelihood of theirs, such as likelihoods.Gaussian, and binary=False"
+                real = "real numbers take a likelihood of theirs, such as likelihoods.Gaussian, and binary=False"
+                limits, other = ("finite", "") if any_number else ("in [0, 1]", f"; {real}")
                 raise InputError(
                     f"grey levels must be {limits}, but these are from {low:g} to {high:g}: scale them (0 to 255 by "
                     f"x / 255), and fill in what is not a number{other}"
@@ -174,11 +171,12 @@ def as_images(images: Any) -> Any:
     return images[:, 0] if len(shape) == 4 and images.shape[1] == 1 else images
 
 
-def is_whole(label: Any) -> bool:
-    """Whether a label is a whole number, of Python, NumPy or PyTorch."""
+def whole(label: Any) -> int:
+    """Return a label that is a whole number, of Python, NumPy or PyTorch, or raise InputError."""
     with suppress(TypeError, ValueError, OverflowError):
-        return bool(int(label) == label)
-    return False
+        if int(label) == label:
+            return int(label)
+    raise InputError(f"the labels of a Dataset must be whole numbers, but one is {label!r}: number the classes")
 
 
 def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
@@ -204,13 +202,7 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
         )
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise InputError(f"the images of a Dataset must have one shape, but some are {sorted(shapes)[:3]}")
-    labels = [pair[1] for pair in pairs] if all(len(pair) == 2 for pair in pairs) else None
-    if labels is not None:
-        if odd := [label for label in labels if not is_whole(label)]:
-            raise InputError(
-                f"the labels of a Dataset must be whole numbers, but one is {odd[0]!r}: number the classes"
-            )
-        labels = torch.as_tensor([int(label) for label in labels])
+    labels = torch.as_tensor([whole(pair[1]) for pair in pairs]) if all(len(pair) == 2 for pair in pairs) else None
     return torch.stack([torch.as_tensor(image) for image in images]), labels
 
 

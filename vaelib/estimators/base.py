@@ -182,11 +182,13 @@ def check_noise(q: Posterior, x: Tensor, eps: Latent) -> None:
                 f"{expected.dtype}, but eps has the shape {list(eps.shape)} and is {eps.dtype}: "
                 "use q.noise(k, generator)"
             )
-        if expected.kind == "uniform" and not tracing() and (eps.min() < 0 or eps.max() > 1):
-            raise InputError(
-                f"the noise of a {type(q).__name__} is uniform on (0, 1), but eps is from {eps.min():.3g} to "
-                f"{eps.max():.3g}: use q.noise(k, generator)"
-            )
+        if expected.kind == "uniform" and not tracing():
+            low, high = eps.aminmax()
+            if low < 0 or high > 1:
+                raise InputError(
+                    f"the noise of a {type(q).__name__} is uniform on (0, 1), but eps is from {low:.3g} to {high:.3g}: "
+                    "use q.noise(k, generator)"
+                )
 
 
 def log_joint(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> Tensor:

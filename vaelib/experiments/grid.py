@@ -1,9 +1,10 @@
 """Run the grid of an experiment, on the cores of this machine or on a Ray cluster, and go on after whatever stopped it.
 
 Every run has a folder, ``runs/<experiment>/<preset>/<run>``, in which it leaves its checkpoints, how far it is
-(``progress.json``), and in the end ``measured.json``. All that the grid needs to know is in these files and in the
-table of results: a grid that was killed goes on by the same command, runs that were finished are not made again, and
-two grids at once share the work. The folder must be seen by all machines of a cluster.
+(``progress.json``), by what code it is made (``code.txt``), and in the end ``measured.json``. All that the grid needs
+to know is in these files and in the table of results: a grid that was killed goes on by the same command, runs that
+were finished are not made again, and two grids at once share the work. The folder must be seen by all machines of a
+cluster.
 """
 
 from __future__ import annotations
