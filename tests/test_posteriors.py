@@ -218,6 +218,22 @@ def test_two_densities_that_differ_in_more_than_rounding_are_two(dtype, off):
         checks.contract(Off(leaf(BATCH, 2), leaf(BATCH, 2)))
 
 
+class Unscaled(DiagonalGaussian):
+    """Normalised for each mean, but not for each scale, and otherwise what it inherits."""
+
+    def log_det(self):
+        return 0.7 * super().log_det()
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 2), (1, 2), (BATCH, 1)])
+def test_a_scale_without_a_share_of_its_normalisation_breaks_the_contract(shape):
+    leaf = Leaves()
+    mean, log_std = leaf(BATCH, 2), leaf(*shape)
+    checks.contract(DiagonalGaussian(mean, log_std))
+    with pytest.raises(AssertionError, match="not a density that is normalised for every phi"):
+        checks.contract(Unscaled(mean, log_std))
+
+
 def test_a_mixture_whose_shares_are_left_out_breaks_the_contract():
     class Deaf(Mixture):
         def log_share(self, k):

@@ -148,7 +148,7 @@ def _faults_of_posterior(q: Posterior) -> Iterator[tuple[bool, str]]:
 
 def _standard_errors_off(q: Posterior) -> dict[str, float]:
     """Return how far the means of the score and of the slope in z are from what they are for a density."""
-    q = _learning(q)  # if it cannot, the slopes in z tell enough
+    q, phi = _learning(q)
     generator, k = _seeded(2), 64 * q.strata
     share = _share(q, k)
     centre = map_latent(lambda layer: (share.unsqueeze(-1) * layer).mean(0).detach(), q.sample(q.noise(k, generator)))
@@ -158,7 +158,7 @@ def _standard_errors_off(q: Posterior) -> dict[str, float]:
         moves = any(layer.requires_grad for layer in layers_of(z))
         z = map_latent(lambda layer: layer.detach().requires_grad_(), z)
         log_q = (_share(q, k).detach() * q.log_prob(z)).sum()
-        found = gradient(log_q, [*layers_of(z), *_parameters(q)])
+        found = gradient(log_q, [*layers_of(z), *phi])
         in_z, in_phi = found[: len(layers_of(z))], found[len(layers_of(z)) :]
         scores.append(torch.cat([g.flatten() for g in in_phi]) / k if in_phi else log_q.new_zeros(1))
         parts = [
@@ -173,7 +173,7 @@ def _standard_errors_off(q: Posterior) -> dict[str, float]:
 def _faults_of_joint(joint: Any, q: Posterior, x: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield whether each clause is kept, and the sentence for the case that it is not."""
     check_observations(x)
-    q, generator = _learning(q), torch.Generator(x.device).manual_seed(5)
+    (q, _), generator = _learning(q), torch.Generator(x.device).manual_seed(5)
     k = next(n * q.strata for n in (3, 4) if n * q.strata != len(x))  # so that draws and observations are told apart
     eps, eps_other = q.noise(k, generator), q.noise(k, generator)
     check_noise(q, x, eps)
@@ -237,12 +237,23 @@ def _slope_off(log_p: Callable[..., Tensor], x: Tensor, z: Latent, other: Latent
     return ((along - slope)[inside].norm() / (slope[inside].norm() + rounding / SLOPE)).item()
 
 
-def _learning(q: Posterior) -> Posterior:
-    """Return q with numbers of its own that learn; as it is, if it does not say what it is made of."""
+def _learning(q: Posterior) -> tuple[Posterior, list[Tensor]]:
+    """Return q with numbers of its own that learn, and all of it that does, with the parameters of modules inside it.
+
+    A q that does not say what it is made of is returned as it is; its slopes in z tell enough.
+    """
+    numbers: list[Tensor] = []
+
+    def own(p: Tensor) -> Tensor:
+        numbers.append(p.detach().clone().requires_grad_())
+        return numbers[-1]
+
     try:
-        return q.map_parameters(lambda p: p.detach().clone().requires_grad_())
+        q = q.map_parameters(own)
     except (InputError, NotImplementedError):
-        return q
+        numbers = []
+    networks = [part for part in functions_in(q) if isinstance(part, nn.Module)]
+    return q, numbers + [p for network in networks for p in network.parameters() if p.requires_grad]
 
 
 KNOWN_UNBIASED = {"elbo": ("elbo-total", "elbo-score-loo"), "iwae": ("iwae-total", "iwae-vimco"), "wake": ("rws",)}
@@ -390,18 +401,6 @@ def _share(q: Posterior, k: int) -> Tensor:
     """Return what each of ``k`` draws counts, ``[K, B]`` or ``[1, 1]``."""
     log_share = q.log_share(k)
     return log_share.exp() if isinstance(log_share, Tensor) else torch.ones(1, 1)
-
-
-def _parameters(q: Posterior) -> list[Tensor]:
-    """Return the numbers that q is made of, and the parameters of the modules inside it, as far as they learn."""
-    numbers: list[Tensor] = []
-    try:
-        q.map_parameters(lambda p: numbers.append(p) or p)
-    except (InputError, NotImplementedError):
-        pass
-    modules = [part for part in functions_in(q) if isinstance(part, nn.Module)]
-    numbers += [p for module in modules for p in module.parameters()]
-    return [p for p in numbers if p.requires_grad]
 
 
 def _tells_noise(q: Posterior) -> bool:
