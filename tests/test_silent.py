@@ -18,7 +18,7 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 from toys import DTYPE
 
-from vaelib import bounds, checks, data, estimators, gradients, models, objectives, silent, training
+from vaelib import bounds, checks, data, discrete, estimators, gradients, models, objectives, silent, training
 from vaelib.errors import InputError
 from vaelib.flows import AffineCoupling, FlowEncoder, StandardNormal
 from vaelib.likelihoods import Gaussian
@@ -1063,6 +1063,29 @@ def test_a_mixture_of_as_many_components_as_observations_with_shared_scales():
 class Tempered(models.LinearGaussian):
     def log_likelihood(self, x, z):
         return 0.5 * super().log_likelihood(x, z)
+
+
+class OfBits(models.DiscreteJoint):
+    """A class of somebody else: the density that it comes from, or a tempered one."""
+
+    weight = 1.0
+
+    def forward(self, x, z):
+        return self.log_prior(z) + self.log_likelihood(x, z)
+
+    def log_likelihood(self, x, z):
+        return self.weight * super().log_likelihood(x, z)
+
+
+@pytest.mark.parametrize("family", [FactorisedBernoulli, OneHotCategorical])
+def test_a_closed_form_that_a_joint_of_bits_has_not_is_refused(family):
+    q = family(randn(B, 6) if family is FactorisedBernoulli else randn(B, 2, 3))
+    joint = OfBits(models.LinearDecoder(randn(X, 6), randn(X), torch.zeros((), dtype=DTYPE)), 0 * q.logits[0])
+    x = randn(B, X, seed=1)
+    torch.testing.assert_close(silent.elbo(joint, x, q), discrete.exact_elbo(joint, x, q))
+    joint.weight = 0.9
+    with pytest.raises(InputError, match="the likelihood of this OfBits is not that of its LinearDecoder"):
+        silent.elbo(joint, x, q)
 
 
 class LearntPrior(models.Joint):

@@ -32,6 +32,7 @@ from vaelib.estimators.base import Estimator, LossEstimator
 from vaelib.posteriors import (
     LOG_2PI,
     DiagonalGaussian,
+    Discrete,
     FullGaussian,
     Mixture,
     Posterior,
@@ -259,18 +260,26 @@ def check_closed(joint: nn.Module, part: nn.Module, x: Tensor, q: Posterior) -> 
     ours = all(type(one).__module__.startswith("vaelib.") for one in parts)
     if ours or tracing() or not is_ours(type(part), "expected_log_likelihood"):
         return
-    if not isinstance(q, DiagonalGaussian | FullGaussian | Mixture) or not hasattr(joint, "log_prior"):
+    if not isinstance(q, DiagonalGaussian | FullGaussian | Mixture | Discrete) or not hasattr(joint, "log_prior"):
         return
     with torch.no_grad():
-        z = q.mean.unsqueeze(0)
+        z, point = at_one_point(q)
         told = joint(x, z) - joint.log_prior(z)
-        closed = part.expected_log_likelihood(x, DiagonalGaussian(q.mean, torch.full_like(q.mean, -30.0)))
+        closed = part.expected_log_likelihood(x, point)
     if not torch.allclose(told[0], closed, rtol=1e-3, atol=1e-3):
         raise InputError(
             f"the likelihood of this {type(joint).__name__} is not that of its {type(part).__name__}, whose "
             "expectation has a closed form: redefine expected_log_likelihood(x, q) too, or use a row of the tableau "
             "such as elbo-path"
         )
+
+
+def at_one_point(q: DiagonalGaussian | FullGaussian | Mixture | Discrete) -> tuple[Tensor, Posterior]:
+    """Return a z of each observation that q may draw, ``[1, B, D]``, and a q that is all there."""
+    if isinstance(q, Discrete):
+        z = q.sample(torch.full_like(q.mean, 0.5).unsqueeze(0))
+        return z, q.map_parameters(lambda logits: (200 * z - 100).view_as(logits))
+    return q.mean.unsqueeze(0), DiagonalGaussian(q.mean, torch.full_like(q.mean, -30.0))
 
 
 def exact(joint: Callable[..., Tensor], q, x: Tensor, eps: Tensor | None) -> Tensor:
