@@ -647,6 +647,18 @@ def test_under_autocast_the_networks_are_rounded_and_the_densities_are_not(name)
     assert torch.equal(wide, exactly) and not torch.equal(z, posteriors.as_posterior(full).sample(eps))
 
 
+@pytest.mark.parametrize("name", ["elbo-silent", "elbo-gumbel-softmax", "elbo-straight-through"])
+def test_under_autocast_an_estimator_that_asks_for_a_part_of_the_joint_is_told_of_it(name):
+    numbers = torch.zeros(3, 2)
+    decode = models.LinearDecoder(torch.ones(2, 2), torch.zeros(2), torch.zeros(()))
+    joint, q = models.DiscreteJoint(decode, numbers[0]), posteriors.FactorisedBernoulli(numbers)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InputError, match="under torch.autocast .* asks for its part '"):
+            vaelib.loss(name, joint, q, X)
+        with torch.autocast("cpu", enabled=False):
+            assert vaelib.loss(name, joint, q, X).shape == (3,)
+
+
 def test_a_density_of_two_digits_is_refused():
     half, eps = torch.zeros(3, 2, dtype=torch.bfloat16), torch.randn(5, 3, 2)
     q = DiagonalGaussian(torch.zeros(3, 2), torch.zeros(3, 2))

@@ -8,12 +8,14 @@ to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vaelib import estimators
+from vaelib.errors import InputError
 from vaelib.estimators import Estimator
 from vaelib.estimators.base import check_observations
 from vaelib.posteriors import Latent, as_posterior
@@ -83,7 +85,7 @@ def loss(
 
     so ``beta * vaelib.loss(name, lambda x, z: log_likelihood(x, z) / beta + log_prior(z), q, x)``. Under
     ``torch.autocast`` the networks of ``log_joint`` run in its dtype, and q's density in that of its numbers; both
-    densities must come in float32 at least.
+    densities must come in float32 at least, and an estimator that asks for a part of ``log_joint`` is refused.
 
     Parameters
     ----------
@@ -112,9 +114,27 @@ def loss(
     check_observations(x)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        log_joint = torch.autocast(kind, torch.get_autocast_dtype(kind))(log_joint)
+        log_joint = InAutocast(log_joint, torch.autocast(kind, torch.get_autocast_dtype(kind)))
     with torch.autocast(kind, enabled=False):
         return estimator.loss(log_joint, q, x, q.noise(k, generator) if eps is None else eps)
+
+
+@dataclass(frozen=True)
+class InAutocast:
+    """A joint density that runs in a dtype of autocast; an estimator that asks for a part of it is told of that."""
+
+    log_joint: Callable[[Tensor, Latent], Tensor]
+    context: torch.autocast
+
+    def __call__(self, x: Tensor, z: Latent) -> Tensor:
+        """Return log p(x, z), ``[K, B]``."""
+        return self.context(self.log_joint)(x, z)
+
+    def __getattr__(self, part: str) -> Any:
+        raise InputError(
+            f"under torch.autocast a joint density is taken as a whole, but this estimator asks for its part '{part}': "
+            "leave autocast for it (with torch.autocast(..., enabled=False), and q made of .float() numbers)"
+        )
 
 
 def gradient(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
