@@ -650,7 +650,7 @@ def test_under_autocast_the_networks_are_rounded_and_the_densities_are_not(name)
 @pytest.mark.parametrize("name", ["elbo-silent", "elbo-gumbel-softmax", "elbo-straight-through"])
 def test_under_autocast_an_estimator_that_asks_for_a_part_of_the_joint_is_told_of_it(name):
     numbers = torch.zeros(3, 2)
-    decode = models.LinearDecoder(torch.ones(2, 2), torch.zeros(2), torch.zeros(()))
+    decode = models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
     joint, q = models.DiscreteJoint(decode, numbers[0]), posteriors.FactorisedBernoulli(numbers)
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(InputError, match="under torch.autocast .* asks for its part '"):
