@@ -325,6 +325,24 @@ def test_a_trace_notices_what_changes_in_the_model(change):
     assert len(whole.traces) == 2 and whole.works
 
 
+class Rounding(nn.Module):
+    """Adds what a third of the default dtype is off, made large enough to see."""
+
+    def forward(self, h):
+        return h + 1e7 * (torch.full((1,), 1 / 3).double() - 1 / 3)
+
+
+def test_a_trace_notices_another_default_dtype():
+    plain, traced, whole, batches = begun(change=lambda model: model.joint.decode.hidden.append(Rounding()))
+    for loop, take in ((plain, plainly(plain)), (traced, whole)):
+        before = take(batches[:2])
+        torch.set_default_dtype(torch.float32)
+        loop.last = take(batches[2:4])
+        torch.set_default_dtype(torch.float64)
+    torch.testing.assert_close(traced.last, plain.last)
+    assert before.dtype == torch.float64 and len(whole.traces) == 2
+
+
 def test_a_trace_is_kept_for_each_mode():
     plain, traced, whole, batches = begun(change=with_layers)
     for mode in (False, True, False, True):
