@@ -206,6 +206,19 @@ def test_a_broken_posterior_is_told_what_is_broken(fault, sentence):
         checks.contract(Broken(leaf(BATCH, 2) + 1, leaf(BATCH, 2), fault))
 
 
+@pytest.mark.parametrize("fault", ["not stopped", "stopped elsewhere", "another log q"])
+def test_a_posterior_of_somebody_is_tried_for_each_of_its_settings(fault):
+    leaf, x = Leaves(), torch.zeros(BATCH, 2, dtype=DTYPE)
+    for _ in range(2):
+        objectives.loss(
+            "elbo-total", lambda x, z: standard_normal_log_prob(z), Broken(leaf(BATCH, 2), leaf(BATCH, 2)), x
+        )
+    with pytest.raises(InputError, match="this Broken"):
+        objectives.loss(
+            "elbo-total", lambda x, z: standard_normal_log_prob(z), Broken(leaf(BATCH, 2), leaf(BATCH, 2), fault), x
+        )
+
+
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 0.1), (torch.float64, 1e-9)])
 def test_two_densities_that_differ_in_more_than_rounding_are_two(dtype, off):
     class Off(DiagonalGaussian):

@@ -25,6 +25,9 @@ from vaelib.posteriors.stopping import CONTENT
 TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
 """The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
 
+SETTINGS = (bool, float, str)
+"""Classes of a setting; whole numbers may count calls."""
+
 TRIALS = 64
 """Draws of a trial, for all observations together: a layer that is random shows in one of them."""
 
@@ -32,9 +35,10 @@ TRIALS = 64
 def ready(q: Any, eps: Latent | None) -> Posterior:
     """Return ``q`` as a posterior that an estimator can rely on.
 
-    A posterior that holds modules, or is of a foreign class, is tried once for each mode of these: its log-density must
-    be the same function whenever it is evaluated, which a random layer inside (dropout, RReLU) would not be; and
-    stopping it must leave no way to its parameters, and must leave it the same function of z.
+    A posterior that holds modules is tried once for each mode of these, and one of a foreign class for each setting of
+    it (a flag, a number, a name): its log-density must be the same function whenever it is evaluated, which a random
+    layer inside (dropout, RReLU) would not be; and stopping it must leave no way to its parameters, and must leave it
+    the same function of z.
 
     Raises
     ------
@@ -42,12 +46,13 @@ def ready(q: Any, eps: Latent | None) -> Posterior:
         if it is not one, or not.
     """
     q = as_posterior(q)
-    parts = list(functions_in(q))
+    parts, settings = list(functions_in(q)), []
     if not type(q).__module__.startswith("vaelib.") or isinstance(q, Adapted):
         parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
+        settings = [part for part in _held(q) if type(part) in SETTINGS]
     if not parts or eps is None or tracing():
         return q
-    owner, mode = parts[0], (_live(q), *_mode(parts))
+    owner, mode = parts[0], (_live(q), *_mode(parts + settings))
     if mode not in TRIED.setdefault(owner, set()):
         try_out(q, eps)
         TRIED[owner].add(mode)
@@ -62,9 +67,7 @@ def functions_in(value: Any) -> Iterator[Any]:
         for part in value.values() if isinstance(value, dict) else value:
             yield from functions_in(part)
     elif isinstance(value, Posterior):
-        yield from functions_in(
-            list(getattr(value.q if isinstance(value, Adapted) else value, "__dict__", {}).values())
-        )
+        yield from functions_in(_held(value))
     elif isinstance(value, Transform):  # its inverse, if it knows one, is made of the same
         inside = value.__dict__.items()
         yield from functions_in([part for name, part in inside if name != "_inv" or type(value) is _InverseTransform])
@@ -112,7 +115,7 @@ def _mode(parts: list[Any]) -> tuple[Any, ...]:
     found, seen, rest = [], set(), list(parts)
     while rest:
         part = rest.pop()
-        if type(part) in (bool, float, str):  # whole numbers may count calls
+        if type(part) in SETTINGS:
             found.append(part)
         elif isinstance(part, nn.Module):
             if id(part) not in seen:
@@ -132,8 +135,12 @@ def _mode(parts: list[Any]) -> tuple[Any, ...]:
 
 def _live(q: Posterior) -> tuple[bool, ...]:
     """Whether the numbers of q move with parameters: where none do, a trial cannot tell that stopping holds them."""
-    held = getattr(q.q if isinstance(q, Adapted) else q, "__dict__", {}).values()
-    return torch.is_grad_enabled(), any(isinstance(part, Tensor) and part.requires_grad for part in held)
+    return torch.is_grad_enabled(), any(isinstance(part, Tensor) and part.requires_grad for part in _held(q))
+
+
+def _held(q: Posterior) -> list[Any]:
+    """Return what a posterior, or the distribution that it stands for, is made of."""
+    return list(getattr(q.q if isinstance(q, Adapted) else q, "__dict__", {}).values())
 
 
 @contextmanager
