@@ -535,6 +535,57 @@ def test_a_number_inside_of_something_is_followed(kind):
     assert whole.works and len(whole.traces) == 2
 
 
+class Slotted:
+    __slots__ = ("scale",)
+
+
+class Hidden(nn.Linear):
+    """A layer that is scaled by a number where none of its attributes tells."""
+
+    of_all = Slotted()
+
+    def forward(self, x):
+        scales = {"slots": lambda: self.made.scale, "class": lambda: self.of_all.scale}
+        return super().forward(x) * scales.get(self.kind, self.scale)()
+
+
+def hidden(kind):
+    """Return a change of a model that scales a layer by a hidden number, and what sets this number."""
+    held, made, generator = [1.0], Slotted(), torch.Generator().manual_seed(0)
+
+    def scale_by(value):
+        made.scale = Hidden.of_all.scale = held[0] = value
+
+    def change(model):
+        layer = model.joint.decode.hidden[0]
+        layer.__class__, layer.kind, layer.made = Hidden, kind, made
+        layer.scale = {"generator": lambda: torch.rand((), generator=generator)}.get(kind, lambda: held[0])
+
+    scale_by(1.0)
+    return change, scale_by
+
+
+@pytest.mark.parametrize("kind", ["slots", "class", "function"])
+def test_a_number_that_no_attribute_shows_is_noticed(kind, monkeypatch):
+    monkeypatch.setattr(fast, "CHECK_EVERY", 3)
+    change, scale_by = hidden(kind)
+    _, traced, _, batches = begun("elbo-path")
+    change(traced.model)
+    whole = fast.WholeSteps(traced, "eager")
+    whole(batches[:2]), whole(batches[2:4])
+    scale_by(1.1)
+    with pytest.raises(InputError, match="the bound of this model is .* has changed during the last 3 steps"):
+        whole(batches[4:])
+    assert fast.WholeSteps(traced, "eager")(batches).isfinite().all()
+
+
+def test_draws_that_no_seed_reaches_are_noticed():
+    _, traced, whole, batches = begun("elbo-path")
+    hidden("generator")[0](traced.model)
+    with pytest.raises(InputError, match="something that no attribute of a module shows"):
+        whole(batches)
+
+
 def test_a_model_that_draws_by_python_is_not_traced(recwarn):
     def noisy(layer):
         layer.register_forward_hook(lambda module, given, made: made * (1 + random.random() + np.random.rand()))

@@ -15,7 +15,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
+from vaelib.errors import InputError
 from vaelib.objectives import Objective
 from vaelib.optimizers import RULES
 from vaelib.posteriors import Latent
@@ -33,6 +34,9 @@ from vaelib.posteriors.stopping import CONTENT
 
 MOST_TRACES = 8
 """Of one training: what changes more often is not worth the compiler's time."""
+
+CHECK_EVERY = 100
+"""Steps, after which a trace's bound is held to the model's own."""
 
 Batch = tuple[Tensor, Latent]
 """What a step is taken with: observations and noise."""
@@ -72,7 +76,8 @@ class WholeSteps:
     is as it was traced is asked once for all the steps of a call, and what they need is put together once. Where
     there is no compiler, or a step of the model is more than a function of tensors, it warns, once, and takes plain
     steps. So it does, without a word, where an optimiser has no memories yet to write to: in the first call, and in
-    the first one with a parameter.
+    the first one with a parameter. A model whose bound is not the traced one any more, since something changed that its
+    settings do not show, is refused: this is looked at every hundred steps or so (:data:`CHECK_EVERY`).
 
     Parameters
     ----------
@@ -87,7 +92,7 @@ class WholeSteps:
     def __init__(self, training: Any, backend: str = "inductor") -> None:
         self.training, self.backend = training, backend
         self.traces: list[Trace] = []
-        self.works = True
+        self.works, self.unchecked = True, CHECK_EVERY
 
     def __call__(self, batches: Batches) -> Tensor:
         return torch.cat([self.take(list(alike)) for _, alike in itertools.groupby(batches, kind)])
@@ -100,7 +105,7 @@ class WholeSteps:
             try:
                 self.last = self.find(batches[0])
                 if self.last.function is not None:
-                    return self.last(batches)
+                    return self.traced(batches)
             except Untraceable as error:
                 self.works = False
                 if isinstance(error, Unsteady):
@@ -111,6 +116,22 @@ class WholeSteps:
                     stacklevel=2,
                 )
         return torch.stack([self.training.plain_step(x, eps) for x, eps in batches])
+
+    def traced(self, batches: Batches) -> Tensor:
+        """Take the steps of some batches by the last trace and return their bounds."""
+        due, objective = self.unchecked >= CHECK_EVERY, self.last.objective
+        self.unchecked = len(batches) + (0 if due else self.unchecked)
+        if due:
+            with drawing_nothing(batches[0]), left_as_it_was(objective):
+                own = self.training.mean(-objective(*batches[0]).detach())
+        bounds = self.last(batches)
+        if due and not near(bounds[0], own):
+            raise InputError(
+                f"the bound of this model is {own.mean():.6g}, and not {bounds[0].mean():.6g} as of the step that was "
+                f"compiled: something that no attribute of a module shows, such as a global or an object with slots, "
+                f"has changed during the last {CHECK_EVERY} steps or so, which may be wrong: leave out compile"
+            )
+        return bounds
 
     def find(self, batch: Batch) -> Trace:
         """Return the trace for such a batch, made now if none of the known ones is of the training as it is."""
@@ -126,6 +147,19 @@ class WholeSteps:
 def kind(batch: Batch) -> Any:
     """Return what a trace takes for constant of a batch."""
     return tree_map(lambda value: (value.shape, value.dtype, value.device), batch)
+
+
+def near(bound: Tensor, own: Tensor) -> bool:
+    """Whether two computations of a bound agree to half of the digits of their dtype, or of autocast's."""
+    device = own.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own.dtype
+    tolerance = 3 * torch.finfo(dtype).eps ** 0.5  # 1e-3 in float32
+    return torch.allclose(bound, own, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def drawing_nothing(batch: Batch) -> AbstractContextManager:
+    """Put torch's generators back to where they were."""
+    return torch.random.fork_rng([batch[0].device] if batch[0].is_cuda else [])
 
 
 def check_apart(objective: nn.Module) -> None:
@@ -144,8 +178,7 @@ class Trace:
         check_apart(objective)
         self.optimizer, self.settings = training.optimizer, Settings(objective)
         self.rule, (self.group,) = RULES[type(self.optimizer)], self.optimizer.param_groups
-        gpus = [batch[0].device] if batch[0].is_cuda else []
-        with torch.random.fork_rng(gpus):
+        with drawing_nothing(batch):
             self.learning = what_learns(training.model, objective, batch)
         values = dict(objective.named_parameters()) | dict(objective.named_buffers())
         self.rest = {name: value for name, value in values.items() if name not in self.learning}
@@ -174,7 +207,7 @@ class Trace:
         self.function = None
         if None in ages.values():
             return
-        with torch.random.fork_rng(gpus):
+        with drawing_nothing(batch):
             try:
                 self.function = self.compiled(step, backend, batch)
             except Unsteady:
