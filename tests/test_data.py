@@ -283,7 +283,7 @@ def test_two_processes_that_fetch_at_once_both_end_with_a_whole_file(mirrors, ca
     for one in both:
         one.stdin.write("go\n")
         one.stdin.flush()
-    assert [one.communicate(timeout=60)[0] for one in both] == [f"{len(BODY)}\n"] * 2
+    assert [one.communicate(timeout=300)[0] for one in both] == [f"{len(BODY)}\n"] * 2
     assert left_over(cache) == ["toy/file.bin"] and (cache / toy.path).read_bytes() == BODY
 
 

@@ -574,7 +574,7 @@ assert not grid.execute(training_task(int(sys.argv[1])), pathlib.Path(sys.argv[2
 """
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = 300):
     """Wait until ``condition()``; fail if it does not come."""
     end = time.monotonic() + seconds
     while not condition():
@@ -796,9 +796,9 @@ def test_a_fork_server_that_is_killed_while_it_starts_is_told(tmp_path):
             return [pid for pid, line in words.items() if b"forkserver" in line.read_bytes()]
         return []
 
-    wait_for(fork_servers, seconds=300)
+    wait_for(fork_servers)
     os.kill(fork_servers()[0], signal.SIGKILL)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=300)[1]
     assert process.returncode == 2 and err == (
         "vaelib: the process from which the runs are started died (killed, perhaps for want of memory): the same "
         "command goes on from the checkpoints\n"
@@ -892,7 +892,7 @@ def test_a_grid_that_is_stopped_leaves_no_worker_and_goes_on(tmp_path, number):
     process = command(tmp_path, "stl-table-2", "--preset", "smoke", "--jobs", 1)
     wait_for(lambda: list(tmp_path.glob("runs/*/*/*/model/checkpoint.pt")))
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     if number != signal.SIGKILL:
         assert (process.returncode, err) == (130, "vaelib: stopped; the same command goes on from here\n")
     folder = str(tmp_path)
@@ -986,8 +986,10 @@ def test_the_data_folder_travels_to_the_workers_of_a_cluster(tmp_path, cluster, 
 
 @pytest.mark.parametrize("listens", ["nobody", "somebody silent", "a web server", "no address", "no port", "auto"])
 def test_a_cluster_that_is_not_there_is_one_sentence_at_once(listens, monkeypatch):
-    """Within ten seconds, the start of ray apart."""
-    pytest.importorskip("ray", reason="the extra vaelib[ray] is not installed")
+    """Without asking Ray itself, which waits for minutes."""
+    ray = pytest.importorskip("ray", reason="the extra vaelib[ray] is not installed")
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(grid, "ANSWER", 0.5)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.socket() as server:
         server.bind(("0.0.0.0", 0))
@@ -1001,14 +1003,13 @@ def test_a_cluster_that_is_not_there_is_one_sentence_at_once(listens, monkeypatc
         if listens == "auto":  # what auto means, says the environment
             monkeypatch.setenv("RAY_ADDRESS", address)
             server.close()
-        start = time.monotonic()
         with pytest.raises(InputError, match="there is no Ray cluster at '.*'") as caught:
             grid.OnRay("auto" if listens == "auto" else address, "cpu", 1.0)
-    assert time.monotonic() - start < 10 and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="left out: Windows has no process groups")
-@pytest.mark.parametrize("moment", ["at once", "a worker has begun"])
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="left out: how far it is, is found in /proc")
+@pytest.mark.parametrize("moment", ["torch is loaded", "a worker has begun"])
 def test_ctrl_c_at_any_moment_is_one_line(tmp_path, moment):
     """As a terminal does it: all processes of the group hear it, the fork server among them."""
     folders = ("--results", tmp_path / "results", "--runs", tmp_path / "runs", "--device", "cpu", "--jobs", "1")
@@ -1025,12 +1026,12 @@ def test_ctrl_c_at_any_moment_is_one_line(tmp_path, moment):
     ]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
-    if moment == "at once":
-        time.sleep(2)
-    else:
-        wait_for(lambda: list(tmp_path.glob("runs/*/*/*/.lock")), seconds=300)
+    loaded = Path(f"/proc/{process.pid}/maps")
+    wait_for(
+        lambda: "libtorch" in loaded.read_text() if moment == "torch is loaded" else list(tmp_path.rglob("*/.lock"))
+    )
     os.killpg(process.pid, signal.SIGINT)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=300)[1]
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err and err.count("\n") <= 2
 
 
@@ -1039,7 +1040,7 @@ def test_a_worker_that_was_stopped_does_not_hold_up_the_end(tmp_path, monkeypatc
     (job,) = jobs_of([training_task(epochs=9)], tmp_path)
     pool = grid.OnThisMachine(1)
     pool.start(job)
-    wait_for(lambda: under_way(job), seconds=300)
+    wait_for(lambda: under_way(job))
     process, _ = pool.processes[job]
     os.kill(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(process, "kill", lambda: None)  # it ends by itself, with a checkpoint
@@ -1092,7 +1093,7 @@ def test_a_cluster_that_dies_in_mid_grid_is_one_sentence(cluster, monkeypatch):
     pool = grid.OnRay(cluster.address, "cpu", 1.0)
     cluster.head_node.kill_gcs_server(check_alive=False)
     with pytest.raises(InputError, match="the Ray cluster at '.*' does not answer any more .*goes on from"):
-        wait_for(lambda: pool.ended() == [None], seconds=30)
+        wait_for(lambda: pool.ended() == [None])
     pool.stop()  # at once: there is nobody to ask
     from ray._private.worker import global_worker
 

@@ -163,7 +163,7 @@ def start(*arguments) -> subprocess.Popen:
     )
 
 
-def wait_for_change(path, before, process, patience=60.0):
+def wait_for_change(path, before, process, patience=300.0):
     """Wait until ``path`` has another content than ``before`` (its stat, None if it did not exist)."""
     deadline = time.monotonic() + patience
     while stamp(path) == before:
@@ -186,15 +186,15 @@ def test_a_real_process_is_killed_several_times(tmp_path):
         before = stamp(checkpoint)
         process = start("train", killed, *PROCESS)
         wait_for_change(checkpoint, before, process)
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it ended before it was killed: let it train longer"
         steps.append(torch.load(checkpoint, weights_only=True)["step"])
     assert steps[0] < steps[1] < steps[2] and any(step % 74 for step in steps)
     last = start("train", killed)  # the options are those of the run
-    assert last.communicate(timeout=120)[1] == "" and last.returncode == 0
-    assert uninterrupted.communicate(timeout=120)[1] == "" and uninterrupted.returncode == 0
+    assert last.communicate(timeout=300)[1] == "" and last.returncode == 0
+    assert uninterrupted.communicate(timeout=300)[1] == "" and uninterrupted.returncode == 0
     assert not differences(contents(whole), contents(killed))
 
 
@@ -204,7 +204,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     wait_for_change(run_dir / "metrics.jsonl", None, process)
     wait_for_change(run_dir / "metrics.jsonl", stamp(run_dir / "metrics.jsonl"), process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and out == ""
     step = torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"]
     assert err == (
