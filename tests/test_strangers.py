@@ -1,5 +1,7 @@
 """Posteriors, joints and estimators of other people: a right number, or a sentence that says what is the matter."""
 
+from dataclasses import dataclass
+from enum import Enum
 from itertools import product
 
 import numpy as np
@@ -100,6 +102,226 @@ def test_four_methods_are_enough_to_be_trained_and_evaluated():
     history = training.fit(model, digits.train, "elbo-path", epochs=1, batch_size=100)
     assert history[-1]["bound"] < 0 or history[-1]["bound"] > 0
     assert evaluation.log_likelihood(model, digits.test.grey[:5], 20, 10).isfinite().all()
+
+
+@dataclass(frozen=True)
+class Mixed(Posterior):
+    """A bit and a Gaussian in one tensor, of the three columns of an encoder's output."""
+
+    out: Tensor
+
+    def noise_like(self, k):
+        return posteriors.Noise.like("uniform", k, self.out[:, :2])
+
+    def sample(self, eps):
+        logit, mean, log_std = self.out.split(1, -1)
+        bit = (eps[..., :1] > torch.sigmoid(-logit)).to(eps.dtype)
+        return torch.cat([bit, mean + log_std.exp() * Normal(0.0, 1.0).icdf(eps[..., 1:].clamp(1e-6, 1 - 1e-6))], -1)
+
+    def log_prob(self, z):
+        logit, mean, log_std = self.out.split(1, -1)
+        bit = -nn.functional.binary_cross_entropy_with_logits(logit.expand_as(z[..., :1]), z[..., :1], reduction="none")
+        return (bit + Normal(mean, log_std.exp()).log_prob(z[..., 1:])).sum(-1)
+
+
+class Held(DiagonalGaussian):
+    """Somebody held the scale of the sample constant."""
+
+    def sample(self, eps):
+        return self.mean + self.log_std.detach().exp() * eps
+
+    def log_prob_of_sample(self, z, eps):
+        return self.log_prob(z)
+
+    def sample_and_log_prob(self, eps):
+        z = self.sample(eps)
+        return z, self.log_prob(z)
+
+
+class HeldDuck(Duck):
+    def sample(self, eps):
+        return self.mean + self.log_std.detach().exp() * eps
+
+
+@pytest.mark.parametrize("kind", [Mixed, Held, HeldDuck])
+@pytest.mark.parametrize("name", TABLEAU)
+def test_a_number_that_moves_the_density_alone_has_no_path(kind, name):
+    mean, log_std = numbers(3, 2, seed=1), numbers(3, 2, seed=2)
+    q = Mixed(numbers(3, 3, seed=1)) if kind is Mixed else kind(mean, log_std)
+    for right in (
+        Duck(mean, log_std),
+        DiagonalGaussian(mean, log_std),
+        type("Other", (DiagonalGaussian,), {})(mean, log_std),
+    ):
+        assert vaelib.loss(name, closure(numbers(2, 4)), right, X, k=2).isfinite().all()
+    if not TABLEAU[name].reparameterised:
+        assert vaelib.loss(name, closure(numbers(2, 4)), q, X, k=2).isfinite().all()
+        return
+    with pytest.raises(InputError, match="needs a sample that moves with the encoder's parameters"):
+        vaelib.loss(name, closure(numbers(2, 4)), q, X, k=2)
+
+
+class LogNormal(DiagonalGaussian):
+    """Redefines sample and density, and inherits what is said of both together: near 1, nearly the same number."""
+
+    def sample(self, eps):
+        return super().sample(eps).exp()
+
+    def log_prob(self, z):
+        return super().log_prob(z.log()) - z.log().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "log_std", "latent"), [(0.02, -2.0, 50), (0.0, -3.0, 2), (0.0, -5.0, 2), (1.0, -0.5, 2)]
+)
+def test_a_density_that_is_nearly_the_inherited_one_is_another(mean, log_std, latent):
+    x = torch.ones(3, latent)
+    q = LogNormal(torch.full((3, latent), mean).requires_grad_(), torch.full((3, latent), log_std))
+    with pytest.raises(InputError, match="log_prob of this LogNormal is not what it says of its own samples"):
+        vaelib.loss("elbo-total", lambda x, z: Normal(z, 1.0).log_prob(x).sum(-1), q, x)
+
+
+class Level(Enum):
+    GOOD, BAD = 1, 2
+
+
+class OfSetting(Duck):
+    """Stops in one setting, and not in another."""
+
+    def __init__(self, mean, log_std, setting):
+        super().__init__(mean, log_std)
+        self.setting = setting
+
+    def stop_gradient(self):
+        return self if self.setting in (2, Level.BAD, None) else super().stop_gradient()
+
+
+@pytest.mark.parametrize("settings", [(1, 2), (Level.GOOD, Level.BAD), (0, None)])
+def test_a_class_is_tried_in_each_of_its_settings(settings):
+    joint, mean, log_std = closure(numbers(2, 4)), numbers(3, 2, seed=1), numbers(3, 2, seed=2)
+    good, bad = (OfSetting(mean, log_std, one) for one in settings)
+    assert vaelib.loss("elbo-path", joint, good, X).isfinite().all()
+    with pytest.raises(InputError, match="a way to its parameters"):
+        vaelib.loss("elbo-path", joint, bad, X)
+
+
+class Around(Duck):
+    """Holds its numbers in a distribution of torch's, and does not stop them."""
+
+    def __init__(self, mean, log_std):
+        self.normal = Normal(mean, log_std.exp())
+
+    mean, log_std = (property(lambda self: self.normal.mean), property(lambda self: self.normal.stddev.log()))
+
+    def stop_gradient(self):
+        return self
+
+
+def test_numbers_inside_a_distribution_are_seen_to_live():
+    joint, mean, log_std = closure(numbers(2, 4)), numbers(3, 2, seed=1), numbers(3, 2, seed=2)
+    vaelib.loss("elbo-path", joint, Around(mean.detach(), log_std.detach()), X)
+    with pytest.raises(InputError, match="a way to its parameters"):
+        vaelib.loss("elbo-path", joint, Around(mean, log_std), X)
+
+
+class Spatial(Duck):
+    """A latent of maps, ``[K, B, C, W]``."""
+
+    def log_prob(self, z):
+        return super().log_prob(z).sum(-1)
+
+    def stop_gradient(self):
+        return Spatial(self.mean.detach(), self.log_std.detach())
+
+
+@pytest.mark.parametrize("name", TABLEAU)
+@pytest.mark.parametrize(("k", "shape"), [(4, (4, 4, 3)), (2, (3, 4, 5))])
+def test_a_latent_of_maps_is_that_of_its_numbers(name, k, shape):
+    mean, log_std, eps = numbers(*shape, seed=1), numbers(*shape, seed=2), torch.randn(k, *shape)
+    x = torch.randn(shape[0], 6)
+    weight = torch.randn(shape[1] * shape[2], 6)
+
+    def joint(x, z):
+        return closure(weight)(x, z.flatten(2))
+
+    flat = DiagonalGaussian(mean.flatten(1), log_std.flatten(1))
+    found = [
+        torch.autograd.grad(vaelib.loss(name, joint, q, x, eps=noise).mean(), (mean, log_std), materialize_grads=True)
+        for q, noise in ((Spatial(mean, log_std), eps), (flat, eps.flatten(2)))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class Short(models.DiscreteJoint):
+    """Its likelihood is summed over more than the pixels."""
+
+    how = "batch"
+
+    def log_likelihood(self, x, z):
+        log_p = super().log_likelihood(x, z)
+        return {"batch": log_p.sum(1, keepdim=True), "all": log_p.sum(), "right": log_p}[self.how]
+
+
+@pytest.mark.parametrize("how", ["batch", "all", "right"])
+@pytest.mark.parametrize("name", ["elbo-gumbel-softmax", "elbo-straight-through", "elbo-score-loo", "elbo-exact"])
+def test_a_likelihood_that_is_summed_over_the_batch_is_refused(name, how):
+    decode = models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
+    joint, q = Short(decode, torch.zeros(2)), posteriors.FactorisedBernoulli(torch.zeros(3, 2))
+    joint.how = how
+    if how == "right":
+        assert vaelib.loss(name, joint, q, X, k=2).shape == (3,)
+    else:
+        with pytest.raises(InputError, match=r"log_likelihood\(x, z\) must return log p\(x given z\) of the shape"):
+            vaelib.loss(name, joint, q, X, k=2)
+
+
+class TemperedBits(posteriors.FactorisedBernoulli):
+    """Twice the logits, in everything that a posterior of somebody must redefine."""
+
+    def twice(self):
+        return posteriors.FactorisedBernoulli(2 * self.logits)
+
+    def sample(self, eps):
+        return self.twice().sample(eps)
+
+    def log_prob(self, z):
+        return self.twice().log_prob(z)
+
+    def relaxed_sample(self, eps, temperature):
+        return self.twice().relaxed_sample(eps, temperature)
+
+
+class TemperedGaussian(DiagonalGaussian):
+    def twice(self):
+        return DiagonalGaussian(self.mean, self.log_std + 1)
+
+    def sample(self, eps):
+        return self.twice().sample(eps)
+
+    def log_prob(self, z):
+        return self.twice().log_prob(z)
+
+    def log_prob_of_sample(self, z, eps):
+        return self.log_prob(z)
+
+    def sample_and_log_prob(self, eps):
+        z = self.sample(eps)
+        return z, self.log_prob(z)
+
+    def kl(self):
+        return self.twice().kl()
+
+
+def test_closed_forms_of_a_base_class_are_not_those_of_another_density():
+    decode = models.LinearDecoder(torch.ones(4, 2), torch.zeros(4), torch.zeros(()))
+    bits, gaussian = TemperedBits(numbers(3, 2)), TemperedGaussian(numbers(3, 2), numbers(3, 2, seed=1))
+    for name in ("elbo-arm", "elbo-disarm"):
+        with pytest.raises(InputError, match="ask for the logits of bits, but a TemperedBits redefines"):
+            vaelib.loss(name, models.DiscreteJoint(decode, torch.zeros(2)), bits, X, k=2)
+    with pytest.raises(InputError, match="redefines log_prob, but its linear_moments is that of the class"):
+        vaelib.loss("elbo-silent", models.Joint(decode), gaussian, X)
+    with pytest.raises(InputError, match="redefines log_prob, but its entropy is that of the class"):
+        evaluation.mutual_information(lambda x: TemperedGaussian(x[:, :2], x[:, 2:]), X)
 
 
 class Tanh(DiagonalGaussian):

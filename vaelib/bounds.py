@@ -78,13 +78,35 @@ class FactoredJoint(Protocol):
     def log_likelihood(self, x: Tensor, z: Latent) -> Tensor: ...
 
 
+def shaped(function: str, what: str, value: Tensor, x: Tensor, z: Latent) -> Tensor:
+    """Return ``value``, or raise InputError if it is not of the shape ``[K, B]``, or of a dtype of two digits."""
+    expected = (draws(z), x.shape[0])
+    if not isinstance(value, Tensor) or value.shape != expected:
+        found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(
+            f"{function} must return {what} of the shape [K, B] = {list(expected)}, one value for each draw and "
+            f"observation, but returned {found}; see that it sums over the last axis"
+        )
+    if value.dtype in (torch.bfloat16, torch.float16):
+        raise InputError(
+            f"{what} is {value.dtype}, which has two or three digits, too few for a sum over coordinates: let networks "
+            "run in it, but make their outputs .float() and take the sum in float32"
+        )
+    return value
+
+
+def log_likelihood(joint: FactoredJoint, x: Tensor, z: Latent) -> Tensor:
+    """Return log p(x given z), or raise InputError if it is not of the shape ``[K, B]``."""
+    return shaped("log_likelihood(x, z)", "log p(x given z)", joint.log_likelihood(x, z), x, z)
+
+
 def elbo_monte_carlo(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:
     r"""Return the integrand of eq. 1, :math:`\log p(x \mid z) + \log p(z) - \log q(z \mid x)`, ``[K, B]``.
 
     Nothing is integrated by hand, so this form needs nothing but densities; it is the only one whose value has no
     variance when q is the exact posterior (eq. 4). Introduced in book/01-elbo-forms.ipynb.
     """
-    return joint.log_likelihood(x, z) + joint.log_prior(z) - posterior.log_prob(z)
+    return log_likelihood(joint, x, z) + joint.log_prior(z) - posterior.log_prob(z)
 
 
 def elbo_entropy(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:
@@ -92,7 +114,7 @@ def elbo_entropy(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tenso
 
     The entropy is in closed form (``posterior.entropy()``). Introduced in book/01-elbo-forms.ipynb.
     """
-    return joint.log_likelihood(x, z) + joint.log_prior(z) + posterior.entropy()
+    return log_likelihood(joint, x, z) + joint.log_prior(z) + posterior.entropy()
 
 
 def divergence(joint: nn.Module, q) -> Tensor:
@@ -194,7 +216,7 @@ def elbo_kl(joint: FactoredJoint, x: Tensor, posterior, z: Latent) -> Tensor:
     The divergence from the model's prior is in closed form (:func:`divergence`).
     Introduced in book/01-elbo-forms.ipynb.
     """
-    return joint.log_likelihood(x, z) - divergence(joint, posterior)
+    return log_likelihood(joint, x, z) - divergence(joint, posterior)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {

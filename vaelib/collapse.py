@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import evaluation
-from vaelib.bounds import divergence, prior_of
+from vaelib.bounds import divergence, log_likelihood, prior_of
 from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
@@ -51,7 +51,7 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
             rate = kl_by_dimension(posterior).mean(0).clamp_min(free_bits).sum()
         else:
             rate = divergence(joint, posterior)
-        return weight * rate - joint.log_likelihood(x, posterior.sample(eps)).mean(0)
+        return weight * rate - log_likelihood(joint, x, posterior.sample(eps)).mean(0)
 
     target = "elbo" if weight == 1 and not free_bits else None
     return LossEstimator(f"elbo-kl({weight:g}, {free_bits:g})", "elbo", target, 1, "he2019", loss)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from vaelib.bounds import divergence
+from vaelib.bounds import check_form, divergence
 from vaelib.errors import InputError, between, whole_number
 from vaelib.estimators.base import Estimator, check_observations, log_joint, log_posterior, log_weight
 from vaelib.posteriors import (
@@ -330,6 +330,7 @@ def _information(encoder: nn.Module, x: Tensor, generator: torch.Generator | Non
     for part, q in zip(parts, posteriors, strict=True):
         if not hasattr(q, "entropy"):
             raise InputError(f"{type(q).__name__} has no entropy in closed form, which the estimate starts from")
+        check_form(q, "entropy")
         samples.append(q.sample_and_log_prob(q.noise(1, generator)))
         entropy += q.entropy().double().expand(len(part)).sum().item()  # one of all may stand for each
     z = torch.cat([sample[0] for sample, _ in samples]).unsqueeze(1)  # [N, 1, D], against each posterior's [b, D]

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vaelib.bounds import BOUNDS
+from vaelib.bounds import BOUNDS, shaped
 from vaelib.errors import InputError, choose, typed
 from vaelib.posteriors import Adapted, Latent, Posterior, draws, layers_of, ready, tracing
 
@@ -201,7 +200,7 @@ def log_joint(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> Tensor:
             "joint(x, z) changes x or z in place, which q and the other estimators see too: leave them as they are, "
             "such as z * 2 for z.mul_(2), or ReLU() for ReLU(inplace=True)"
         )
-    return _shaped("joint(x, z)", "log p(x, z)", log_p, x, z)
+    return shaped("joint(x, z)", "log p(x, z)", log_p, x, z)
 
 
 def log_weight(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_q: Tensor) -> Tensor:
@@ -217,20 +216,4 @@ def log_weight(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_q: Tensor
 
 def log_posterior(log_q: Tensor, x: Tensor, z: Latent) -> Tensor:
     """Return ``log_q``, or raise InputError if it is not of the shape ``[K, B]``."""
-    return _shaped("log_prob(z)", "log q(z)", log_q, x, z)
-
-
-def _shaped(function: str, what: str, value: Tensor, x: Tensor, z: Latent) -> Tensor:
-    expected = (draws(z), x.shape[0])
-    if not isinstance(value, Tensor) or value.shape != expected:
-        found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise InputError(
-            f"{function} must return {what} of the shape [K, B] = {list(expected)}, one value for each draw and "
-            f"observation, but returned {found}; see that it sums over the last axis"
-        )
-    if value.dtype in (torch.bfloat16, torch.float16):
-        raise InputError(
-            f"{what} is {value.dtype}, which has two or three digits, too few for a sum over coordinates: let networks "
-            "run in it, but make their outputs .float() and take the sum in float32"
-        )
-    return value
+    return shaped("log_prob(z)", "log q(z)", log_q, x, z)

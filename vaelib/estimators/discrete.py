@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib.bounds import divergence
+from vaelib.bounds import check_form, divergence, log_likelihood
 from vaelib.errors import InputError, positive
 from vaelib.estimators.base import LossEstimator, log_joint, log_weight
-from vaelib.posteriors import Discrete, FactorisedBernoulli, as_posterior, times
+from vaelib.posteriors import Discrete, FactorisedBernoulli, as_posterior, is_ours, times
 
 
 def exact_elbo(joint: Callable[..., Tensor], x: Tensor, q: Discrete) -> Tensor:
@@ -82,6 +82,11 @@ def antithetic(weigh: Callable[[Tensor, Tensor, FactorisedBernoulli], Tensor]) -
                 f"ARM and DisARM are for bits, a posterior FactorisedBernoulli, but this one is a {type(q).__name__}: "
                 "use elbo-score-loo, which takes any"
             )
+        if not is_ours(type(q), "log_prob"):
+            raise InputError(
+                f"ARM and DisARM ask for the logits of bits, but a {type(q).__name__} redefines their log_prob: use "
+                "elbo-score-loo, which takes any"
+            )
         z, twin = q.sample(eps), q.sample(1 - eps)
         both = torch.cat((z, twin))
         log_w = log_weight(joint, x, both, q.log_prob(both).detach())
@@ -133,13 +138,14 @@ def relaxed(temperature: float, straight_through: bool) -> Callable[..., Tensor]
                 "a relaxed sample goes through the likelihood alone (method log_likelihood), which a "
                 f"{type(joint).__name__} does not have: use models.DiscreteJoint, or a row such as elbo-score-loo"
             )
+        check_form(q, "relaxed_sample")
         z, soft = q.sample(eps), q.relaxed_sample(eps, temperature)
         kl = divergence(joint, q)
         if straight_through:
-            return -(joint.log_likelihood(x, z + (soft - soft.detach())).mean(0) - kl)
+            return -(log_likelihood(joint, x, z + (soft - soft.detach())).mean(0) - kl)
         with torch.no_grad():
-            value = joint.log_likelihood(x, z).mean(0) - kl
-        total = joint.log_likelihood(x, soft).mean(0) - kl
+            value = log_likelihood(joint, x, z).mean(0) - kl
+        total = log_likelihood(joint, x, soft).mean(0) - kl
         return -(value + total - total.detach())
 
     return loss

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vaelib.bounds import check_form
 from vaelib.errors import InputError
-from vaelib.estimators.base import LossEstimator, log_weight
+from vaelib.estimators.base import LossEstimator, log_joint, log_weight
 from vaelib.estimators.tableau import Row
 from vaelib.posteriors import Latent, Posterior, map_latent, stop_gradient, tracing
 
@@ -67,6 +67,11 @@ def gdreg(row: Row) -> LossEstimator:
         shift = prior.sample(e)
         moved = z1 + (shift - shift.detach()), z2  # the same point to the bit, now a function of the prior's parameters
         log_w = log_weight(still, x, moved, held.log_prob_of_sample(moved, eps))
+        if not tracing() and log_joint(still, x, (z1, z2)).requires_grad:
+            raise InputError(
+                f"GDReG needs a joint whose parameters can be held constant, but a function inside this "
+                f"{type(joint).__name__} closes over live ones: make them parameters of a module that is called"
+            )
         plain = row.loss(joint, q, x, eps)
         score = prior.log_prob(z1)  # what the row has for the prior, taken back
         if not tracing() and not torch.allclose(plain, -row.value(log_w), rtol=1e-3, atol=1e-3, equal_nan=True):

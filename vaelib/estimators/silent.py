@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
-from vaelib.bounds import divergence
+from vaelib.bounds import check_form, divergence
 from vaelib.errors import InputError, between
 from vaelib.estimators.base import Estimator, LossEstimator
 from vaelib.posteriors import (
@@ -241,6 +241,12 @@ def elbo(joint: Callable[..., Tensor], x: Tensor, q) -> Tensor:
         if hasattr(part, "expected_log_likelihood"):
             expected, kl = part.expected_log_likelihood(x, q), divergence(joint, q)
             check_closed(joint, part, x, q)
+            check_form(q, "linear_moments")
+            if expected.shape != x.shape[:1]:
+                raise InputError(
+                    f"expected_log_likelihood(x, q) of a {type(part).__name__} must return one number for each "
+                    f"observation, [B] = {list(x.shape[:1])}, but returned {list(expected.shape)}"
+                )
             return expected - kl
     raise InputError(
         f"{type(getattr(joint, 'decode', joint)).__name__} has no closed form of E_q[log p(x given z)], which needs a "

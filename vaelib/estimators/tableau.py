@@ -21,6 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -38,9 +39,12 @@ from vaelib.posteriors import (
     functions_in,
     in_forward_mode,
     inside_vmap,
+    is_foreign,
     layers_of,
     map_latent,
+    once,
     stop_gradient,
+    tensors_in,
     tracing,
 )
 
@@ -167,10 +171,10 @@ class Row(Estimator):
                     f"estimator '{self.name}' scales what arrives at its samples on the way back, and has no way "
                     "forward (jvp, jacfwd): use grad or jacrev"
                 )
-            ratio = (b / a).nan_to_num(0.0).unsqueeze(-1)  # where a weight underflowed to 0, b has too
+            ratio = (b / a).nan_to_num(0.0)  # where a weight underflowed to 0, b has too
             for layer in layers_of(z):
                 if layer.requires_grad:  # some layers may be frozen
-                    layer.register_hook(lambda gradient: ratio * gradient)
+                    layer.register_hook(lambda slope: ratio.view(*ratio.shape, *[1] * (slope.ndim - 2)) * slope)
         if score is not None:
             total = total + torch.linalg.vecdot(c, score, dim=0)
         return total.detach() - total - self.value(seen)
@@ -219,12 +223,15 @@ class Row(Estimator):
         """Raise InputError if the row has a path, but only the density of q moves with its parameters, not its sample.
 
         If neither moves, the encoder is frozen, and the model learns by itself. Where some layers move and others do
-        not, each parameter that the density moves with must move a layer.
+        not, or the class is not of this package, each number that the density moves with must move the sample.
         """
         moving = [layer.requires_grad for layer in layers_of(z)]
-        if not self.reparameterised or all(moving) or (any(moving) and tracing()):
+        if not self.reparameterised or (any(moving) and tracing()):
             return
-        lacking = lacks_path(q, eps) if any(moving) else q.density_moves(z, eps)
+        if all(moving):
+            lacking = is_foreign(q) and once(lacks_path, q, eps)
+        else:
+            lacking = lacks_path(q, eps) is not False if any(moving) else q.density_moves(z, eps)
         if lacking:
             raise InputError(
                 f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
@@ -233,10 +240,11 @@ class Row(Estimator):
             )
 
 
-def lacks_path(q: Posterior, eps: Latent) -> bool:
-    """Whether log q moves with a parameter that no layer of the sample moves with, or q does not tell its parameters.
+def lacks_path(q: Posterior, eps: Latent) -> bool | None:
+    """Whether log q moves with a number that the sample does not move with; None if q does not tell its numbers.
 
-    As where one layer is of bits and another is Gaussian.
+    As where one layer, or one coordinate, is of bits and another is Gaussian. The numbers of the observations count as
+    one: each is asked in all of them.
     """
     phi: list[Tensor] = []
 
@@ -244,20 +252,34 @@ def lacks_path(q: Posterior, eps: Latent) -> bool:
         phi.append(parameter.detach().requires_grad_(parameter.requires_grad))
         return phi[-1]
 
-    try:
-        own = q.map_parameters(leaf)
-    except (InputError, NotImplementedError):
-        return True
-    z = own.sample(eps)
-    log_q = own.log_prob_of_sample(map_latent(Tensor.detach, z), eps)
+    own = None
+    if not any(layer.requires_grad for layer in layers_of(eps)):  # noise that moves does so with the numbers of q
+        with suppress(InputError, NotImplementedError):
+            own = q.map_parameters(leaf)
+    if own is None:
+        own, phi = q, list(tensors_in(q))
+        if not phi:
+            return None
     networks = [part for part in functions_in(q) if isinstance(part, nn.Module)]
     phi = [p for p in (*phi, *(p for network in networks for p in network.parameters())) if p.requires_grad]
+    z = own.sample(eps)
+    log_q = own.log_prob_of_sample(map_latent(Tensor.detach, z), eps)
     if not (phi and log_q.requires_grad):
         return False
-    sample = sum(layer.sum() for layer in layers_of(z) if layer.requires_grad)
-    along = torch.autograd.grad(sample, phi, allow_unused=True)
-    at = torch.autograd.grad(log_q.sum(), phi, allow_unused=True)
-    return any(path is None and score is not None for path, score in zip(along, at, strict=True))
+    moving = [layer for layer in layers_of(z) if layer.requires_grad]
+    if not moving:
+        return True
+    uneven = [torch.linspace(1, 2, layer.numel(), device=layer.device).view_as(layer) for layer in moving]
+    sample = sum((weight * layer).sum() for weight, layer in zip(uneven, moving, strict=True))  # so that none cancel
+    along, at = (
+        torch.autograd.grad(value, phi, retain_graph=True, materialize_grads=True) for value in (sample, log_q.sum())
+    )
+
+    def found(slope: Tensor) -> Tensor:
+        each = slope.ndim > 1 and len(slope) == layers_of(eps)[0].shape[1]
+        return slope.any(0) if each else slope != 0
+
+    return any(bool((found(score) & ~found(path)).any()) for path, score in zip(along, at, strict=True))
 
 
 @torch._disable_dynamo

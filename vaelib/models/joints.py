@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelib.bounds import StandardPrior
+from vaelib.bounds import StandardPrior, log_likelihood
 from vaelib.models.encoders import family
 from vaelib.posteriors import Discrete, Latent, standard_normal_log_prob
 
@@ -47,7 +47,7 @@ class Joint(StandardPrior, nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return log p(x, z), ``[K, B]``."""
-        return self.log_prior(z) + self.log_likelihood(x, z)
+        return self.log_prior(z) + log_likelihood(self, x, z)
 
 
 class HierarchicalJoint(Joint):

@@ -26,7 +26,7 @@ from vaelib.posteriors.convert import Adapted, as_posterior, draws_by_itself
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
-from vaelib.posteriors.trial import functions_in, modules_in, ready
+from vaelib.posteriors.trial import functions_in, is_foreign, modules_in, once, ready, tensors_in
 
 __all__ = [
     "LOG_2PI",
@@ -49,15 +49,18 @@ __all__ = [
     "functions_in",
     "in_forward_mode",
     "inside_vmap",
-    "is_ours",
     "gumbel",
+    "is_foreign",
+    "is_ours",
     "layers_of",
     "map_latent",
     "modules_in",
+    "once",
     "ready",
     "redefines_half",
     "standard_normal_log_prob",
     "stop_gradient",
+    "tensors_in",
     "times",
     "tracing",
 ]

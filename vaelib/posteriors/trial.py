@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.distributions.transforms import Transform, _InverseTransform
 
 from vaelib.errors import InputError
@@ -22,11 +24,11 @@ from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tra
 from vaelib.posteriors.convert import Adapted, as_posterior
 from vaelib.posteriors.stopping import CONTENT
 
-TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
-"""The modes in which the modules inside posteriors, or posteriors of foreign classes, were tried and found good."""
+TRIED: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+"""What trials found of the modules inside posteriors, or of foreign classes, in each of their modes."""
 
 SETTINGS = (bool, float, str)
-"""Classes of a setting; whole numbers may count calls."""
+"""Classes of a setting of a module, whose whole numbers may count calls."""
 
 TRIALS = 64
 """Draws of a trial, for all observations together: a layer that is random shows in one of them."""
@@ -35,10 +37,9 @@ TRIALS = 64
 def ready(q: Any, eps: Latent | None) -> Posterior:
     """Return ``q`` as a posterior that an estimator can rely on.
 
-    A posterior that holds modules is tried once for each mode of these, and one of a foreign class for each setting of
-    it (a flag, a number, a name): its log-density must be the same function whenever it is evaluated, which a random
-    layer inside (dropout, RReLU) would not be; and stopping it must leave no way to its parameters, and must leave it
-    the same function of z.
+    One that holds modules, or is of a foreign class, is tried (:func:`once`): its log-density must be the same function
+    whenever it is evaluated, which a random layer inside (dropout, RReLU) would not be; and stopping it must leave no
+    way to its parameters, and must leave it the same function of z.
 
     Raises
     ------
@@ -46,17 +47,31 @@ def ready(q: Any, eps: Latent | None) -> Posterior:
         if it is not one, or not.
     """
     q = as_posterior(q)
-    parts, settings = list(functions_in(q)), []
-    if not type(q).__module__.startswith("vaelib.") or isinstance(q, Adapted):
-        parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
-        settings = [part for part in _held(q) if type(part) in SETTINGS]
-    if not parts or eps is None or tracing():
-        return q
-    owner, mode = parts[0], (_live(q), *_mode(parts + settings))
-    if mode not in TRIED.setdefault(owner, set()):
-        try_out(q, eps)
-        TRIED[owner].add(mode)
+    if eps is not None and not tracing():
+        once(try_out, q, eps)
     return q
+
+
+def once(trial: Callable[[Posterior, Latent], Any], q: Posterior, eps: Latent) -> Any:
+    """Return ``trial(q, eps)``, made once for each mode of the modules in q and each setting of a foreign class.
+
+    A posterior of this package that is made of numbers alone is not tried.
+    """
+    parts, settings = list(functions_in(q)), []
+    if is_foreign(q):
+        parts.append(type(q.q) if isinstance(q, Adapted) else type(q))
+        settings = [part for part in _held(q) if isinstance(part, (*SETTINGS, int, Enum, type(None)))]
+    if not parts:
+        return None
+    found, key = TRIED.setdefault(parts[0], {}), (trial, _live(q), *_mode(parts), *settings)
+    if key not in found:
+        found[key] = trial(q, eps)
+    return found[key]
+
+
+def is_foreign(q: Posterior) -> bool:
+    """Whether q is of somebody else's class, or stands for one."""
+    return isinstance(q, Adapted) or not type(q).__module__.startswith("vaelib.")
 
 
 def functions_in(value: Any) -> Iterator[Any]:
@@ -135,7 +150,18 @@ def _mode(parts: list[Any]) -> tuple[Any, ...]:
 
 def _live(q: Posterior) -> tuple[bool, ...]:
     """Whether the numbers of q move with parameters: where none do, a trial cannot tell that stopping holds them."""
-    return torch.is_grad_enabled(), any(isinstance(part, Tensor) and part.requires_grad for part in _held(q))
+    return torch.is_grad_enabled(), any(tensor.requires_grad for tensor in tensors_in(q))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a posterior holds, also in lists and distributions inside it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
+    elif isinstance(value, Posterior | Distribution):
+        yield from tensors_in(_held(value) if isinstance(value, Posterior) else vars(value))
 
 
 def _held(q: Posterior) -> list[Any]:
@@ -191,13 +217,26 @@ def try_out(q: Posterior, eps: Latent) -> None:
                 f"stop_gradient makes another function of z of this {name}: hold the parameters of its networks "
                 "constant (posteriors.stop_gradient(module)), not their outputs, which move with z"
             )
-        own, (_, total) = q.log_prob(held), q.sample_and_log_prob(few)
-        said = [one for one in (q.log_prob_of_sample(held, few), total) if one.shape == own.shape]
-        if not all(torch.allclose(one, own, rtol=0.05, atol=0.5, equal_nan=True) for one in said):
+        if not _says_the_same(q, few):
             raise InputError(
                 f"log_prob of this {name} is not what it says of its own samples: a class that redefines sample and "
                 "log_prob must redefine log_prob_of_sample and sample_and_log_prob too, or inherit from Posterior"
             )
+
+
+def _says_the_same(q: Posterior, eps: Latent) -> bool:
+    """Whether q gives its own samples one log-density however it is asked: to rounding, if made of numbers alone."""
+    if next(functions_in(q), None) is None:
+        with suppress(InputError, NotImplementedError, RuntimeError, TypeError):
+            return _agrees(q.map_parameters(Tensor.double), map_latent(Tensor.double, eps), rtol=1e-4, atol=1e-3)
+    return _agrees(q, eps, rtol=0.05, atol=0.5)
+
+
+def _agrees(q: Posterior, eps: Latent, rtol: float, atol: float) -> bool:
+    z, total = q.sample_and_log_prob(eps)
+    own, z = q.log_prob(z), map_latent(Tensor.detach, z)
+    said = [one for one in (q.log_prob_of_sample(z, eps), total) if one.shape == own.shape]
+    return all(torch.allclose(one, own, rtol, atol, equal_nan=True) for one in said)
 
 
 def _same_slopes(still: Tensor, live: Tensor, z: tuple[Tensor, ...]) -> bool:
