@@ -204,6 +204,34 @@ def test_folders_behind_links_are_read_once(tmp_path):
     assert images.train.labels.unique().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_picture_that_is_transparent_is_named(mode, tmp_path):
+    """White everywhere, its shape in the alpha channel, it would be a white square."""
+    for i in range(10):
+        save(tmp_path / f"{i}.png", BYTES[i])
+    white = Image.fromarray(np.full_like(BYTES[0], 255))
+    white.putalpha(255)
+    white.convert(mode if mode != "P" else "RGBA").save(tmp_path / "a.png")
+    assert len(data.load(str(tmp_path)).train)
+    white.putalpha(Image.fromarray(BYTES[0]))
+    options = {}
+    if mode == "P":
+        white, options = Image.fromarray(BYTES[0] * 0), {"transparency": 0}
+    (white if mode == "P" else white.convert(mode)).save(tmp_path / "a.png", **options)
+    with pytest.raises(InputError, match="a.png' is transparent in places"):
+        data.load(str(tmp_path))
+
+
+def test_a_photograph_is_taken_upright(tmp_path):
+    image = Image.fromarray(BYTES[0])
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    for i in range(10):
+        image.save(tmp_path / f"{i}.png", exif=exif)
+    found = data.load(str(tmp_path)).train.grey[0]
+    np.testing.assert_allclose(found, np.rot90(BYTES[0], -1).flatten() / 255, atol=1e-6)
+
+
 def test_a_picture_of_several_pages_is_named(tmp_path):
     first, *others = (Image.fromarray(image) for image in BYTES[:3])
     for i in range(10):

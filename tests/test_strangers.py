@@ -14,7 +14,19 @@ from torch.func import grad, vmap
 from toys import DTYPE, Leaves, quadrature
 
 import vaelib
-from vaelib import bounds, data, estimators, evaluation, gdreg, gradients, models, objectives, posteriors, training
+from vaelib import (
+    bounds,
+    data,
+    estimators,
+    evaluation,
+    gdreg,
+    gradients,
+    likelihoods,
+    models,
+    objectives,
+    posteriors,
+    training,
+)
 from vaelib.errors import InputError
 from vaelib.estimators import TABLEAU
 from vaelib.posteriors import DiagonalGaussian, FullGaussian, HierarchicalGaussian, OneHotCategorical, Posterior
@@ -322,6 +334,92 @@ def test_closed_forms_of_a_base_class_are_not_those_of_another_density():
         vaelib.loss("elbo-silent", models.Joint(decode), gaussian, X)
     with pytest.raises(InputError, match="redefines log_prob, but its entropy is that of the class"):
         evaluation.mutual_information(lambda x: TemperedGaussian(x[:, :2], x[:, 2:]), X)
+
+
+class Tied(nn.Module):
+    """An encoder whose weights a decoder may have as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        mean = self.head(x)
+        return DiagonalGaussian(mean, torch.zeros_like(mean))
+
+
+class TiedJoint(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, z):
+        return closure(self.encoder.head.weight)(x, z)
+
+
+def test_a_gradient_that_a_closure_hides_from_a_measurement_is_refused():
+    encoder = Tied()
+    joint = TiedJoint(encoder)
+    loss = vaelib.loss("elbo-total", joint, encoder(X), X, 20_000, torch.Generator().manual_seed(0)).mean()
+    truth = torch.cat([-slope.flatten() for slope in torch.autograd.grad(loss, list(encoder.parameters()))])
+    found = gradients.measure(["elbo-path"], joint, encoder, X, draws=2_000, k=4, wrt="encoder")["elbo-path"]
+    assert ((found.mean - truth).abs() < 0.1).all()
+    with pytest.raises(InputError, match="weights of the encoder by a function that closes over them"):
+        gradients.measure(["elbo-path"], lambda x, z: joint(x, z), encoder, X, draws=10, wrt="encoder")
+    gradients.measure(["elbo-path"], lambda x, z: joint(x, z), encoder, X, draws=10, wrt="posterior")
+
+
+class Bare:
+    """The four methods that a posterior needs at least, and nothing else."""
+
+    def __init__(self, q):
+        self.q = q
+
+    def noise(self, k, generator=None):
+        return self.q.noise(k, generator)
+
+    def sample(self, eps):
+        return self.q.sample(eps)
+
+    def log_prob(self, z):
+        return self.q.log_prob(z)
+
+    def stop_gradient(self):
+        return Bare(self.q.stop_gradient())
+
+
+def test_active_units_of_a_posterior_without_a_mean_are_told():
+    with pytest.raises(InputError, match="a Bare does not say where it is centred.*give it a property mean"):
+        evaluation.active_units(lambda x: Bare(Duck(x, x)), X)
+
+
+class Closed(nn.Module):
+    """A decoder that holds a function over its own weights, or calls them itself."""
+
+    def __init__(self, closed):
+        super().__init__()
+        self.head = nn.Linear(2, 4)
+        self.call = (lambda z: self.head(z)) if closed else None
+
+    def forward(self, z):
+        return likelihoods.Gaussian((self.call or self.head)(z), torch.zeros(()))
+
+
+class Upper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, z):
+        return DiagonalGaussian(self.head(z), torch.zeros_like(z))
+
+
+def test_gdreg_of_a_decoder_that_cannot_be_held_constant_is_refused():
+    q, estimator = DiagonalGaussian(numbers(3, 2), numbers(3, 2)), gdreg.gdreg(TABLEAU["iwae-dreg"])
+    q = HierarchicalGaussian(q, (Upper(),))
+    assert vaelib.loss(estimator, models.HierarchicalJoint(Upper(), Closed(False)), q, X, k=3).isfinite().all()
+    with pytest.raises(InputError, match="a function inside this HierarchicalJoint closes over live ones"):
+        vaelib.loss(estimator, models.HierarchicalJoint(Upper(), Closed(True)), q, X, k=3)
 
 
 class Tanh(DiagonalGaussian):

@@ -488,6 +488,11 @@ class Laboratory:
             self.encoder = lambda x: self.q
         else:
             self.encoder = own(encoder, copies)
+            if wrt in ("encoder", "weights") and not parameters_in(encoder).isdisjoint(parameters_in(self.joint)):
+                raise InputError(
+                    "the joint has weights of the encoder by a function that closes over them, whose share of the "
+                    "gradient a copy of the encoder would miss: make the joint a module that holds the encoder"
+                )
             with torch.no_grad():
                 self.q = as_posterior(self.encoder(x))
 
@@ -541,6 +546,11 @@ def named(estimators: Iterable[Estimator | str]) -> list[Estimator]:
             "dataclasses.replace(estimator, name=...)"
         )
     return found
+
+
+def parameters_in(part: Any) -> set[Tensor]:
+    """Return the parameters of what holds modules, or closes over them."""
+    return {p for module in modules_in(part) for p in module.parameters()}
 
 
 def own(part: Any, copies: dict[int, Any]) -> Any:

@@ -400,7 +400,7 @@ def measure(
     """Return what :func:`evaluate` does, of a training in memory and its data, ``batch_size`` images at a time."""
     model, device = training.model, training.device
     x = images.test.batch(slice(0, limit), stream("test", seed, device))
-    noise = stream("noise", seed, device)
+    noise, active = stream("noise", seed, device), evaluation.active_units(model.encoder, x)
     values, errors = evaluation.log_likelihood(
         model, x, samples, chunk, noise, batch_size=batch_size, return_standard_error=True, progress=progress
     )
@@ -411,7 +411,7 @@ def measure(
         "nll_error": evaluation.mean_and_standard_error(values)[1] if len(x) > 1 else None,
         "sampling_error": errors.square().sum().sqrt().item() / len(x) if samples > 1 else None,
         "bound": mean_bound(training, x, noise),
-        "active_units": evaluation.active_units(model.encoder, x),
+        "active_units": active,
         "images": len(x),
         "samples": samples,
         "seed": seed,

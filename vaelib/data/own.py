@@ -288,11 +288,13 @@ def folder(path: Path) -> dict[str, Part]:
 
 
 def opened(file: Path) -> Any:
-    """Return a picture, not yet read."""
-    from PIL import Image  # a third of a second
+    """Return a picture, upright and not yet read."""
+    from PIL import Image, ImageOps  # a third of a second
 
     try:
-        return Image.open(io.BytesIO(read(file) or b""))
+        picture = Image.open(io.BytesIO(read(file) or b""))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture
     except Exception as error:  # a damaged picture raises nearly anything
         raise InputError(f"'{file}' is no picture, or is cut: take it out of the folder ({error})") from error
 
@@ -313,9 +315,13 @@ def same_size(files: Iterable[Path], colour: bool) -> Iterable[np.ndarray]:
     first = None
     for file in files:
         try:
-            image = np.asarray(opened(file).convert("RGB" if colour else "L"))
+            picture = opened(file)
+            clear = picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255
+            image = np.asarray(picture.convert("RGB" if colour else "L"))
         except OSError as error:
             raise InputError(f"'{file}' is cut or altered: take it out of the folder ({error})") from error
+        if clear:
+            raise InputError(f"'{file}' is transparent in places: put it on a background, and save it without")
         first = first or (file, image.shape)
         if image.shape != first[1]:
             (height, width), (h, w) = image.shape[:2], first[1][:2]

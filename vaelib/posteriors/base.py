@@ -189,6 +189,11 @@ class Posterior:
 
     def means(self) -> tuple[Tensor, ...]:
         """Return where each stochastic layer is centred, ``[B, D]`` each."""
+        if not hasattr(self, "mean"):
+            raise InputError(
+                f"a {type(self).__name__} does not say where it is centred, which active units and pictures of the "
+                "latent space ask for: give it a property mean, [B, D]"
+            )
         return (self.mean,)
 
     def log_share(self, k: int) -> Tensor | float:
