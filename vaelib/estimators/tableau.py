@@ -229,7 +229,7 @@ class Row(Estimator):
         if not self.reparameterised or (any(moving) and tracing()):
             return
         if all(moving):
-            lacking = is_foreign(q) and once(lacks_path, q, eps)
+            lacking = is_foreign(q) and q.strata == 1 and once(lacks_path, q, eps)  # strata learn by their shares
         else:
             lacking = lacks_path(q, eps) is not False if any(moving) else q.density_moves(z, eps)
         if lacking:
