@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vaelib.bounds import StandardPrior, log_likelihood
 from vaelib.models.encoders import family
-from vaelib.posteriors import Discrete, Latent, standard_normal_log_prob
+from vaelib.posteriors import Discrete, Latent, layers_of, standard_normal_log_prob
 
 
 class Joint(StandardPrior, nn.Module):
@@ -46,8 +46,9 @@ class Joint(StandardPrior, nn.Module):
         return likelihood.mean if hasattr(likelihood, "mean") else likelihood.sample(generator)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return log p(x, z), ``[K, B]``."""
-        return self.log_prior(z) + log_likelihood(self, x, z)
+        """Return log p(x, z), ``[K, B]``; of one z ``[B, D]`` for each observation, ``[B]``."""
+        several = layers_of(z)[0].ndim > 2
+        return self.log_prior(z) + (log_likelihood(self, x, z) if several else self.log_likelihood(x, z))
 
 
 class HierarchicalJoint(Joint):
