@@ -269,11 +269,11 @@ def lacks_path(q: Posterior, eps: Latent) -> bool | None:
     moving = [layer for layer in layers_of(z) if layer.requires_grad]
     if not moving:
         return True
-    uneven = [torch.linspace(1, 2, layer.numel(), device=layer.device).view_as(layer) for layer in moving]
-    sample = sum((weight * layer).sum() for weight, layer in zip(uneven, moving, strict=True))  # so that none cancel
-    along, at = (
-        torch.autograd.grad(value, phi, retain_graph=True, materialize_grads=True) for value in (sample, log_q.sum())
-    )
+    values = [
+        sum((torch.linspace(1, 2, part.numel(), device=part.device).view_as(part) * part).sum() for part in parts)
+        for parts in (moving, [log_q])
+    ]  # unevenly, so that none cancel
+    along, at = (torch.autograd.grad(value, phi, retain_graph=True, materialize_grads=True) for value in values)
 
     def found(slope: Tensor) -> Tensor:
         each = slope.ndim > 1 and len(slope) == layers_of(eps)[0].shape[1]
