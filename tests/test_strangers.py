@@ -142,12 +142,7 @@ class Held(DiagonalGaussian):
     def sample(self, eps):
         return self.mean + self.log_std.detach().exp() * eps
 
-    def log_prob_of_sample(self, z, eps):
-        return self.log_prob(z)
-
-    def sample_and_log_prob(self, eps):
-        z = self.sample(eps)
-        return z, self.log_prob(z)
+    log_prob_of_sample, sample_and_log_prob = Posterior.log_prob_of_sample, Posterior.sample_and_log_prob
 
 
 class HeldDuck(Duck):
@@ -313,12 +308,7 @@ class TemperedGaussian(DiagonalGaussian):
     def log_prob(self, z):
         return self.twice().log_prob(z)
 
-    def log_prob_of_sample(self, z, eps):
-        return self.log_prob(z)
-
-    def sample_and_log_prob(self, eps):
-        z = self.sample(eps)
-        return z, self.log_prob(z)
+    log_prob_of_sample, sample_and_log_prob = Posterior.log_prob_of_sample, Posterior.sample_and_log_prob
 
     def kl(self):
         return self.twice().kl()

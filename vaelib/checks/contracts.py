@@ -24,8 +24,8 @@ from vaelib.posteriors import (
     Posterior,
     as_posterior,
     draw,
-    functions_in,
     layers_of,
+    learning_in,
     map_latent,
 )
 from vaelib.posteriors.trial import try_out
@@ -252,8 +252,7 @@ def _learning(q: Posterior) -> tuple[Posterior, list[Tensor]]:
         q = q.map_parameters(own)
     except (InputError, NotImplementedError):
         numbers = []
-    networks = [part for part in functions_in(q) if isinstance(part, nn.Module)]
-    return q, numbers + [p for network in networks for p in network.parameters() if p.requires_grad]
+    return q, numbers + learning_in(q)
 
 
 KNOWN_UNBIASED = {"elbo": ("elbo-total", "elbo-score-loo"), "iwae": ("iwae-total", "iwae-vimco"), "wake": ("rws",)}

@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaelib.bounds import iwae, may_be_impossible, normalised
 from vaelib.errors import InputError
@@ -36,11 +36,11 @@ from vaelib.posteriors import (
     Latent,
     Posterior,
     draws,
-    functions_in,
     in_forward_mode,
     inside_vmap,
     is_foreign,
     layers_of,
+    learning_in,
     map_latent,
     once,
     stop_gradient,
@@ -260,8 +260,7 @@ def lacks_path(q: Posterior, eps: Latent) -> bool | None:
         own, phi = q, list(tensors_in(q))
         if not phi:
             return None
-    networks = [part for part in functions_in(q) if isinstance(part, nn.Module)]
-    phi = [p for p in (*phi, *(p for network in networks for p in network.parameters())) if p.requires_grad]
+    phi = [*(p for p in phi if p.requires_grad), *learning_in(q)]
     z = own.sample(eps)
     log_q = own.log_prob_of_sample(map_latent(Tensor.detach, z), eps)
     if not (phi and log_q.requires_grad):
@@ -269,17 +268,17 @@ def lacks_path(q: Posterior, eps: Latent) -> bool | None:
     moving = [layer for layer in layers_of(z) if layer.requires_grad]
     if not moving:
         return True
-    values = [
-        sum((torch.linspace(1, 2, part.numel(), device=part.device).view_as(part) * part).sum() for part in parts)
-        for parts in (moving, [log_q])
-    ]  # unevenly, so that none cancel
-    along, at = (torch.autograd.grad(value, phi, retain_graph=True, materialize_grads=True) for value in values)
+    batch = layers_of(eps)[0].shape[1]
+    pairs = zip(found_in(phi, moving, batch), found_in(phi, [log_q], batch), strict=True)
+    return any(bool((score & ~path).any()) for path, score in pairs)
 
-    def found(slope: Tensor) -> Tensor:
-        each = slope.ndim > 1 and len(slope) == layers_of(eps)[0].shape[1]
-        return slope.any(0) if each else slope != 0
 
-    return any(bool((found(score) & ~found(path)).any()) for path, score in zip(along, at, strict=True))
+def found_in(phi: list[Tensor], parts: list[Tensor], batch: int) -> list[Tensor]:
+    """Return which numbers of each of ``phi`` the parts move with, all observations together; sums do not cancel."""
+    uneven = [torch.linspace(1, 2, part.numel(), device=part.device).view_as(part) for part in parts]
+    value = sum((weight * part).sum() for weight, part in zip(uneven, parts, strict=True))
+    slopes = torch.autograd.grad(value, phi, retain_graph=True, materialize_grads=True)
+    return [slope.any(0) if slope.ndim > 1 and len(slope) == batch else slope != 0 for slope in slopes]
 
 
 @torch._disable_dynamo

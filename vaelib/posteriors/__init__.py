@@ -26,7 +26,7 @@ from vaelib.posteriors.convert import Adapted, as_posterior, draws_by_itself
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
-from vaelib.posteriors.trial import functions_in, is_foreign, modules_in, once, ready, tensors_in
+from vaelib.posteriors.trial import functions_in, is_foreign, learning_in, modules_in, once, ready, tensors_in
 
 __all__ = [
     "LOG_2PI",
@@ -53,6 +53,7 @@ __all__ = [
     "is_foreign",
     "is_ours",
     "layers_of",
+    "learning_in",
     "map_latent",
     "modules_in",
     "once",

@@ -94,6 +94,16 @@ def functions_in(value: Any) -> Iterator[Any]:
         yield value
 
 
+def networks_in(q: Posterior) -> Iterator[nn.Module]:
+    """Yield the modules that a posterior holds itself."""
+    return (part for part in functions_in(q) if isinstance(part, nn.Module))
+
+
+def learning_in(q: Posterior) -> list[Tensor]:
+    """Return the parameters of the modules inside q that learn."""
+    return [p for network in networks_in(q) for p in network.parameters() if p.requires_grad]
+
+
 def modules_in(value: Any) -> Iterator[nn.Module]:
     """Yield the modules of a network, of a posterior, and of what a method, object or function holds or closes over."""
     rest, seen = list(functions_in(value)), set()
@@ -172,8 +182,7 @@ def _held(q: Posterior) -> list[Any]:
 @contextmanager
 def _undisturbed(q: Posterior) -> Iterator[None]:
     """Leave torch's generator and the buffers of the modules inside ``q`` as they were."""
-    modules = [part for part in functions_in(q) if isinstance(part, nn.Module)]
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    before = [(buffer, buffer.clone()) for network in networks_in(q) for buffer in network.buffers()]
     try:
         with torch.random.fork_rng():
             yield
