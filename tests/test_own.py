@@ -164,6 +164,13 @@ def test_the_names_of_columns_are_read_as_programs_write_them(tmp_path, header):
         assert np.allclose(images.train.grey, np.delete(rows, label, 1)[images.train.labels])
 
 
+@pytest.mark.parametrize("name", ["Class", "target", "id"])
+def test_a_column_that_is_hardly_a_pixel_is_told(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f"a,b,{name}\n" + "0.5,0.1,3\n" * 20)
+    with pytest.warns(UserWarning, match=f"column {name.lower()} of .* is read as a part of each observation"):
+        assert data.load(str(tmp_path / "a.csv")).train.grey.shape[1:] == (3,)
+
+
 def test_names_of_classes_have_one_number_in_all_parts(tmp_path):
     names = np.array(["b", "c"] * 5)
     np.savez(tmp_path / "a.npz", train=BYTES[:3], y_train=["c", "a", "b"], test=BYTES[:10], y_test=names)

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from vaelib.posteriors import (
     FullGaussian,
     HierarchicalGaussian,
     Mixture,
+    Noise,
     OneHotCategorical,
     Posterior,
     as_posterior,
@@ -688,6 +690,90 @@ def test_a_posterior_of_your_own_needs_three_methods():
 
     with pytest.raises(InputError, match="Nameless does not say which numbers it is made of"):
         Nameless().stop_gradient()
+
+
+@dataclass(frozen=True)
+class Exponential(Posterior):
+    """A density with an edge at 0, where the mean of its derivative in z is not 0; ``off`` makes it another one."""
+
+    scale: torch.Tensor
+    off: ClassVar[float] = 1.0
+
+    def noise_like(self, k):
+        return Noise.like("uniform", k, self.scale)
+
+    def sample(self, eps):
+        return -self.scale * eps.log()
+
+    def log_prob(self, z):
+        scale = self.off * self.scale
+        return (-scale.log() - z / scale).sum(-1)
+
+
+class TwiceTheMean(Exponential):
+    off = 2.0
+
+
+class Folded(DiagonalGaussian):
+    """Two values of the noise meet in one z, and the density is that of one of them."""
+
+    def sample(self, eps):
+        return self.log_std.exp() * eps.abs()
+
+    def log_prob(self, z):
+        return Normal(torch.zeros_like(self.mean), self.log_std.exp()).log_prob(z).sum(-1)
+
+    log_prob_of_sample, sample_and_log_prob = Posterior.log_prob_of_sample, Posterior.sample_and_log_prob
+
+
+def test_a_density_that_ends_at_an_edge_is_held_to_its_noise():
+    scale = torch.tensor([[0.7, 1.5], [2.0, 0.1]], dtype=DTYPE)
+    checks.contract(Exponential(scale))
+    for wrong in (TwiceTheMean(scale), Folded(scale, scale.log())):
+        with pytest.raises(AssertionError, match="log_prob is not"):
+            checks.contract(wrong)
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (
+            lambda q: Mixture((q, q), torch.zeros(2, 3)),
+            "a Mixture is made of posteriors .* it is a Normal",
+        ),
+        (lambda q: HierarchicalGaussian(q, ()), "a HierarchicalGaussian is made of posteriors .* is a Normal"),
+        (lambda q: HierarchicalGaussian(as_posterior(q), nn.Identity()), "must be a tuple, .* but are a Identity"),
+        (
+            lambda q: HierarchicalGaussian(as_posterior(q), (lambda z: distributions.Normal(z, 1.0),)).noise(2),
+            "but a part of it is a Normal: give posteriors.as_posterior",
+        ),
+        (
+            lambda q: Mixture((Flow(as_posterior(q), nn.ModuleList()),), torch.zeros(1, 3)),
+            "must have a mean .*, but a Flow has none",
+        ),
+        (
+            lambda q: as_posterior(type("My", (distributions.Normal,), {})(q.loc, q.scale)),
+            "My, a subclass of Normal",
+        ),
+    ],
+)
+def test_what_no_posterior_can_be_made_of_is_told(build, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build(distributions.Normal(torch.zeros(3, 2), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "function", "sentence"),
+    [
+        ("noise_like", lambda q, k: [DiagonalGaussian.noise_like(q, k)], "noise_like.* but returns a list"),
+        ("sample", lambda q, eps: [q.mean + eps], r"sample\(eps\) of a Mine must be a tensor .* but is a list"),
+        ("log_prob", lambda q, z: 0.5, r"log_prob\(z\) of a Mine must be a tensor .* but is a float"),
+    ],
+)
+def test_what_a_method_returns_instead_of_tensors_is_told(method, function, sentence):
+    q = type("Mine", (DiagonalGaussian,), {method: function})(torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(InputError, match=sentence):
+        objectives.loss("elbo-path", lambda x, z: -z.square().sum(-1), q, torch.zeros(3, 1))
 
 
 def exact_moments(q, weight):

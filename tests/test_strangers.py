@@ -359,6 +359,25 @@ def test_a_gradient_that_a_closure_hides_from_a_measurement_is_refused():
     gradients.measure(["elbo-path"], lambda x, z: joint(x, z), encoder, X, draws=10, wrt="posterior")
 
 
+def test_a_joint_that_closes_over_the_condition_of_one_batch_is_measured_draw_by_draw():
+    condition = numbers(len(X), 2, seed=3).detach()
+    q = DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2))
+    given = torch.cat([X[:, :1], condition], 1)
+
+    def joint(x, z):
+        return -0.5 * (z - x[:, :1] - condition[: len(x)]).square().sum(-1)
+
+    def whole(x, z):
+        return -0.5 * (z - x[:, :1] - x[:, 1:]).square().sum(-1)
+
+    found, expected = (
+        gradients.measure(["elbo-total"], log_p, q, x, draws=30, generator=torch.Generator().manual_seed(0))
+        for log_p, x in ((joint, X), (whole, given))
+    )
+    torch.testing.assert_close(found["elbo-total"].mean, expected["elbo-total"].mean)
+    torch.testing.assert_close(found["elbo-total"].variance, expected["elbo-total"].variance)
+
+
 class Bare:
     """The four methods that a posterior needs at least, and nothing else."""
 

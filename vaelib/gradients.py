@@ -577,11 +577,18 @@ def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
         parts = gradient(estimator.loss(lab.joint, q, x, side_by_side).mean(), leaves)
         return -s * batch * torch.cat([part.reshape(s, -1) for part in parts], dim=1)
 
+    def together_or_alone(eps: Latent) -> Tensor:
+        try:
+            return gradients(eps)
+        except RuntimeError:  # the joint closes over a condition of one batch, say
+            alone = (map_latent(lambda e, s=s: e[s : s + 1], eps) for s in range(count(eps)))
+            return torch.cat([gradients(one) for one in alone])
+
     sizes: list[int] = []
     lab.q.map_parameters(lambda parameter: sizes.append(parameter.numel()) or parameter)
     if not sum(sizes):
         raise InputError(f"this {type(lab.q).__name__} has no numbers that a gradient could be taken in")
-    return PerDraw(gradients, sum(sizes))
+    return PerDraw(together_or_alone, sum(sizes))
 
 
 def _of_weights(*parts: str) -> Callable[..., PerDraw]:

@@ -37,6 +37,8 @@ IMAGES, LABELS = ("images", "x", "data"), ("labels", "label", "y", "targets")
 DARK = 64
 """Where no byte is as much, 255 is hardly white."""
 COLUMNS = ("label", "labels")  # of a table, where y may be a coordinate
+DOUBTFUL = ("class", "classes", "category", "target", "targets", "id", "index")
+"""Columns of a table that are hardly a part of an observation."""
 
 Part = tuple[np.ndarray, np.ndarray | None]
 
@@ -217,6 +219,12 @@ def table(path: Path) -> dict[str, Part]:
     found = [number for number, name in enumerate(header) if name in COLUMNS]
     if len(found) > 1:
         raise InputError(f"'{path}' has {len(found)} columns of labels: keep one")
+    if doubtful := [name for name in header if name in DOUBTFUL]:
+        warnings.warn(
+            f"column {doubtful[0]} of '{path}' is read as a part of each observation: if it is the label, call it "
+            "label; if it numbers the rows, leave it out",
+            stacklevel=2,
+        )
     return {"train": (np.delete(rows, found, 1), rows[:, found[0]] if found else None)}
 
 

@@ -131,6 +131,11 @@ class Noise:
 
 def draw(noise: Noise | tuple[Noise, ...], generator: torch.Generator | None = None) -> Latent:
     """Draw the noise of every stochastic layer, in their order."""
+    if strange := [layer for layer in layers_of(noise) if not hasattr(layer, "draw")]:
+        raise InputError(
+            "noise_like(k) must return the noise of a layer, such as Noise.like('normal', k, self.mean), or a tuple of "
+            f"one for each, but returns a {type(strange[0]).__name__}"
+        )
     return map_latent(lambda layer: layer.draw(generator), noise)
 
 

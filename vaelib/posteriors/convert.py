@@ -109,10 +109,12 @@ def convert(q: distributions.Distribution) -> Posterior:
     if _is(q, "zuko", "NormalizingFlow"):
         return flow(q)
     if type(q) not in CONVERSIONS:
-        names = ", ".join(family.__name__ for family in CONVERSIONS)
+        names, name = ", ".join(family.__name__ for family in CONVERSIONS), f"torch.distributions.{type(q).__name__}"
+        if base := next((family.__name__ for family in type(q).__mro__ if family in CONVERSIONS), None):
+            name = f"{type(q).__name__}, a subclass of {base} whose density may be another one,"
         raise InputError(
-            f"a torch.distributions.{type(q).__name__} has no counterpart in vaelib: take one of {names}, a flow of "
-            "zuko, or a posterior of vaelib.posteriors"
+            f"a {name} has no counterpart in vaelib: take one of {names}, a flow of zuko, or a posterior of "
+            "vaelib.posteriors"
         )
     if not q.batch_shape:
         raise InputError(

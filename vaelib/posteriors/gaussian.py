@@ -202,13 +202,21 @@ class HierarchicalGaussian(Posterior):
     first: DiagonalGaussian
     above: tuple[nn.Module, ...]
 
+    def __post_init__(self) -> None:
+        check_part(self, self.first)
+        if not isinstance(self.above, tuple):
+            raise InputError(
+                "the networks above the first layer must be a tuple, HierarchicalGaussian(first, (network,)), but are "
+                f"a {type(self.above).__name__}"
+            )
+
     def noise_like(self, k: int) -> tuple[Noise, ...]:
         """Return the noise of every layer, ``([K, B, D1], [K, B, D2], ...)``; one draw goes up to learn the widths."""
         noise = [self.first.noise_like(k)]
         with torch.no_grad(), torch.random.fork_rng(devices=()):
             z = self.first.sample(torch.zeros_like(self.first.mean).unsqueeze(0))
             for layer in self.above:
-                q = stop_gradient(layer)(z)  # the batch norms of a copy may count this draw
+                q = check_part(self, stop_gradient(layer)(z))  # the batch norms of a copy may count this draw
                 one = q.noise_like(1)  # [1, 1, B, D]
                 noise.append(replace(one, shape=(k, *one.shape[2:])))
                 z = q.sample(torch.full(one.shape[1:], 0.5, dtype=one.dtype, device=one.device))
@@ -283,6 +291,10 @@ class Mixture(Posterior):
     logits: Tensor
 
     def __post_init__(self) -> None:
+        if nowhere := [type(q).__name__ for q in self.components if not hasattr(check_part(self, q), "mean")]:
+            raise InputError(
+                f"the components of a mixture must have a mean [B, D], but a {nowhere[0]} has none: take Gaussians"
+            )
         expected = (len(self.components), *(self.components[0].mean.shape[:-1] if self.components else ()))
         if self.logits.shape != expected:
             raise InputError(
@@ -397,3 +409,13 @@ class Mixture(Posterior):
         """Return the same mixture with its components and weights held constant."""
         components = tuple(q.stop_gradient() for q in self.components)
         return replace(self, components=components, logits=self.logits.detach())
+
+
+def check_part(whole: Posterior, q: Posterior) -> Posterior:
+    """Return ``q``, or raise InputError if it is no posterior that another one can be made of."""
+    if not isinstance(q, Posterior):
+        raise InputError(
+            f"a {type(whole).__name__} is made of posteriors of vaelib.posteriors, but a part of it is a "
+            f"{type(q).__name__}: give posteriors.as_posterior(...) of that, or a DiagonalGaussian(mean, log_std)"
+        )
+    return q

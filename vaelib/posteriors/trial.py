@@ -198,9 +198,16 @@ def try_out(q: Posterior, eps: Latent) -> None:
     rows = max(1, q.strata * layers_of(eps)[0].shape[1])
     few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
     with _undisturbed(q), torch.enable_grad():
-        held = map_latent(Tensor.detach, q.sample(few))
+        z = q.sample(few)
+        if not all(isinstance(layer, Tensor) for layer in layers_of(z)):
+            raise InputError(
+                f"sample(eps) of a {name} must be a tensor [K, B, D], or a tuple of one for each stochastic layer, but "
+                f"is a {type(z).__name__}"
+            )
+        held = map_latent(Tensor.detach, z)
         before = [layer._version for layer in layers_of(held)]
-        q.log_prob(held)
+        if not isinstance(log_q := q.log_prob(held), Tensor):
+            raise InputError(f"log_prob(z) of a {name} must be a tensor [K, B], but is a {type(log_q).__name__}")
         if [layer._version for layer in layers_of(held)] != before:
             raise InputError(
                 f"the density of this {name} changes z in place: let its networks leave what they are given, such as "
