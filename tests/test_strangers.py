@@ -359,6 +359,73 @@ def test_a_gradient_that_a_closure_hides_from_a_measurement_is_refused():
     gradients.measure(["elbo-path"], lambda x, z: joint(x, z), encoder, X, draws=10, wrt="posterior")
 
 
+def mean_of_the_batch(log_p):
+    return log_p.mean(1, keepdim=True).expand_as(log_p)
+
+
+MIXED = {
+    "a mean over the batch": mean_of_the_batch,
+    "a sum over the batch": lambda log_p: log_p.sum(1, keepdim=True).expand_as(log_p),
+    "a mean over everything": lambda log_p: log_p.mean().expand_as(log_p),
+    "a sum over draws": lambda log_p: log_p.sum(0, keepdim=True).expand_as(log_p),
+    "rows in another order": lambda log_p: log_p.flip(1),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("call", ["loss", "evaluation"])
+def test_a_joint_that_mixes_draws_or_observations_up_is_told_whenever_it_is_called(kind, call):
+    q, right = DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2)), closure(numbers(2, 4))
+
+    def wrong(x, z):
+        return MIXED[kind](right(x, z))
+
+    def value(log_p):
+        if call == "evaluation":
+            return evaluation.log_likelihood(models.VAE(log_p, lambda x: q, binary=False), X, 4, batch_size=len(X))
+        return vaelib.loss("iwae-total", log_p, q, X, k=3)
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="changes with other draws or observations"):
+            value(wrong)
+    assert value(right).isfinite().all()
+
+
+def test_a_joint_may_mix_its_batch_where_it_trains_alone():
+    norm, q = nn.BatchNorm1d(2), DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2))
+    right = closure(numbers(2, 4))
+
+    def joint(x, z):
+        return right(x, norm(z.flatten(0, 1)).view_as(z))
+
+    before = torch.get_rng_state()
+    loss = vaelib.loss("elbo-total", joint, q, X, eps=q.noise(3, torch.Generator().manual_seed(0)))
+    loss.mean().backward()
+    assert norm.training and int(norm.num_batches_tracked) == 1 and torch.equal(before, torch.get_rng_state())
+
+
+class Averaging(nn.Module):
+    """A layer that takes the mean of its batch in evaluation mode alone."""
+
+    def forward(self, z):
+        return z if self.training else z.mean(1, keepdim=True).expand_as(z)
+
+
+def test_a_joint_is_tried_in_each_mode():
+    class InLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Averaging()
+
+        def forward(self, x, z):
+            return -0.5 * (x[:, :2] - self.layer(z)).square().sum(-1)
+
+    joint, q = InLayers(), DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2))
+    vaelib.loss("elbo-total", joint, q, X)
+    with pytest.raises(InputError, match="changes with other draws"):
+        vaelib.loss("elbo-total", joint.eval(), q, X)
+
+
 def test_a_joint_that_closes_over_the_condition_of_one_batch_is_measured_draw_by_draw():
     condition = numbers(len(X), 2, seed=3).detach()
     q = DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2))
@@ -550,6 +617,12 @@ def test_names_are_found_as_people_write_them():
         estimators.get("dregg")
     with pytest.raises(InputError, match=r"make one by data.Split.of"):
         training.fit(models.build("linear", 64), torch.rand(10, 64))
+
+
+def test_a_model_of_few_digits_is_told():
+    digits = data.load("digits").train
+    with pytest.raises(InputError, match=r"the model is torch.bfloat16, which has too few digits .* model.float\(\)"):
+        training.fit(models.build("linear", 64).bfloat16(), digits, batch_size=10, epochs=1)
 
 
 def test_a_gradient_of_a_map_is_right_or_refused():

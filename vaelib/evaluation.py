@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from vaelib.bounds import check_form, divergence
 from vaelib.errors import InputError, between, whole_number
-from vaelib.estimators.base import Estimator, check_observations, log_joint, log_posterior, log_weight
+from vaelib.estimators.base import Estimator, check_observations
+from vaelib.estimators.joint import log_joint, log_posterior, log_weight
 from vaelib.posteriors import (
     DiagonalGaussian,
     Discrete,

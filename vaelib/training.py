@@ -791,7 +791,7 @@ def check_repeats(training: Training) -> None:
 
 
 def check_fit(training: Training) -> None:
-    """Raise InputError if model, data, estimator and recipe do not go together; try them on one observation.
+    """Raise InputError if model, data, estimator and recipe do not go together; try them on two observations.
 
     An exception of the model's own reaches the caller as it is, unless the same model takes the same observation in
     another dtype or with another number of pixels: then it is said which.
@@ -813,7 +813,7 @@ def check_fit(training: Training) -> None:
             "call encoder(x) and joint(x, z) once, seeded as the initial weights shall be"
         )
     noise = stream("test", 0, training.device)
-    x = split.batch(slice(0, 1), noise)
+    x = split.batch(slice(0, 2), noise)
 
     def attempt(x: Tensor) -> Tensor:
         with torch.enable_grad(), training.undisturbed():
@@ -839,6 +839,11 @@ def check_fit(training: Training) -> None:
                     f"the images are {x.dtype}, but the model is {dtype}: convert one of them, such as by "
                     f"model.to({x.dtype}), which is float() or double(), or split.to(dtype={dtype})"
                 ) from error
+        for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
+            raise InputError(
+                f"the images are {x.dtype}, but the model is {dtype}, which has too few digits for a density: convert "
+                "it by model.float()"
+            ) from error
         pixels = x.shape[-1]
         for width in sorted({size for p in parameters for size in p.shape} - {pixels}):
             if works(x.repeat(1, -(-width // pixels))[:, :width]):

@@ -1,8 +1,9 @@
 """Every gradient estimator by name: the rows of the tableau, and those beside it.
 
-:mod:`~vaelib.estimators.base` says what an estimator is; :mod:`~vaelib.estimators.tableau` has the rows,
-:mod:`~vaelib.estimators.discrete` what discrete latents need besides, :mod:`~vaelib.estimators.silent` the closed forms
-and what is made of them, :mod:`~vaelib.estimators.gdreg` a second path for the parameters of a prior.
+:mod:`~vaelib.estimators.base` says what an estimator is, :mod:`~vaelib.estimators.joint` what it asks of a joint
+density; :mod:`~vaelib.estimators.tableau` has the rows, :mod:`~vaelib.estimators.discrete` what discrete latents need
+besides, :mod:`~vaelib.estimators.silent` the closed forms and what is made of them, :mod:`~vaelib.estimators.gdreg` a
+second path for the parameters of a prior.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections import ChainMap
 from collections.abc import MutableMapping
 
 from vaelib.errors import InputError, choose
-from vaelib.estimators.base import Estimator, LossEstimator, log_joint, log_weight
+from vaelib.estimators.base import Estimator, LossEstimator
 from vaelib.estimators.discrete import ARM, DISARM, EXACT, GUMBEL_SOFTMAX, STRAIGHT_THROUGH
+from vaelib.estimators.joint import log_joint, log_weight
 from vaelib.estimators.silent import ELBO as SILENT
 from vaelib.estimators.tableau import TABLEAU, Row, Weights, elbo_scaled
 

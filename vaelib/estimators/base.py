@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vaelib.bounds import BOUNDS, shaped
+from vaelib.bounds import BOUNDS
 from vaelib.errors import InputError, choose, typed
 from vaelib.posteriors import Adapted, Latent, Posterior, draws, layers_of, ready, tracing
 
@@ -75,7 +75,7 @@ class Estimator:
         InputError
             if the estimator is not defined for this K or this posterior, if q is no posterior or not the same function
             each time, if x, q and eps are not of the same observations, or if the joint density does not have the
-            shape ``[K, B]`` or changes its arguments.
+            shape ``[K, B]``, changes its arguments, or mixes draws or observations up.
         """
         loss = self.differentiate(joint, self.checked(joint, q, x, eps), x, eps)
         if loss.shape != x.shape[:1]:
@@ -188,32 +188,3 @@ def check_noise(q: Posterior, x: Tensor, eps: Latent) -> None:
                     f"the noise of a {type(q).__name__} is uniform on (0, 1), but eps is from {low:.3g} to {high:.3g}: "
                     "use q.noise(k, generator)"
                 )
-
-
-def log_joint(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> Tensor:
-    """Return ``joint(x, z)``, or raise InputError if it is not of the shape ``[K, B]``, or x or z is another then."""
-    given = [] if tracing() else [part for part in (x, *layers_of(z)) if not part.is_inference()]
-    before = [part._version for part in given]
-    log_p = joint(x, z)
-    if [part._version for part in given] != before:
-        raise InputError(
-            "joint(x, z) changes x or z in place, which q and the other estimators see too: leave them as they are, "
-            "such as z * 2 for z.mul_(2), or ReLU() for ReLU(inplace=True)"
-        )
-    return shaped("joint(x, z)", "log p(x, z)", log_p, x, z)
-
-
-def log_weight(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_q: Tensor) -> Tensor:
-    r"""Return :math:`\log w = \log p_\theta(x, z) - \log q`, ``[K, B]``.
-
-    Raises
-    ------
-    InputError
-        if one of the two has another shape.
-    """
-    return log_joint(joint, x, z) - log_posterior(log_q, x, z)
-
-
-def log_posterior(log_q: Tensor, x: Tensor, z: Latent) -> Tensor:
-    """Return ``log_q``, or raise InputError if it is not of the shape ``[K, B]``."""
-    return shaped("log_prob(z)", "log q(z)", log_q, x, z)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from vaelib.bounds import check_form, divergence, log_likelihood
 from vaelib.errors import InputError, positive
-from vaelib.estimators.base import LossEstimator, log_joint, log_weight
+from vaelib.estimators.base import LossEstimator
+from vaelib.estimators.joint import log_joint, log_weight
 from vaelib.posteriors import Discrete, FactorisedBernoulli, as_posterior, is_ours, times
 
 

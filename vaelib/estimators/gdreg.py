@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vaelib.bounds import check_form
 from vaelib.errors import InputError
-from vaelib.estimators.base import LossEstimator, log_joint, log_weight
+from vaelib.estimators.base import LossEstimator
+from vaelib.estimators.joint import log_joint, log_weight
 from vaelib.estimators.tableau import Row
 from vaelib.posteriors import Latent, Posterior, map_latent, stop_gradient, tracing
 

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from vaelib.bounds import iwae, may_be_impossible, normalised
 from vaelib.errors import InputError
-from vaelib.estimators.base import Estimator, log_joint, log_weight
+from vaelib.estimators.base import Estimator
+from vaelib.estimators.joint import log_joint, log_weight
 from vaelib.posteriors import (
     Latent,
     Posterior,
