@@ -356,6 +356,12 @@ def test_the_svi_update_is_that_of_the_paper(options, weight):
     np.testing.assert_allclose(q.log_std.detach(), log_std, rtol=1e-12)
 
 
+def test_a_step_of_svi_is_as_long_as_its_limit_where_the_square_of_the_slope_overflows():
+    start = Fixed(torch.zeros(2), torch.zeros(2))
+    q = collapse.SemiAmortised(start, Square(), steps=1, clip=5.0)(torch.tensor([[3e31, -4e31]]))
+    torch.testing.assert_close(q.mean.detach(), torch.tensor([[3.0, -4.0]]), rtol=1e-5, atol=0)
+
+
 def test_the_derivative_through_the_steps_is_the_finite_difference(text):
     """Of the LSTM's ELBO after 3 steps, by encoder's and decoder's weights; without the steps it is another."""
     model = small(text).double()

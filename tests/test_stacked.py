@@ -117,6 +117,13 @@ def test_each_training_s_gradient_is_cut_to_the_limit_and_a_shorter_one_is_left(
     torch.testing.assert_close([p.grad for p in parameters], list(expected), rtol=1e-5, atol=0)
 
 
+def test_a_gradient_whose_square_overflows_is_cut_to_the_limit_and_its_neighbour_is_left():
+    p = nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.tensor([[3e31, 4e31], [0.3, 0.4]])
+    stacked.clip_each([p], 1.0)
+    torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8], [0.3, 0.4]]), rtol=1e-5, atol=0)
+
+
 def test_joint_clipping_is_noticed(split, monkeypatch):
     """The other negative control: the norm of all gradients together is another one."""
     monkeypatch.setattr(stacked, "clip_each", nn.utils.clip_grad_norm_)

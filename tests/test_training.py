@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vaelib
 from vaelib import data, estimators, models, optimizers, runs, training
@@ -170,6 +171,38 @@ def test_clip_limits_the_gradient(split, clip, expected):
     training.train_step(model, estimators.get("elbo-path"), optimizer, x, eps, clip)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     assert norm == pytest.approx(expected, rel=1e-3) if expected else norm > 1
+
+
+HUGE = 1e31  # finite, but its square is infinite in single precision
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_whose_square_overflows_is_brought_down_to_the_limit(compiled):
+    """As torch's own clip does not: its norm is infinite then, and nothing moves any more."""
+    slopes = [torch.tensor([3 * HUGE, 0.0, -1.0]), torch.tensor([[4 * HUGE]])]
+
+    def clipped(*slopes):
+        factor = optimizers.shrinkage(slopes, 5.0)
+        return [factor * slope for slope in slopes]
+
+    if compiled:
+        clipped = make_fx(clipped)(*map(torch.ones_like, slopes))
+    expected = [torch.tensor([3.0, 0.0, 0.0]), torch.tensor([[4.0]])]
+    torch.testing.assert_close(clipped(*slopes), expected, rtol=1e-5, atol=1e-20)
+    torch.testing.assert_close(clipped(*expected), expected, rtol=1e-5, atol=0)  # at the limit already
+    parameters = [nn.Parameter(torch.zeros_like(slope)) for slope in slopes]
+    for p, slope in zip(parameters, slopes):
+        p.grad = slope.clone()
+    nn.utils.clip_grad_norm_(parameters, 5.0)
+    assert all(not p.grad.any() for p in parameters)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_not_made_so_by_the_limit(bad):
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([bad, 1.0])
+    optimizers.clip_gradient([p], 5.0)
+    assert not p.grad.isfinite().all()
 
 
 def test_fit_raises_the_bound_and_returns_the_history(split):

@@ -27,6 +27,7 @@ from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
 from vaelib.estimators import Estimator, LossEstimator
+from vaelib.optimizers import shrinkage
 from vaelib.posteriors import DiagonalGaussian
 from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream, train_step
 
@@ -219,7 +220,7 @@ class SemiAmortised(nn.Module):
             velocity = tuple(map(torch.zeros_like, here))
             for _ in range(self.steps):
                 slope = torch.autograd.grad(self.elbo(x, *here), here, create_graph=learning)
-                shrink = [(self.clip / (part.detach().norm() + 1e-6)).clamp_max(1.0) for part in slope]
+                shrink = [shrinkage([part.detach()], self.clip) for part in slope]
                 velocity = [self.momentum * v + s * g for v, g, s in zip(velocity, slope, shrink)]
                 here = tuple(part + self.lr * v for part, v in zip(here, velocity))
         mean, log_variance = here if learning else (part.detach() for part in here)

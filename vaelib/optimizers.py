@@ -1,4 +1,4 @@
-r"""Optimisers: by name, and their steps as pure functions, for :mod:`vaelib.fast` to trace."""
+r"""Optimisers: by name, and their steps as pure functions, for :mod:`vaelib.fast` to trace; the limit of a gradient."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelib.config import Recipe
 from vaelib.errors import choose
+from vaelib.posteriors import tracing
 
 Values = tuple[Tensor, ...]
 
@@ -136,6 +137,42 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.SGD: Rule((), sgd_factors, sgd_update),
 }
 """The steps of the optimisers in :data:`OPTIMIZERS`."""
+
+# --- the limit of a gradient ------------------------------------------------------------------------------------------
+
+Parts = Sequence[Tensor]
+
+
+def shrinkage(parts: Parts, limit: float, norm: Callable[[Parts], Tensor] = nn.utils.get_total_norm) -> Tensor:
+    r"""Return what brings the norm of ``parts`` down to a limit c, :math:`\min(1, c / \|g\|)`.
+
+    From about 1e19 on, the square of a number is infinite in single precision, and so would be the norm: the factor
+    would be 0, and no step would move anything any more. There the norm is taken once more, in double precision. (That
+    of :func:`torch.nn.utils.clip_grad_norm_` is not.)
+    """
+
+    def factor(parts: Parts) -> Tensor:
+        return (limit / (norm(parts) + 1e-6)).clamp(max=1.0)
+
+    single = factor(parts)
+    if not tracing() and not single.is_cuda and bool((single > 0).all()):
+        return single
+    return torch.where(single > 0, single, factor([part.double() for part in parts]).to(single.dtype))
+
+
+def clip_gradient(parameters: Iterable[Tensor], limit: float) -> None:
+    """Limit the norm of the gradient of all ``parameters`` together, in place."""
+    if slopes := [p.grad for p in parameters if p.grad is not None]:
+        torch._foreach_mul_(slopes, shrinkage(slopes, limit))
+
+
+def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
+    """Limit the norm of each training's gradient, in place; axis 0 of every parameter is the trainings'."""
+    slopes = [p.grad for p in parameters if p.grad is not None]
+    factor = shrinkage(slopes, limit, lambda parts: torch.stack([g.flatten(1).norm(dim=1) for g in parts]).norm(dim=0))
+    for slope in slopes:
+        slope.mul_(factor.view(-1, *[1] * (slope.ndim - 1)))
+
 
 # --- by name ----------------------------------------------------------------------------------------------------------
 

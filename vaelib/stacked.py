@@ -24,6 +24,7 @@ from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator, Row, Weights
+from vaelib.optimizers import clip_each
 from vaelib.posteriors import Latent, as_posterior, draws_by_itself
 from vaelib.training import Diverged, Progress, Training, drawing_from, stream
 
@@ -379,15 +380,6 @@ def join(noise: Sequence[Latent]) -> Latent:
     if isinstance(noise[0], tuple):
         return tuple(torch.cat(layers, 1) for layers in zip(*noise, strict=True))
     return torch.cat(list(noise), 1)
-
-
-def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> None:
-    """Limit the global norm of each training's gradient; axis 0 of every parameter is the trainings'."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
-    factors = (limit / (norms + 1e-6)).clamp(max=1)
-    for p in parameters:
-        p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))
 
 
 def cloned(state: Any) -> Any:

@@ -37,7 +37,7 @@ from vaelib.errors import (
     whole_number,
 )
 from vaelib.estimators import Estimator
-from vaelib.optimizers import RULES, build_optimizer
+from vaelib.optimizers import RULES, build_optimizer, clip_gradient
 from vaelib.posteriors import Latent, map_latent
 
 CHECK_EVERY = 100  # steps between two looks at whether the bounds are finite
@@ -141,7 +141,7 @@ def gradient(
     bound = objectives.backward(estimator, model.joint, q, x, eps(q) if callable(eps) else eps)
     if clip is not None:
         for part in (model,) if joint_clip else (model.joint, model.encoder):
-            nn.utils.clip_grad_norm_(part.parameters(), clip)
+            clip_gradient(part.parameters(), clip)
     return bound
 
 
@@ -503,7 +503,7 @@ class Training:
     def limit(self, parameters: Sequence[Tensor]) -> None:
         """Limit the gradient as the recipe says."""
         if self.recipe.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+            clip_gradient(parameters, self.recipe.clip)
 
     def mean(self, bound: Tensor) -> Tensor:
         """Return what is reported of a batch's bound ``[B]``: its mean, ``[]``."""

@@ -80,7 +80,7 @@ TESTS = {
     "vaelib/collapse.py": ("collapse", "lag"),
     "vaelib/stacked.py": ("stacked",),
     "vaelib/fast.py": ("fast", "training"),
-    "vaelib/optimizers.py": ("training", "fast"),
+    "vaelib/optimizers.py": ("training", "fast", "stacked", "collapse"),
     "vaelib/config.py": ("training", "runs", "reproductions"),
     "vaelib/runs.py": ("runs", "cli"),
     "vaelib/data": ("data", "text"),
