@@ -19,7 +19,7 @@ from vaelib import evaluation, models, objectives
 from vaelib.errors import InputError
 from vaelib.estimators import ESTIMATORS, TABLEAU
 from vaelib.flows import FlowEncoder
-from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, HierarchicalGaussian, stop_gradient
+from vaelib.posteriors import DiagonalGaussian, FactorisedBernoulli, HierarchicalGaussian, stop_gradient, undisturbed
 
 ROWS = pytest.mark.parametrize("row", TABLEAU.values(), ids=lambda row: row.name)
 X = torch.linspace(-1, 1, 4, dtype=DTYPE).unsqueeze(1)
@@ -525,6 +525,22 @@ def test_a_trial_leaves_torch_s_generator_and_the_statistics_as_they_were():
     with pytest.raises(InputError, match="another one each time"):
         gradient("elbo-path", layer, list(layer.parameters()))
     assert torch.equal(state, torch.random.get_rng_state()) and layer.norm.num_batches_tracked == counted
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_trial_calls_modules_on_copies_of_their_buffers(evaluating, scripted):
+    """A graph that holds a buffer can still be differentiated, whatever the trial's calls write to it."""
+    norm = nn.BatchNorm1d(2)
+    norm = torch.jit.script(norm) if scripted else norm
+    z, graph = torch.ones(3, 2), (torch.ones(2, requires_grad=True) * norm.running_mean).sum()
+    with pytest.raises(ZeroDivisionError), undisturbed([norm, norm], z.device, evaluating):
+        assert norm.training is not evaluating
+        norm.eval()
+        norm.running_mean.add_(norm(z).sum() + torch.rand(()))
+        1 / 0
+    assert norm.training and not norm.running_mean.any()
+    graph.backward()
 
 
 def test_a_user_s_own_error_reaches_them_as_it_is():

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from vaelib.bounds import shaped
 from vaelib.errors import InputError
-from vaelib.posteriors import Latent, layers_of, map_latent, modules_in, tracing
+from vaelib.posteriors import Latent, layers_of, map_latent, modules_in, tracing, undisturbed
 
 TRIED: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
 """The joints that were tried, by what they are called from, and in which modes."""
@@ -125,31 +124,11 @@ def mixes(joint: Callable[..., Tensor], x: Tensor, z: Latent, at: tuple[int, int
         return other
 
     def value(x: Tensor, z: Latent) -> Tensor:
-        with torch.no_grad(), _undisturbed(joint, x.device, evaluating):
+        with torch.no_grad(), undisturbed(list(modules_in(joint)), x.device, evaluating):
             return joint(x, z)[at]
 
     before = value(x, z)
     return not close(value(x_other, map_latent(exchanged, z)), before) and close(value(x, z), before)
-
-
-@contextmanager
-def _undisturbed(joint: Callable[..., Tensor], device: torch.device, evaluating: bool) -> Iterator[None]:
-    """Leave torch's generators, and the buffers and the modes of the modules in ``joint``, as they were."""
-    modules = {id(module): module for module in modules_in(joint)}.values()
-    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
-    training = [module for module in modules if module.training] if evaluating else []
-    try:
-        for own, before in buffers:  # the graph of the joint's own call has these in it: a copy is called
-            own.update({name: buffer if buffer is None else buffer.clone() for name, buffer in before.items()})
-        for module in training:
-            module.training = False
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for own, before in buffers:
-            own.update(before)
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -26,7 +26,16 @@ from vaelib.posteriors.convert import Adapted, as_posterior, draws_by_itself
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
 from vaelib.posteriors.stopping import stop_gradient
-from vaelib.posteriors.trial import functions_in, is_foreign, learning_in, modules_in, once, ready, tensors_in
+from vaelib.posteriors.trial import (
+    functions_in,
+    is_foreign,
+    learning_in,
+    modules_in,
+    once,
+    ready,
+    tensors_in,
+    undisturbed,
+)
 
 __all__ = [
     "LOG_2PI",
@@ -64,4 +73,5 @@ __all__ = [
     "tensors_in",
     "times",
     "tracing",
+    "undisturbed",
 ]

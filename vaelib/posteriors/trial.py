@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Any
@@ -180,16 +180,25 @@ def _held(q: Posterior) -> list[Any]:
 
 
 @contextmanager
-def _undisturbed(q: Posterior) -> Iterator[None]:
-    """Leave torch's generator and the buffers of the modules inside ``q`` as they were."""
-    before = [(buffer, buffer.clone()) for network in networks_in(q) for buffer in network.buffers()]
+def undisturbed(modules: Sequence[nn.Module], device: torch.device, evaluating: bool = False) -> Iterator[None]:
+    """Leave torch's generators, and the buffers and modes of ``modules``, as they were; in evaluation mode if asked.
+
+    They are called on copies of their buffers: one that is put back in place would spoil a graph that holds it.
+    """
+    buffers = [(module._buffers, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
+    modes = [(module, module.training) for module in modules]
     try:
-        with torch.random.fork_rng():
+        for own, name, buffer in buffers:
+            own[name] = buffer.clone()
+        for module, mode in modes:
+            module.training = mode and not evaluating
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        for buffer, value in before:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        for own, name, buffer in buffers:
+            own[name] = buffer
+        for module, mode in modes:
+            module.training = mode
 
 
 def try_out(q: Posterior, eps: Latent) -> None:
@@ -197,7 +206,7 @@ def try_out(q: Posterior, eps: Latent) -> None:
     name = type(q).__name__
     rows = max(1, q.strata * layers_of(eps)[0].shape[1])
     few = map_latent(lambda e: e[: q.strata].repeat_interleave(-(-TRIALS // rows), 0), eps)
-    with _undisturbed(q), torch.enable_grad():
+    with undisturbed(list(modules_in(q)), layers_of(eps)[0].device), torch.enable_grad():
         z = q.sample(few)
         if not all(isinstance(layer, Tensor) for layer in layers_of(z)):
             raise InputError(
