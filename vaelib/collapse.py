@@ -27,8 +27,8 @@ from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
 from vaelib.estimators import Estimator, LossEstimator
-from vaelib.optimizers import shrinkage
-from vaelib.posteriors import DiagonalGaussian
+from vaelib.optimizers import Limited, shrinkage
+from vaelib.posteriors import DiagonalGaussian, with_tensors
 from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream, train_step
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -176,8 +176,11 @@ class SemiAmortised(nn.Module):
 
     from :math:`\lambda_0 = (\mu, \log \sigma^2)` of the encoder. The steps are differentiable, so that training the
     last :math:`\lambda` trains the encoder to give a good start, and the decoder through all of them. The derivative is
-    exact, by differentiating twice, where the authors take finite differences; only the factor that clips is held
-    constant. As in their code the ELBO is the batch's mean, so a sentence's step is shorter in a larger batch.
+    exact, by differentiating twice, where the authors take finite differences, but for what limits its growth: as in
+    their code (which does so before it takes the difference, too), the norm of a gradient is limited on the way there,
+    of mean and of log-variance, and at each step on the way back, of both together, and of what the step adds to the
+    decoder's gradient. Without the latter, one long step makes the next decoder a worse one to take steps on.
+    As in their code the ELBO is the batch's mean, so a sentence's step is shorter in a larger batch.
     Introduced in book/05-inference-lag.ipynb.
 
     Parameters
@@ -219,18 +222,27 @@ class SemiAmortised(nn.Module):
             here = tuple(p if learning and p.requires_grad else p.detach().requires_grad_() for p in start)
             velocity = tuple(map(torch.zeros_like, here))
             for _ in range(self.steps):
-                slope = torch.autograd.grad(self.elbo(x, *here), here, create_graph=learning)
+                joint = self._joint[0]
+                if learning:
+                    here, joint = Limited.apply(self.clip, *here), limited(joint, self.clip)
+                slope = torch.autograd.grad(self.elbo(joint, x, *here), here, create_graph=learning)
                 shrink = [shrinkage([part.detach()], self.clip) for part in slope]
                 velocity = [self.momentum * v + s * g for v, g, s in zip(velocity, slope, shrink)]
                 here = tuple(part + self.lr * v for part, v in zip(here, velocity))
         mean, log_variance = here if learning else (part.detach() for part in here)
         return DiagonalGaussian(mean, 0.5 * log_variance)
 
-    def elbo(self, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    def elbo(self, joint: nn.Module, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         """Return the batch's mean ELBO at a posterior, ``[]``."""
         posterior = DiagonalGaussian(mean, 0.5 * log_variance)
         eps = posterior.noise(1, self.generator)
-        return -elbo_kl(self.weight).loss(self._joint[0], posterior, x, eps).mean()
+        return -elbo_kl(self.weight).loss(joint, posterior, x, eps).mean()
+
+
+def limited(module: nn.Module, limit: float) -> nn.Module:
+    """Return the same module, through which a gradient in its parameters has at most the norm ``limit``."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return with_tensors(module, dict(zip(parameters, Limited.apply(limit, *parameters), strict=True)))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -174,6 +174,22 @@ def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
         slope.mul_(factor.view(-1, *[1] * (slope.ndim - 1)))
 
 
+class Limited(torch.autograd.Function):
+    """The identity; on the way back it brings the norm of the gradient in all of its tensors down to a limit."""
+
+    @staticmethod
+    def forward(ctx: Any, limit: float, *tensors: Tensor) -> Values:
+        """Return ``tensors``."""
+        ctx.limit = limit
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the slopes times one factor, which is held constant."""
+        factor = shrinkage([slope.detach() for slope in slopes], ctx.limit)
+        return (None, *(factor * slope for slope in slopes))
+
+
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
