@@ -362,6 +362,73 @@ def test_a_step_of_svi_is_as_long_as_its_limit_where_the_square_of_the_slope_ove
     torch.testing.assert_close(q.mean.detach(), torch.tensor([[3.0, -4.0]]), rtol=1e-5, atol=0)
 
 
+class Bent(nn.Module):
+    """A joint density with two parameters, in which the steps of SVI are not linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.5, 0.4], dtype=torch.float64))
+        self.shift = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def log_likelihood(self, x, z):
+        return -0.5 * (x - self.scale * torch.sin(2 * z) - self.shift * z).square().sum(-1)
+
+
+def backward_by_hand(joint, x, start, noises, end, lr, momentum, clip):
+    """Return the gradient in start and parameters of a loss with the gradient ``end`` in the last lambda.
+
+    A loop of its own from the last step to the first, as the released code's, with Hessian-vector products in the place
+    of differences.
+    """
+
+    def cut(parts, limit):
+        norm = math.sqrt(sum(part.detach().square().sum().item() for part in parts))
+        return [part * min(1.0, limit / (norm + 1e-6)) for part in parts]
+
+    def slope(here, eps):
+        mean, log_variance = here
+        z = mean + (0.5 * log_variance).exp() * eps
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
+        elbo = (joint.log_likelihood(x, z) - kl).mean()
+        return torch.autograd.grad(elbo, here, create_graph=True)
+
+    places, velocity, here = [], [0.0, 0.0], [part.detach() for part in start]
+    for eps in noises:
+        here = [part.detach().requires_grad_() for part in here]
+        slopes = slope(here, eps)
+        factors = [(cut([s], clip)[0].norm() / s.norm()).item() for s in slopes]
+        places.append((here, slopes, factors))
+        velocity = [momentum * v + f * s for v, f, s in zip(velocity, factors, slopes)]
+        here = [part + lr * v for part, v in zip(here, velocity)]
+    parameters, (of_lambda, of_velocity) = list(joint.parameters()), (list(end), [0.0, 0.0])
+    total = [torch.zeros_like(p) for p in parameters]
+    for here, slopes, factors in reversed(places):
+        of_velocity = [v + lr * g for v, g in zip(of_velocity, of_lambda)]
+        ways = [f * v for f, v in zip(factors, of_velocity)]
+        products = torch.autograd.grad(slopes, [*here, *parameters], ways)
+        of_lambda = cut([g + h for g, h in zip(of_lambda, products[:2])], clip)
+        total = [t + p for t, p in zip(total, cut(products[2:], clip))]
+        of_velocity = [momentum * v for v in of_velocity]
+    return [*of_lambda, *total]
+
+
+@pytest.mark.parametrize("clip", [1e6, 0.4, 0.05])
+def test_the_gradient_is_limited_at_each_step_on_the_way_back(clip):
+    """As in the code of Kim et al. (2018): lambda's, and what a step adds to the parameters'."""
+    x = 2 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start, joint = Fixed(torch.tensor([0.3, -0.2]).double(), torch.tensor([-0.4, 0.3]).double()), Bent()
+    settings = {"lr": 0.7, "momentum": 0.5, "clip": clip}
+    generator, same = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    ways = [torch.randn(5, 2, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (2, 3)]
+    q = collapse.SemiAmortised(start, joint, 4, generator=generator, **settings)(x)
+    loss = (q.mean * ways[0] + 2 * q.log_std * ways[1]).sum()
+    found = torch.autograd.grad(loss, [start.mean, start.log_std, *joint.parameters()])
+    first = start(x)
+    noises = [first.noise(1, same)[0] for _ in range(4)]
+    right = backward_by_hand(joint, x, (first.mean, 2 * first.log_std), noises, ways, **settings)
+    torch.testing.assert_close(list(found), [right[0].sum(0), 2 * right[1].sum(0), *right[2:]], rtol=1e-6, atol=1e-9)
+
+
 def test_the_derivative_through_the_steps_is_the_finite_difference(text):
     """Of the LSTM's ELBO after 3 steps, by encoder's and decoder's weights; without the steps it is another."""
     model = small(text).double()
