@@ -103,6 +103,13 @@ def test_the_published_numbers_are_those_of_the_submission():
         assert [table[method][3] for table in ours] == TIMES.get(method, ["", ""])
 
 
+def test_times_of_another_machine_are_not_compared(results):
+    elsewhere = results.assign(device=results["device"].mask(results["method"] == "sa-vae", "another"))
+    for table, blank in ((results, set()), (elsewhere, {"SA-VAE"})):
+        header, *rows = lag.table_beside(None)(table)
+        assert {row[0] for row in rows if row[header.index("time")] == ""} == blank
+
+
 def test_the_figure_draws_every_method(results):
     fig = Figure()
     find("lag-toy").figure(results, fig)

@@ -120,7 +120,6 @@ FAULTS = {
     ],
     "lag-omniglot-check": [
         ("images: aggressive", {"metric": "kl", "at": None, "method": "aggressive", "seed": 0}, lambda kl: kl / 3),
-        ("as long as SA-VAE", {"metric": "training_seconds", "method": "aggressive"}, lambda seconds: 2 * seconds),
     ],
     "lag-images-search-check": [
         ("no place where three", {"metric": "au", "data": "omniglot", "side": 8}, lambda au: 0),

@@ -112,21 +112,21 @@ def test_each_training_s_gradient_is_cut_to_the_limit_and_a_shorter_one_is_left(
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3, 1, 1))]
     parameters[0].grad = torch.tensor([[3.0, 0], [0.3, 0], [0, 0]])
     parameters[1].grad = torch.tensor([4.0, 0.4, 0]).view(3, 1, 1)  # together the norms are 5, 0.5 and 0
-    stacked.clip_each(parameters, 1.0)
+    stacked.clip_gradient(parameters, 1.0, stacked.norm_of_each)
     expected = torch.tensor([[0.6, 0], [0.3, 0], [0, 0]]), torch.tensor([0.8, 0.4, 0]).view(3, 1, 1)
     torch.testing.assert_close([p.grad for p in parameters], list(expected), rtol=1e-5, atol=0)
 
 
 def test_a_gradient_whose_square_overflows_is_cut_to_the_limit_and_its_neighbour_is_left():
-    p = nn.Parameter(torch.zeros(2, 2))
-    p.grad = torch.tensor([[3e31, 4e31], [0.3, 0.4]])
-    stacked.clip_each([p], 1.0)
-    torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8], [0.3, 0.4]]), rtol=1e-5, atol=0)
+    p = nn.Parameter(torch.zeros(3, 2))
+    p.grad = torch.tensor([[3e20, 4e20], [0.3, 0.4], [3e37, 4e37]])
+    stacked.clip_gradient([p], 1.0, stacked.norm_of_each)
+    torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.6, 0.8]]), rtol=1e-5, atol=0)
 
 
 def test_joint_clipping_is_noticed(split, monkeypatch):
     """The other negative control: the norm of all gradients together is another one."""
-    monkeypatch.setattr(stacked, "clip_each", nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(stacked, "norm_of_each", optimizers.norm_of_all)
     alone, together = trainings(split, clip=0.5), trainings(split, clip=0.5)
     for run in alone:
         run.run()

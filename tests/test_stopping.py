@@ -543,6 +543,32 @@ def test_a_trial_calls_modules_on_copies_of_their_buffers(evaluating, scripted):
     graph.backward()
 
 
+def test_a_trial_leaves_buffers_that_are_filled_shared_or_reached_another_way():
+    """One that is None until a call fills it, one of two modules, one in a list beside; and a new one is taken away."""
+
+    class Counting(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.register_buffer("cache", None)
+            self.register_buffer("count", shared)
+            self.kept = [torch.zeros(())]
+            self.register_buffer("inside", self.kept[0])
+
+        def forward(self):
+            self.cache = torch.ones(())
+            self.count += 1
+            self.kept[0].add_(1)
+            self.register_buffer("late", torch.ones(()))
+            return self.count
+
+    shared = torch.zeros(())
+    one, other = Counting(shared), Counting(shared)
+    with undisturbed([one, other], shared.device):
+        assert one() == 1 and other() == 2
+    assert one.cache is None and one.count is shared and other.count is shared and not hasattr(one, "late")
+    assert shared == 0 and one.kept[0] == 0 and one.inside is one.kept[0]
+
+
 def test_a_user_s_own_error_reaches_them_as_it_is():
     class Fault(RuntimeError):
         pass

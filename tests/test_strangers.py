@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -402,6 +403,39 @@ def test_a_joint_may_mix_its_batch_where_it_trains_alone():
     loss = vaelib.loss("elbo-total", joint, q, X, eps=q.noise(3, torch.Generator().manual_seed(0)))
     loss.mean().backward()
     assert norm.training and int(norm.num_batches_tracked) == 1 and torch.equal(before, torch.get_rng_state())
+
+
+def made_by_exec(net):
+    made = {}
+    exec("def apply(net, z):\n    return net(z)", made)
+    return lambda z: made["apply"](net, z)
+
+
+def in_an_object(net):
+    held = SimpleNamespace(inside=[SimpleNamespace(net=net)])
+    return lambda z: held.inside[0].net(z)
+
+
+def beside_a_cycle(net):
+    cycle = {"net": net}
+    cycle["itself"] = cycle
+    return lambda z: cycle["net"](z)
+
+
+def beside_a_frozen_network(net):
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval()))
+    return lambda z: net(z) + 0 * frozen(z)
+
+
+@pytest.mark.parametrize("hidden", [made_by_exec, in_an_object, beside_a_cycle, beside_a_frozen_network])
+def test_a_joint_is_tried_however_it_holds_its_networks(hidden):
+    norm, q = nn.BatchNorm1d(2), DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2))
+    right, apply = closure(numbers(2, 4)), hidden(lambda z: z)
+    with pytest.raises(InputError, match="changes with other draws or observations"):
+        vaelib.loss("elbo-total", lambda x, z: right(x, apply(z)) + z.mean(), q, X)
+    normed = hidden(norm)
+    vaelib.loss("elbo-total", lambda x, z: right(x, normed(z.flatten(0, 1)).view_as(z)), q, X, k=3)
+    assert norm.training and int(norm.num_batches_tracked) == 1
 
 
 class Averaging(nn.Module):

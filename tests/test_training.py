@@ -197,6 +197,37 @@ def test_a_gradient_whose_square_overflows_is_brought_down_to_the_limit(compiled
     assert all(not p.grad.any() for p in parameters)
 
 
+LARGE = {
+    "double precision": [torch.tensor([3e160, 4e160], dtype=torch.float64)],
+    "both precisions": [torch.tensor([3e31]), torch.tensor([4e160], dtype=torch.float64)],
+    "complex numbers": [torch.tensor([3e31j]), torch.tensor([4e31])],
+    "a part without numbers": [torch.zeros(0, 3), torch.tensor([3e31, 4e31])],
+    "many numbers": [torch.full((10_000,), 3e38)],
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_the_limit_holds_whatever_the_numbers_are(kind):
+    parameters = [nn.Parameter(torch.zeros_like(slope)) for slope in LARGE[kind]]
+    for p, slope in zip(parameters, LARGE[kind]):
+        p.grad = slope.clone()
+    optimizers.clip_gradient(iter(parameters), 5.0)
+    norm = math.sqrt(sum(p.grad.abs().double().square().sum().item() for p in parameters))
+    assert norm == pytest.approx(5, rel=1e-5)
+
+
+def test_where_no_square_overflows_the_limit_is_torch_s_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        slopes = [torch.randn(7, 3, generator=generator) * 10.0 ** float(size) for size in range(-2, 3)]
+        ours, theirs = ([nn.Parameter(torch.zeros(7, 3)) for _ in slopes] for _ in range(2))
+        for p, q, slope in zip(ours, theirs, slopes):
+            p.grad, q.grad = slope.clone(), slope.clone()
+        optimizers.clip_gradient(ours, 5.0)
+        nn.utils.clip_grad_norm_(theirs, 5.0)
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs))
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_is_not_made_so_by_the_limit(bad):
     p = nn.Parameter(torch.zeros(2))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.linalg import vector_norm
 
 from vaelib.config import Recipe
 from vaelib.errors import choose
@@ -143,35 +144,43 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
 Parts = Sequence[Tensor]
 
 
-def shrinkage(parts: Parts, limit: float, norm: Callable[[Parts], Tensor] = nn.utils.get_total_norm) -> Tensor:
+def norm_of_all(parts: Parts, order: float = 2) -> Tensor:
+    """Return the norm of all ``parts`` together, ``[]``."""
+    return vector_norm(torch.stack([vector_norm(part, order) for part in parts]), order)
+
+
+def norm_of_each(parts: Parts, order: float = 2) -> Tensor:
+    """Return the norm of each training's share of ``parts``, whose axis 0 is the trainings', ``[S]``."""
+    return vector_norm(torch.stack([vector_norm(part.flatten(1), order, dim=1) for part in parts]), order, dim=0)
+
+
+def shrinkage(parts: Parts, limit: float, norm: Callable[..., Tensor] = norm_of_all) -> Tensor:
     r"""Return what brings the norm of ``parts`` down to a limit c, :math:`\min(1, c / \|g\|)`.
 
     From about 1e19 on, the square of a number is infinite in single precision, and so would be the norm: the factor
-    would be 0, and no step would move anything any more. There the norm is taken once more, in double precision. (That
-    of :func:`torch.nn.utils.clip_grad_norm_` is not.)
+    would be 0, and no step would move anything any more, as with :func:`torch.nn.utils.clip_grad_norm_`. There the
+    largest number is taken out of the norm first.
     """
+    plain = (limit / (norm(parts) + 1e-6)).clamp(max=1.0)
+    if not tracing() and not plain.is_cuda and bool((plain > 0).all()):
+        return plain
+    parts = [part for part in parts if part.numel()]
+    largest = norm(parts, torch.inf)
+    scaled = [part / along_axis_0(largest, part) for part in parts]
+    return torch.where(plain > 0, plain, (limit / norm(scaled) / largest).clamp(max=1.0))
 
-    def factor(parts: Parts) -> Tensor:
-        return (limit / (norm(parts) + 1e-6)).clamp(max=1.0)
 
-    single = factor(parts)
-    if not tracing() and not single.is_cuda and bool((single > 0).all()):
-        return single
-    return torch.where(single > 0, single, factor([part.double() for part in parts]).to(single.dtype))
+def along_axis_0(factor: Tensor, part: Tensor) -> Tensor:
+    """Return a factor, ``[]`` or ``[S]``, in a shape that multiplies ``part`` along its axis 0."""
+    return factor.view(*factor.shape, *[1] * (part.ndim - factor.ndim))
 
 
-def clip_gradient(parameters: Iterable[Tensor], limit: float) -> None:
-    """Limit the norm of the gradient of all ``parameters`` together, in place."""
+def clip_gradient(parameters: Iterable[Tensor], limit: float, norm: Callable[..., Tensor] = norm_of_all) -> None:
+    """Limit the norm of the gradient of all ``parameters`` together, or of each training's, in place."""
     if slopes := [p.grad for p in parameters if p.grad is not None]:
-        torch._foreach_mul_(slopes, shrinkage(slopes, limit))
-
-
-def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
-    """Limit the norm of each training's gradient, in place; axis 0 of every parameter is the trainings'."""
-    slopes = [p.grad for p in parameters if p.grad is not None]
-    factor = shrinkage(slopes, limit, lambda parts: torch.stack([g.flatten(1).norm(dim=1) for g in parts]).norm(dim=0))
-    for slope in slopes:
-        slope.mul_(factor.view(-1, *[1] * (slope.ndim - 1)))
+        factor = shrinkage(slopes, limit, norm)
+        for slope in slopes:
+            slope.mul_(along_axis_0(factor, slope))
 
 
 class Limited(torch.autograd.Function):

@@ -24,7 +24,7 @@ from vaelib.config import Recipe
 from vaelib.data import Split
 from vaelib.errors import InputError
 from vaelib.estimators import Estimator, Row, Weights
-from vaelib.optimizers import clip_each
+from vaelib.optimizers import clip_gradient, norm_of_each
 from vaelib.posteriors import Latent, as_posterior, draws_by_itself
 from vaelib.training import Diverged, Progress, Training, drawing_from, stream
 
@@ -242,7 +242,7 @@ class StackedTraining(Training):
     def limit(self, parameters: Sequence[Tensor]) -> None:
         """Limit the gradient of each training as the recipe says."""
         if self.recipe.clip is not None:
-            clip_each(parameters, self.recipe.clip)
+            clip_gradient(parameters, self.recipe.clip, norm_of_each)
 
     def mean(self, bound: Tensor) -> Tensor:
         """Return the mean bound of each training, ``[S B] -> [S]``."""

@@ -27,6 +27,7 @@ from vaelib.posteriors import (
     layers_of,
     learning_in,
     map_latent,
+    modules_in,
 )
 from vaelib.posteriors.base import standard_normal_log_prob
 from vaelib.posteriors.trial import TRIALS, try_out
@@ -219,7 +220,7 @@ def _faults_of_joint(joint: Any, q: Posterior, x: Tensor) -> Iterator[tuple[bool
     yield value.isfinite().any(), "joint(x, z) is minus infinity for every sample of q"
     yield _close(log_p(x, z), value), "joint(x, z) differs from call to call, as with dropout; call .eval() first"
     for at in ((0, 0), (k - 1, len(x) - 1)):
-        yield not mixes(log_p, x, z, at), mixed_up(at)
+        yield not mixes(log_p, list(modules_in(log_p)), x, z, at), mixed_up(at)
     if moves:
         off = _slope_off(log_p, x, z, other)
         yield (

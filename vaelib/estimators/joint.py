@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,9 +93,9 @@ def try_out(joint: Callable[..., Tensor], x: Tensor, z: Latent, log_p: Tensor) -
         slopes = torch.autograd.grad(log_p[at], live, retain_graph=True, allow_unused=True)
         if not any(slope.count_nonzero() > slope[at].count_nonzero() for slope in slopes if slope is not None):
             return
-    z = map_latent(lambda layer: layer[:2].detach(), z)
+    z, modules = map_latent(lambda layer: layer[:2].detach(), z), list(modules_in(joint))
     try:
-        mixed = mixes(joint, x, z, at) and mixes(joint, x, z, at, evaluating=True)
+        mixed = mixes(joint, modules, x, z, at) and mixes(joint, modules, x, z, at, evaluating=True)
     except Exception:  # whatever it asks of the number of draws
         return
     if mixed:
@@ -110,10 +110,18 @@ def mixed_up(at: tuple[int, int]) -> str:
     )
 
 
-def mixes(joint: Callable[..., Tensor], x: Tensor, z: Latent, at: tuple[int, int], evaluating: bool = False) -> bool:
+def mixes(
+    joint: Callable[..., Tensor],
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    z: Latent,
+    at: tuple[int, int],
+    evaluating: bool = False,
+) -> bool:
     """Whether log p(x, z) of draw ``at[0]`` of observation ``at[1]`` changes if all others are exchanged.
 
-    The joint draws the same random numbers in each call; one that is another in each call all the same does not count.
+    ``modules`` are those in the joint. It draws the same random numbers in each call; one that is another in each call
+    all the same does not count.
     """
     x_other = x.roll(1, 0)
     x_other[at[1]] = x[at[1]]
@@ -124,7 +132,7 @@ def mixes(joint: Callable[..., Tensor], x: Tensor, z: Latent, at: tuple[int, int
         return other
 
     def value(x: Tensor, z: Latent) -> Tensor:
-        with torch.no_grad(), undisturbed(list(modules_in(joint)), x.device, evaluating):
+        with torch.no_grad(), undisturbed(modules, x.device, evaluating):
             return joint(x, z)[at]
 
     before = value(x, z)

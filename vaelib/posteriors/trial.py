@@ -30,6 +30,9 @@ TRIED: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 SETTINGS = (bool, float, str)
 """Classes of a setting of a module, whose whole numbers may count calls."""
 
+LEAVES = (Tensor, type, types.ModuleType, str, int, float, type(None))
+"""Classes of what holds no modules."""
+
 TRIALS = 64
 """Draws of a trial, for all observations together: a layer that is random shows in one of them."""
 
@@ -106,26 +109,29 @@ def learning_in(q: Posterior) -> list[Tensor]:
 
 def modules_in(value: Any) -> Iterator[nn.Module]:
     """Yield the modules of a network, of a posterior, and of what a method, object or function holds or closes over."""
-    rest, seen = list(functions_in(value)), set()
+    rest, seen = [value], {}
     while rest:
         part = rest.pop()
-        if id(part) in seen:
+        if id(part) in seen or isinstance(part, LEAVES):
             continue
-        seen.add(id(part))
+        seen[id(part)] = part
         if isinstance(part, nn.Module):
             for module in part.modules():
                 yield module
-                rest += functions_in([held for name, held in module.__dict__.items() if name not in CONTENT])
+                rest += [held for name, held in module.__dict__.items() if name not in CONTENT]
+        elif isinstance(part, dict | list | tuple | set):
+            rest += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, types.MethodType):
+            rest += part.__self__, part.__func__
         else:
-            held = [getattr(part, "__self__", None), getattr(part, "__func__", None), *_closed_over(part)]
-            rest += functions_in([*held, *getattr(part, "__dict__", {}).values()])
+            rest += [*_closed_over(part), *getattr(part, "__dict__", {}).values()]
 
 
 def _closed_over(function: Any) -> Iterator[Any]:
     """Yield the values of the names that a function, not one of a library, takes from outside of it."""
     if isinstance(function, functools.partial):
         yield from (function.func, *function.args, *function.keywords.values())
-    if not isinstance(function, types.FunctionType) or function.__module__.startswith(("torch.", "vaelib.")):
+    if not isinstance(function, types.FunctionType) or (function.__module__ or "").startswith(("torch.", "vaelib.")):
         return
     yield from (cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())
     codes = [function.__code__]
@@ -185,20 +191,34 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device, evaluating: 
 
     They are called on copies of their buffers: one that is put back in place would spoil a graph that holds it.
     """
-    buffers = [(module._buffers, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
-    modes = [(module, module.training) for module in modules]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+    values = {id(b): (b, b.clone(), version(b)) for _, before in buffers for b in before.values() if b is not None}
+    modes = [(module, module.training) for module in modules if hasattr(module, "training")]
+    copies = {key: value.clone() for key, (_, value, _) in values.items()}
     try:
-        for own, name, buffer in buffers:
-            own[name] = buffer.clone()
+        for own, before in buffers:
+            for name in before:
+                own[name] = copies.get(id(before[name]))
         for module, mode in modes:
             module.training = mode and not evaluating
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        for own, name, buffer in buffers:
-            own[name] = buffer
+        for own, before in buffers:
+            for name in set(own.keys()) - before.keys():
+                del own[name]
+            for name in before:
+                own[name] = before[name]
+        for buffer, value, then in values.values():
+            if version(buffer) != then:  # which the modules reach another way, too
+                buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+def version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place, if it can be."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def try_out(q: Posterior, eps: Latent) -> None:
