@@ -202,6 +202,7 @@ LARGE = {
     "both precisions": [torch.tensor([3e31]), torch.tensor([4e160], dtype=torch.float64)],
     "complex numbers": [torch.tensor([3e31j]), torch.tensor([4e31])],
     "a part without numbers": [torch.zeros(0, 3), torch.tensor([3e31, 4e31])],
+    "a single number": [torch.tensor(3e31), torch.tensor([4e31])],
     "many numbers": [torch.full((10_000,), 3e38)],
 }
 

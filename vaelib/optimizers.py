@@ -172,7 +172,7 @@ def shrinkage(parts: Parts, limit: float, norm: Callable[..., Tensor] = norm_of_
 
 def along_axis_0(factor: Tensor, part: Tensor) -> Tensor:
     """Return a factor, ``[]`` or ``[S]``, in a shape that multiplies ``part`` along its axis 0."""
-    return factor.view(*factor.shape, *[1] * (part.ndim - factor.ndim))
+    return factor.view((*factor.shape, *[1] * (part.ndim - factor.ndim)))
 
 
 def clip_gradient(parameters: Iterable[Tensor], limit: float, norm: Callable[..., Tensor] = norm_of_all) -> None:
