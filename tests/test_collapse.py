@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -427,6 +428,62 @@ def test_the_gradient_is_limited_at_each_step_on_the_way_back(clip):
     noises = [first.noise(1, same)[0] for _ in range(4)]
     right = backward_by_hand(joint, x, (first.mean, 2 * first.log_std), noises, ways, **settings)
     torch.testing.assert_close(list(found), [right[0].sum(0), 2 * right[1].sum(0), *right[2:]], rtol=1e-6, atol=1e-9)
+
+
+class Decoded(nn.Module):
+    """A joint density with a network, called by ``decode``."""
+
+    def __init__(self, net, decode=None):
+        super().__init__()
+        self.net = net
+        self.decode = decode or (lambda z: self.net(z))
+
+    def log_likelihood(self, x, z):
+        return -0.5 * (x - self.decode(z)).square().sum(-1)
+
+
+def through_the_steps(joint, *tensors, clip=0.05):
+    """Return the gradient of one loss in ``tensors`` after four steps."""
+    x = 2 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    start = Fixed(torch.tensor([0.3, -0.2]), torch.tensor([-0.4, 0.3]))
+    q = collapse.SemiAmortised(start, joint, 4, clip=clip, generator=torch.Generator().manual_seed(1))(x)
+    return torch.autograd.grad((q.mean + q.log_std).square().sum(), tensors, allow_unused=True)
+
+
+def bent():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.copy_(2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return net
+
+
+def test_the_way_back_is_limited_however_the_decoder_is_held():
+    net = bent()
+    right = through_the_steps(Decoded(net, net), *net.parameters())
+    free = through_the_steps(Decoded(net, net), *net.parameters(), clip=1e9)
+    assert max(g.norm() for g in right) < 0.2 < max(g.norm() for g in free)
+    held = SimpleNamespace(net=net)
+    for decode in (None, lambda z: net(z), lambda z: held.net(z)):
+        torch.testing.assert_close(through_the_steps(Decoded(net, decode), *net.parameters()), right)
+    scripted = torch.jit.script(net)
+    torch.testing.assert_close(through_the_steps(Decoded(scripted, scripted), *scripted.parameters()), right)
+
+
+def test_what_learns_and_is_no_parameter_has_its_gradient_through_the_steps():
+    net = bent()
+    extra = torch.zeros(2, requires_grad=True)
+    joint = Decoded(net, lambda z: net(z) + extra)
+    bias, same = through_the_steps(joint, net[2].bias, extra, clip=1e9)
+    torch.testing.assert_close(bias, same)
+
+
+def test_the_steps_leave_unused_parameters_alone_and_statistics_live():
+    net, norm = bent(), nn.BatchNorm1d(2)
+    joint = Decoded(net, lambda z: norm(net(z).flatten(0, 1)).view_as(z))
+    joint.norm, joint.unused = norm, nn.Linear(2, 2)
+    used, unused = through_the_steps(joint, norm.bias, joint.unused.weight)
+    assert used.any() and unused is None and norm.num_batches_tracked == 4
 
 
 def test_the_derivative_through_the_steps_is_the_finite_difference(text):

@@ -1,5 +1,6 @@
 """Posteriors, joints and estimators of other people: a right number, or a sentence that says what is the matter."""
 
+import weakref
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
@@ -436,6 +437,39 @@ def test_a_joint_is_tried_however_it_holds_its_networks(hidden):
     normed = hidden(norm)
     vaelib.loss("elbo-total", lambda x, z: right(x, normed(z.flatten(0, 1)).view_as(z)), q, X, k=3)
     assert norm.training and int(norm.num_batches_tracked) == 1
+
+
+class Odd:
+    """Answers whatever it is asked for."""
+
+    __slots__ = ("net",)
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+def test_odd_objects_in_reach_are_no_obstacle():
+    q, right = DiagonalGaussian(numbers(len(X), 2, seed=1), numbers(len(X), 2, seed=2)), closure(numbers(2, 4))
+    gone = weakref.proxy(nn.Linear(2, 2))
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval()))
+    held = SimpleNamespace(odd=Odd(), gone=gone, lazy=nn.LazyBatchNorm1d(), frozen=frozen)
+    assert vaelib.loss("elbo-total", lambda x, z: (right(x, z), held)[0], q, X, k=3).isfinite().all()
+    with pytest.raises(InputError, match="changes with other draws or observations"):
+        vaelib.loss("elbo-total", lambda x, z: (right(x, z) + z.mean(), held)[0], q, X, k=3)
+    model = models.VAE(lambda x, z: (right(x, z), held)[0], lambda x: q, binary=False)
+    assert evaluation.log_likelihood(model, X, 4, batch_size=len(X)).isfinite().all()
+
+
+def test_an_object_that_holds_model_and_joint_does_not_hide_weights_of_the_encoder():
+    model = models.build("mlp-1", 4, generator=torch.Generator().manual_seed(0), hidden=3, latent=2)
+    run = SimpleNamespace(model=SimpleNamespace(joint=model.joint, encoder=model.encoder))
+    x = X.round().clamp(0, 1)
+    means = []
+    for joint in (model.joint, lambda x, z: run.model.joint(x, z)):
+        options = {"draws": 10, "wrt": "encoder", "generator": torch.Generator().manual_seed(0)}
+        found = gradients.measure(["elbo-path"], joint, model.encoder, x, **options)
+        means.append(found["elbo-path"].mean)
+    torch.testing.assert_close(*means)
 
 
 class Averaging(nn.Module):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vaelib import evaluation
 from vaelib.bounds import divergence, log_likelihood, prior_of
@@ -28,7 +29,7 @@ from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
 from vaelib.estimators import Estimator, LossEstimator
 from vaelib.optimizers import Limited, shrinkage
-from vaelib.posteriors import DiagonalGaussian, with_tensors
+from vaelib.posteriors import DiagonalGaussian
 from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream, train_step
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -216,33 +217,35 @@ class SemiAmortised(nn.Module):
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Return the improved posterior for ``x``."""
         learning = torch.is_grad_enabled()
-        posterior = self.encoder(x)
+        posterior, elbo = self.encoder(x), Elbo(self._joint[0], elbo_kl(self.weight))
         start = (posterior.mean, 2 * posterior.log_std)
+        parameters = {name: p for name, p in elbo.named_parameters() if p.requires_grad and learning}
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # its LSTM has no second derivative
             here = tuple(p if learning and p.requires_grad else p.detach().requires_grad_() for p in start)
             velocity = tuple(map(torch.zeros_like, here))
             for _ in range(self.steps):
-                joint = self._joint[0]
-                if learning:
-                    here, joint = Limited.apply(self.clip, *here), limited(joint, self.clip)
-                slope = torch.autograd.grad(self.elbo(joint, x, *here), here, create_graph=learning)
+                here = Limited.apply(self.clip, *here)
+                decoder = dict(zip(parameters, Limited.apply(self.clip, *parameters.values())))
+                value = functional_call(elbo, decoder, (x, *here, self.generator))
+                slope = torch.autograd.grad(value, here, create_graph=learning)
                 shrink = [shrinkage([part.detach()], self.clip) for part in slope]
                 velocity = [self.momentum * v + s * g for v, g, s in zip(velocity, slope, shrink)]
                 here = tuple(part + self.lr * v for part, v in zip(here, velocity))
         mean, log_variance = here if learning else (part.detach() for part in here)
         return DiagonalGaussian(mean, 0.5 * log_variance)
 
-    def elbo(self, joint: nn.Module, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Return the batch's mean ELBO at a posterior, ``[]``."""
+
+class Elbo(nn.Module):
+    """A batch's mean ELBO at a posterior, as a function of that and of the joint density's parameters."""
+
+    def __init__(self, joint: nn.Module, objective: LossEstimator) -> None:
+        super().__init__()
+        self.joint, self.objective = joint, objective
+
+    def forward(self, x: Tensor, mean: Tensor, log_variance: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return it, ``[]``."""
         posterior = DiagonalGaussian(mean, 0.5 * log_variance)
-        eps = posterior.noise(1, self.generator)
-        return -elbo_kl(self.weight).loss(joint, posterior, x, eps).mean()
-
-
-def limited(module: nn.Module, limit: float) -> nn.Module:
-    """Return the same module, through which a gradient in its parameters has at most the norm ``limit``."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return with_tensors(module, dict(zip(parameters, Limited.apply(limit, *parameters), strict=True)))
+        return -self.objective.loss(self.joint, posterior, x, posterior.noise(1, generator)).mean()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

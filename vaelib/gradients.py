@@ -550,12 +550,12 @@ def named(estimators: Iterable[Estimator | str]) -> list[Estimator]:
 
 def parameters_in(part: Any) -> set[Tensor]:
     """Return the parameters of what holds modules, or closes over them."""
-    return {p for module in modules_in(part) for p in module.parameters()}
+    return {p for module in modules_in(part, objects=False) for p in module.parameters()}
 
 
 def own(part: Any, copies: dict[int, Any]) -> Any:
     """Return a copy of a network or of what holds networks; a plain function as it is."""
-    for value in [value for module in modules_in(part) for value in vars(module).values()]:
+    for value in [value for module in modules_in(part, objects=False) for value in vars(module).values()]:
         if isinstance(value, Tensor) and not value.is_leaf:  # what a hook has made of the parameters
             copies[id(value)] = value.detach()
     return copy.deepcopy(part, copies)

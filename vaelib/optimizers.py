@@ -161,6 +161,7 @@ def shrinkage(parts: Parts, limit: float, norm: Callable[..., Tensor] = norm_of_
     would be 0, and no step would move anything any more, as with :func:`torch.nn.utils.clip_grad_norm_`. There the
     largest number is taken out of the norm first.
     """
+    parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
     plain = (limit / (norm(parts) + 1e-6)).clamp(max=1.0)
     if not tracing() and not plain.is_cuda and bool((plain > 0).all()):
         return plain
@@ -187,16 +188,21 @@ class Limited(torch.autograd.Function):
     """The identity; on the way back it brings the norm of the gradient in all of its tensors down to a limit."""
 
     @staticmethod
-    def forward(ctx: Any, limit: float, *tensors: Tensor) -> Values:
+    def forward(limit: float, *tensors: Tensor) -> Values:
         """Return ``tensors``."""
-        ctx.limit = limit
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the slopes times one factor, which is held constant."""
-        factor = shrinkage([slope.detach() for slope in slopes], ctx.limit)
-        return (None, *(factor * slope for slope in slopes))
+    def setup_context(ctx: Any, inputs: tuple, output: Values) -> None:
+        """Keep the limit."""
+        ctx.limit = inputs[0]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the slopes times one factor, which is held constant; None for a tensor that counts for nothing."""
+        factor = shrinkage([slope.detach() for slope in slopes if slope is not None], ctx.limit)
+        return (None, *(slope if slope is None else factor * slope for slope in slopes))
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from vaelib.posteriors.base import (
 from vaelib.posteriors.convert import Adapted, as_posterior, draws_by_itself
 from vaelib.posteriors.discrete import MAX_STATES, Discrete, FactorisedBernoulli, OneHotCategorical, gumbel
 from vaelib.posteriors.gaussian import DiagonalGaussian, FullGaussian, HierarchicalGaussian, Mixture
-from vaelib.posteriors.stopping import stop_gradient, with_tensors
+from vaelib.posteriors.stopping import stop_gradient
 from vaelib.posteriors.trial import (
     functions_in,
     is_foreign,
@@ -74,5 +74,4 @@ __all__ = [
     "times",
     "tracing",
     "undisturbed",
-    "with_tensors",
 ]

@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -41,11 +41,6 @@ def stop_gradient(module: Callable[..., Any]) -> Callable[..., Any]:
         for a scripted module, which cannot be copied.
     """
     return _still(module, {})
-
-
-def with_tensors(module: nn.Module, tensors: Mapping[Tensor, Tensor]) -> nn.Module:
-    """Return the same module with other tensors in the place of some of its own, and the rest held constant."""
-    return _still(module, {id(own): other for own, other in tensors.items()})
 
 
 def _still(value: Any, known: dict[int, Any]) -> Any:

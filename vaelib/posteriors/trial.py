@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform, _InverseTransform
+from torch.nn.parameter import is_lazy
 
 from vaelib.errors import InputError
 from vaelib.posteriors.base import Latent, Posterior, layers_of, map_latent, tracing
@@ -30,7 +31,7 @@ TRIED: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 SETTINGS = (bool, float, str)
 """Classes of a setting of a module, whose whole numbers may count calls."""
 
-LEAVES = (Tensor, type, types.ModuleType, str, int, float, type(None))
+LEAVES = (Tensor, type, types.ModuleType, weakref.ProxyType, weakref.CallableProxyType, str, int, float, type(None))
 """Classes of what holds no modules."""
 
 TRIALS = 64
@@ -107,24 +108,36 @@ def learning_in(q: Posterior) -> list[Tensor]:
     return [p for network in networks_in(q) for p in network.parameters() if p.requires_grad]
 
 
-def modules_in(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules of a network, of a posterior, and of what a method, object or function holds or closes over."""
+def modules_in(value: Any, objects: bool = True) -> Iterator[nn.Module]:
+    """Yield the modules of a network, of a posterior, and of what a method, object or function holds or closes over.
+
+    Without ``objects`` not those behind an object that is none of these, which may hold them for somebody else.
+    """
     rest, seen = [value], {}
     while rest:
         part = rest.pop()
-        if id(part) in seen or isinstance(part, LEAVES):
+        if id(part) in seen or issubclass(type(part), LEAVES):  # isinstance would ask the object itself
             continue
         seen[id(part)] = part
         if isinstance(part, nn.Module):
             for module in part.modules():
-                yield module
-                rest += [held for name, held in module.__dict__.items() if name not in CONTENT]
+                if hasattr(module, "training"):  # a frozen script has no modes, and no parameters
+                    yield module
+                rest += [held for name, held in _attributes(module).items() if name not in CONTENT]
         elif isinstance(part, dict | list | tuple | set):
             rest += part.values() if isinstance(part, dict) else part
         elif isinstance(part, types.MethodType):
             rest += part.__self__, part.__func__
-        else:
-            rest += [*_closed_over(part), *getattr(part, "__dict__", {}).values()]
+        elif objects or callable(part) or isinstance(part, Posterior | Transform):
+            rest += [*_closed_over(part), *_attributes(part).values()]
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that stand in it, whatever it answers when it is asked for others."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
 
 
 def _closed_over(function: Any) -> Iterator[Any]:
@@ -192,13 +205,14 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device, evaluating: 
     They are called on copies of their buffers: one that is put back in place would spoil a graph that holds it.
     """
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
-    values = {id(b): (b, b.clone(), version(b)) for _, before in buffers for b in before.values() if b is not None}
-    modes = [(module, module.training) for module in modules if hasattr(module, "training")]
+    kept = [b for _, before in buffers for b in before.values() if b is not None and not is_lazy(b)]
+    values = {id(buffer): (buffer, buffer.clone(), version(buffer)) for buffer in kept}
+    modes = [(module, module.training) for module in modules]
     copies = {key: value.clone() for key, (_, value, _) in values.items()}
     try:
         for own, before in buffers:
             for name in before:
-                own[name] = copies.get(id(before[name]))
+                own[name] = copies.get(id(before[name]), before[name])
         for module, mode in modes:
             module.training = mode and not evaluating
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
