@@ -270,6 +270,31 @@ def test_a_compiled_training_is_the_same_training():
     assert_same_to_rounding([eager], [compiled])
 
 
+class OneParameter(nn.Module):
+    """A joint density whose shift is all that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x, z):
+        return -(x - self.shift - z).square().sum(-1) - 0.5 * z.square().sum(-1)
+
+
+@needs_compiler
+def test_a_compiled_step_limits_the_gradient_of_a_single_parameter():
+    """Torch's own norm of a list of one tensor ends the whole process there."""
+    split, left = Split.of(torch.rand(40, 6).numpy()), []
+    for compile in (False, True):
+        model = models.VAE(OneParameter(), lambda x: DiagonalGaussian(x, torch.zeros_like(x)), binary=False)
+        recipe = Recipe(epochs=2, batch_size=10, clip=0.1, optimizer="sgd")
+        run = Training(model, split, "elbo-path", recipe, compile=compile)
+        run.run()
+        left.append(model.joint.shift.detach())
+    assert run.whole.works and run.whole.traces
+    torch.testing.assert_close(*left)
+
+
 # What a trace takes for constant
 
 
@@ -670,31 +695,6 @@ def test_torch_without_its_compiler_is_caught(monkeypatch):
     with pytest.warns(UserWarning, match="torch.compile does not work here .*install a C.. compiler"):
         whole(batches[:1])
     assert not whole.works
-
-
-class OneParameter(nn.Module):
-    """A joint density whose shift is all that learns."""
-
-    def __init__(self):
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(6))
-
-    def forward(self, x, z):
-        return -(x - self.shift - z).square().sum(-1) - 0.5 * z.square().sum(-1)
-
-
-@needs_compiler
-def test_a_compiled_step_limits_the_gradient_of_a_single_parameter():
-    """Torch's own norm of a list of one tensor ends the whole process there."""
-    split, left = Split.of(torch.rand(40, 6).numpy()), []
-    for compile in (False, True):
-        model = models.VAE(OneParameter(), lambda x: DiagonalGaussian(x, torch.zeros_like(x)), binary=False)
-        recipe = Recipe(epochs=2, batch_size=10, clip=0.1, optimizer="sgd")
-        run = Training(model, split, "elbo-path", recipe, compile=compile)
-        run.run()
-        left.append(model.joint.shift.detach())
-    assert run.whole.works and run.whole.traces
-    torch.testing.assert_close(*left)
 
 
 @needs_gpu
