@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,6 +142,14 @@ def test_five_thousand_draws_a_hundred_at_a_time_if_nothing_is_said(toy):
     model.joint.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[1].shape)))
     evaluation.log_likelihood(model, x.repeat(4, 1)[:101])
     assert Counter(seen) == {(1, 1, 2): 2, (2, 100, 2): 2, (100, 100, 2): 50, (100, 1, 2): 50}
+
+
+def test_numpy_s_whole_numbers_are_whole_numbers(toy):
+    found = [
+        evaluation.log_likelihood(*toy, samples=number(6), chunk=number(4), generator=torch.Generator().manual_seed(0))
+        for number in (int, np.int64)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_bad_numbers_are_named(toy):

@@ -340,6 +340,23 @@ def test_bad_names_and_sizes_are_named():
             models.build(name, 10, **sizes)
 
 
+@pytest.mark.parametrize("name", ["linear", "mlp-1", "pixelcnn", "cosine"])
+@pytest.mark.parametrize(
+    ("pixels", "given", "message"),
+    [
+        (0, {}, "data_dim must be a whole number of at least 1, but is 0"),
+        ((3, 3), {}, r"data_dim must be a whole number of at least 1, but is \(3, 3\)"),
+        (9, {"mean": torch.zeros(4)}, r"mean must be a tensor \[9\] of .*, but is a tensor \[4\]"),
+        (9, {"mean": [0.5] * 9}, r"mean must be a tensor \[9\] of .*, but is a list"),
+        (9, {"mean": torch.full((9,), math.nan)}, "mean must be .* finite numbers.*, but holds one that is not"),
+        (9, {"shape": (2, 2)}, r"shape must be that of 9 pixels, but is \(2, 2\)"),
+    ],
+)
+def test_a_model_of_other_data_is_refused(name, pixels, given, message):
+    with pytest.raises(InputError, match=message):
+        models.build(name, pixels, **given)
+
+
 def test_a_guided_model_has_the_prior_of_its_model():
     """Also where it is not the one that comes of itself: bits that are rarely 0."""
     generator = torch.Generator().manual_seed(0)

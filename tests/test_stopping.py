@@ -515,6 +515,17 @@ def test_dropout_before_the_parameters_of_q_is_no_fault(row):
         torch.testing.assert_close(value, row.value(model.joint(x, q.sample(eps)) - q.log_prob(q.sample(eps))))
 
 
+@ROWS
+def test_a_posterior_with_networks_has_its_loss_in_inference_mode(row):
+    model, x = models.build("mlp-1-flow", 6, generator=seeded(), hidden=5, latent=3), torch.ones(4, 6)
+    losses = []
+    for mode in (torch.inference_mode, torch.no_grad):  # the first is that of the trial
+        with mode():
+            q = model.encoder(x)
+            losses.append(row.loss(model.joint, q, x, q.noise(3, seeded(1))).clone())
+    torch.testing.assert_close(*losses)
+
+
 def test_a_trial_leaves_torch_s_generator_and_the_statistics_as_they_were():
     layer = Statistics()
     state = torch.random.get_rng_state()

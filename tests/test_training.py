@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -409,11 +410,22 @@ def test_a_learning_rate_far_too_high_is_told(split):
         ({"adam_eps": -1e-8}, "adam_eps must be a positive number"),
         ({"clip": 0}, "clip must be a positive number"),
         ({"shuffle": 1}, "shuffle must be true or false, but is 1"),
+        ({"k": np.int64(0)}, "k must be a whole number of at least 1"),
+        ({"k": np.float64(2)}, "k must be a whole number of at least 1"),
+        ({"lr": np.float32("nan")}, "lr must be a positive number"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant(values, sentence):
     with pytest.raises(InputError, match=sentence):
         Recipe(**values)
+
+
+def test_a_recipe_of_numpy_s_numbers_is_that_of_python_s():
+    """As a sweep has them: for seed in np.arange(5), for lr in np.logspace(-4, -2)."""
+    values = {"k": np.int32(2), "seed": np.int64(3), "lr": np.float64(0.5), "clip": np.float32(0.25)}
+    recipe = Config(**values, shuffle=np.bool_(False), sizes={"latent": np.uint8(4)})
+    same = Config(k=2, seed=3, lr=0.5, clip=0.25, shuffle=False, sizes={"latent": 4})
+    assert recipe == same and json.loads(json.dumps(asdict(recipe))) == asdict(same)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vaelib.errors import InputError, between, choose, positive, shown, true_or_false, typed, whole_number
+from vaelib.errors import InputError, between, choose, plain, positive, shown, true_or_false, typed, whole_number
 
 LOGS = {"tensorboard": "TensorBoard"}
 LONGEST = 4096  # bytes of a path on Linux
@@ -34,9 +34,9 @@ def is_name(value: Any) -> bool:
         return False
 
 
-def names(recipe: Any, *fields: str) -> None:
+def names(recipe: Any, *which: str) -> None:
     """Raise InputError unless these fields of a recipe are names, whatever they are names of."""
-    for name in fields:
+    for name in which:
         if not is_name(value := getattr(recipe, name)):
             raise InputError(f"{typed(name)} must be a name, but is {shown(value)}")
 
@@ -71,6 +71,8 @@ class Recipe:
     seed: int = setting(0, "Seed of weights, data order, binarisation, noise and random layers, a stream for each.")
 
     def __post_init__(self) -> None:
+        for name in (one.name for one in fields(self)):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("k", "batch_size", "epochs"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0, most=2**63 - 1)
@@ -126,6 +128,7 @@ class Config(Recipe):
             raise InputError(
                 f"sizes must map names to whole numbers, such as {{'latent': 8}}, but is {shown(self.sizes)}"
             )
+        object.__setattr__(self, "sizes", {name: plain(value) for name, value in self.sizes.items()})
         for name, value in self.sizes.items():
             whole_number(f"size {shown(name)}", value, least=1)
         between("checkpoint_seconds", self.checkpoint_seconds, 0, math.inf)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import numpy as np
+
 Value = TypeVar("Value")
 
 OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("options", default={})
@@ -92,8 +94,14 @@ def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
     raise InputError(f"no {what} is called {shown(name)}{hint} choose from: {', '.join(options)}")
 
 
+def plain(value: Any) -> Any:
+    """Return a number of NumPy's as Python's own, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
     """Raise InputError unless ``value`` is a whole number of at least ``least``, and no more than ``most``."""
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{typed(name)} must be a whole number of at least {least}, but is {shown(value)}")
     if value > most:
@@ -102,12 +110,13 @@ def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> No
 
 def true_or_false(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is one of these."""
-    if not isinstance(value, bool):
+    if not isinstance(plain(value), bool):
         raise InputError(f"{typed(name)} must be true or false, but is {shown(value)}")
 
 
 def is_finite(value: Any) -> bool:
     """Tell whether ``value`` is a number that a float can hold: not NaN, not infinite, no whole number beyond them."""
+    value = plain(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -643,8 +643,8 @@ class Training:
         """Return the loss of the coming batch, ``[B]``."""
         with torch.enable_grad():
             x = self.split.batch(self.index(1)[0], self.streams["binarisation"])
-            before, q = x._version, posteriors.as_posterior(self.model.encoder(x))
-            if x._version != before:
+            before, q = posteriors.version(x), posteriors.as_posterior(self.model.encoder(x))
+            if posteriors.version(x) != before:
                 raise InputError(
                     "the encoder changes x in place, and with it the data: leave x as it is, such as x * 2 for "
                     "x.mul_(2), or ReLU() for ReLU(inplace=True)"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vaelib.bounds import shaped
 from vaelib.errors import InputError
-from vaelib.posteriors import Latent, layers_of, map_latent, modules_in, tracing, undisturbed
+from vaelib.posteriors import Latent, layers_of, map_latent, modules_in, tracing, undisturbed, version
 
 TRIED: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
 """The joints that were tried, by what they are called from, and in which modes."""
@@ -32,10 +32,10 @@ def log_joint(joint: Callable[..., Tensor], x: Tensor, z: Latent) -> Tensor:
         if it is of another shape, if x or z is another one then, or if draws or observations are mixed up in it, which
         is tried once.
     """
-    given = [] if tracing() else [part for part in (x, *layers_of(z)) if not part.is_inference()]
-    before = [part._version for part in given]
+    given = () if tracing() else (x, *layers_of(z))
+    before = [version(part) for part in given]
     log_p = joint(x, z)
-    if [part._version for part in given] != before:
+    if [version(part) for part in given] != before:
         raise InputError(
             "joint(x, z) changes x or z in place, which q and the other estimators see too: leave them as they are, "
             "such as z * 2 for z.mul_(2), or ReLU() for ReLU(inplace=True)"

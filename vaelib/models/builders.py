@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vaelib.errors import choose, whole_number
+from vaelib.errors import InputError, choose, shown, whole_number
 from vaelib.flows import AffineCoupling, FlowEncoder
 from vaelib.layers import linear, tanh_layers
 from vaelib.models.convolutional import conv, conv_gaussian, conv_logistic
@@ -221,12 +221,21 @@ def build(
     Raises
     ------
     InputError
-        for a name that does not exist, a size the model does not have, or a size below 1.
+        for a name that does not exist, a size the model does not have, a size below 1, or a mean or shape of other
+        data.
     """
     builder = builder_of(name) if isinstance(name, str) and ":" in name else choose("model", name, MODELS)
     for size, value in sizes.items():
         choose(f"size of model '{name}'", size, getattr(builder, "__kwdefaults__", None) or {})
         whole_number(f"{size} of model '{name}'", value, least=1)
+    whole_number("data_dim", data_dim, least=1)
+    fits = isinstance(mean, Tensor) and mean.shape == (data_dim,)
+    if mean is not None and not (fits and mean.isfinite().all()):
+        kind = f"tensor {list(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+        found = "holds one that is not" if fits else f"is a {kind}"
+        raise InputError(f"mean must be a tensor [{data_dim}] of finite numbers, one for each pixel, but {found}")
+    if shape is not None and math.prod(shape) != data_dim:
+        raise InputError(f"shape must be that of {data_dim} pixels, but is {shown(shape)}")
     start = Start(data_dim, mean, generator, shape)
     if ":" not in name:
         return builder(start, **sizes)

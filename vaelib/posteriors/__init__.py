@@ -35,6 +35,7 @@ from vaelib.posteriors.trial import (
     ready,
     tensors_in,
     undisturbed,
+    version,
 )
 
 __all__ = [
@@ -74,4 +75,5 @@ __all__ = [
     "times",
     "tracing",
     "undisturbed",
+    "version",
 ]

@@ -248,10 +248,10 @@ def try_out(q: Posterior, eps: Latent) -> None:
                 f"is a {type(z).__name__}"
             )
         held = map_latent(Tensor.detach, z)
-        before = [layer._version for layer in layers_of(held)]
+        before = [version(layer) for layer in layers_of(held)]
         if not isinstance(log_q := q.log_prob(held), Tensor):
             raise InputError(f"log_prob(z) of a {name} must be a tensor [K, B], but is a {type(log_q).__name__}")
-        if [layer._version for layer in layers_of(held)] != before:
+        if [version(layer) for layer in layers_of(held)] != before:
             raise InputError(
                 f"the density of this {name} changes z in place: let its networks leave what they are given, such as "
                 "ReLU() for ReLU(inplace=True)"
