@@ -186,6 +186,16 @@ def test_a_prior_that_is_not_told_is_not_guessed():
     assert evaluation.kl_by_unit(Wide(), q) is None
 
 
+def test_a_distribution_of_pytorch_is_its_gaussian():
+    joint, x = models.build("mlp-1", 6, hidden=8, latent=2).joint, torch.ones(4, 6)
+    q = DiagonalGaussian(torch.linspace(-1, 1, 8).view(4, 2), torch.full((4, 2), -0.3))
+    normal = torch.distributions.Normal(q.mean, q.log_std.exp())
+    torch.testing.assert_close(bounds.divergence(joint, normal), bounds.divergence(joint, q))
+    z = q.sample(q.noise(3, torch.Generator().manual_seed(0)))
+    for form in bounds.FORMS:
+        torch.testing.assert_close(*(bounds.estimate(form, "elbo", joint, x, one, z) for one in (normal, q)))
+
+
 def test_a_mixture_is_averaged_by_its_shares():
     """The bounds of stratified draws, written out with the weights C pi; and without them they are others."""
     joint = models.build("linear", 5, latent=2, generator=torch.Generator().manual_seed(0)).double().joint

@@ -506,3 +506,8 @@ def test_the_joints_here_keep_the_contract(kind):
 def test_bits_that_do_not_move_ask_for_no_gradient(tried):
     q = FactorisedBernoulli(tried["x"][:, :2])
     checks.contract(lambda x, z: joint(x, z.detach()), q=q, x=tried["x"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_contract_is_tried_on_the_device_of_the_posterior():
+    checks.contract(DiagonalGaussian(torch.zeros(2, 3, device="cuda"), torch.zeros(2, 3, device="cuda")))

@@ -876,3 +876,84 @@ def test_a_normalised_encoder_keeps_its_means_apart_and_its_divergence_up():
     scaled = q_of(x).mean - normalised.norm.running_mean
     expected = 0.7 * scaled / (normalised.norm.running_var + normalised.norm.eps).sqrt() + 0.2
     torch.testing.assert_close(normalised(x).mean, expected)
+
+
+class Normals(nn.Module):
+    """An encoder that returns what PyTorch has."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        mean, log_std = self.head(x).chunk(2, -1)
+        return torch.distributions.Normal(mean, log_std.exp())
+
+
+class Gaussians(Normals):
+    """The same as a DiagonalGaussian."""
+
+    def forward(self, x):
+        return DiagonalGaussian(*self.head(x).chunk(2, -1))
+
+
+def bits(seed=0):
+    return torch.bernoulli(torch.full((60, 6), 0.5), generator=torch.Generator().manual_seed(seed))
+
+
+def of_encoder(kind, wrap=lambda encoder: encoder):
+    torch.manual_seed(0)
+    joint = models.build("mlp-1", 6, generator=torch.Generator().manual_seed(0), hidden=8, latent=2).joint
+    return models.VAE(joint, wrap(kind()), binary=True)
+
+
+@pytest.mark.parametrize("method", ["plain", "sa-vae", "aggressive", "free-bits"])
+@pytest.mark.parametrize("wrap", [lambda encoder: encoder, lambda encoder: collapse.Normalised(encoder, 2)])
+def test_an_encoder_that_returns_a_distribution_of_pytorch_is_trained_as_its_gaussian(wrap, method):
+    split, recipe = data.Split.of(bits()), {"epochs": 2, "batch_size": 20, "lr": 0.1, "most": 4, "block": 2}
+    changes = {"svi_steps": 2} if method == "sa-vae" else {}
+    of_torch, ours = (
+        collapse.fit(of_encoder(kind, wrap), split, split, method, **recipe, **changes) for kind in (Normals, Gaussians)
+    )
+    for name in ("bound", "nll_bound", "kl", "mi", "au"):
+        assert [record[name] for record in of_torch] == pytest.approx([record[name] for record in ours], rel=1e-4)
+
+
+def test_the_kl_form_says_that_bits_have_no_path():
+    model, split = models.build("mlp-1-bernoulli", 6, hidden=8, latent=2), data.Split.of(bits())
+    with pytest.raises(InputError, match=r"'elbo-kl\(1, 0\)' is reparameterised: .* FactorisedBernoulli does not"):
+        collapse.fit(model, split, split, epochs=1)
+    assert collapse.measure(model, bits())["kl"] > 0  # there is nothing wrong with its value
+
+
+def test_a_second_training_has_steps_of_its_own_or_none():
+    split, model = data.Split.of(bits()), of_encoder(Gaussians)
+    encoder = model.encoder
+    collapse.fit(model, split, split, "sa-vae-anneal", epochs=1, svi_steps=3, warm_up=100)
+    assert (model.encoder.encoder, model.encoder.weight < 1) == (encoder, True)
+    collapse.fit(model, split, split, "sa-vae", epochs=1, svi_steps=2)
+    assert (model.encoder.encoder, model.encoder.steps, model.encoder.weight) == (encoder, 2, 1.0)
+    collapse.fit(model, split, split, epochs=1)
+    assert model.encoder is encoder
+
+
+def test_what_is_measured_is_that_of_the_evaluation_mode():
+    """Whatever mode the model is in, which stays as it is, with its statistics."""
+    model = of_encoder(Gaussians, lambda encoder: collapse.Normalised(encoder, 2))
+    model.joint.decode.hidden.append(nn.Dropout(0.5))
+    model.encoder(bits(1))
+    grid = torch.cartesian_prod(*[torch.linspace(-3, 3, 7)] * 2)
+    found, before = [], {name: value.clone() for name, value in model.state_dict().items()}
+    for training_mode in (True, False, True):
+        model.train(training_mode)
+        measured = collapse.measure(model, bits(), 20, torch.Generator().manual_seed(0))
+        found.append((measured, collapse.posterior_mean(model.joint, bits(), grid).tolist()))
+        assert model.training == training_mode and model.encoder.norm.training == training_mode
+    assert found[0] == found[1] == found[2]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_mistyped_field_of_the_recipe_is_told_from_others():
+    split = data.Split.of(bits())
+    with pytest.raises(InputError, match="no field of the recipe is called 'first_decy', did you mean 'first_decay'"):
+        collapse.fit(of_encoder(Gaussians), split, split, first_decy=1)

@@ -19,7 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -985,8 +987,8 @@ def test_real_sets_have_their_published_shape(name, sizes, counts):
 @pytest.mark.parametrize(
     ("item", "sentence"),
     [
-        ((torch.zeros(2, 2), 0.7), "the labels of a Dataset must be whole numbers, but one is 0.7"),
-        ((torch.zeros(2, 2), "cat"), "the labels of a Dataset must be whole numbers, but one is 'cat'"),
+        ((torch.zeros(2, 2), 0.7), "labels must be whole numbers, but one is 0.7"),
+        ((torch.zeros(2, 2), "cat"), "labels must be whole numbers, but one is 'cat'"),
         (0.0, "the items of a Dataset must be tensors or arrays, but one is a float"),
         ((0, 1), "the items of a Dataset must be tensors or arrays, but one is a int"),
     ],
@@ -1001,6 +1003,30 @@ def test_what_a_dataset_may_not_hold_is_said(item, sentence):
 
     with pytest.raises(InputError, match=sentence):
         Split.of(Pictures())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "sentence"),
+    [
+        (pd.DataFrame(np.zeros((3, 4))), None, "but are a DataFrame: .* a data frame by .to_numpy()"),
+        ({"images": np.zeros((3, 4))}, None, "but are a dict"),
+        (scipy.sparse.csr_matrix(np.eye(3)), None, "but are a csr_matrix: .* a sparse matrix by .toarray()"),
+        (torch.eye(3).to_sparse(), None, "must be a dense tensor, but are a sparse one: give images.to_dense()"),
+        (np.ma.array(np.zeros((3, 4)), mask=np.eye(3, 4)), None, "some of these images are masked: fill them in"),
+        (np.zeros((3, 4)), ["cat"] * 3, "labels must be whole numbers, but one is 'cat': number the classes"),
+        (np.zeros((3, 4)), np.array([0, 1, 1.5]), "labels must be whole numbers, but one is .*1.5"),
+    ],
+)
+def test_what_is_no_array_of_images_or_labels_is_said(images, labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Split.of(images, labels)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], np.array([0.0, 1, 2]), torch.tensor([0, 1, 2], dtype=torch.uint8)])
+def test_labels_are_int64(labels):
+    """And a masked array without a masked number is an array."""
+    found = Split.of(np.ma.array(np.zeros((3, 4))), labels).labels
+    assert found.dtype == torch.int64 and found.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("label", [1, 1.0, torch.tensor(1), np.int64(1)])

@@ -260,6 +260,26 @@ def test_impossible_draws_leave_no_nan_in_the_gradient(estimator, case):
         assert all(g is None or (g == 0).all() for g in found)
 
 
+@ROWS
+def test_an_observation_that_is_not_a_number_is_no_concern_of_another(estimator):
+    """Also beside a joint that rules some z out: who masks the NaN goes on with what is right."""
+    eps = torch.tensor([1.0, -1.0, 2.0], dtype=DTYPE).view(3, 1, 1).expand(3, 2, 1)
+
+    def joint(x, z):
+        log_p = -0.5 * (z.square() + (x - z).square()).sum(-1)
+        return log_p.masked_fill(z[..., 0] < 0.5, -INF)
+
+    def of_second(first):
+        mean = torch.zeros(2, 1, dtype=DTYPE, requires_grad=True)
+        q = DiagonalGaussian(mean, torch.zeros_like(mean))
+        loss = estimator.loss(joint, q, torch.tensor([[first], [0.0]], dtype=DTYPE), eps)[1]
+        return loss, torch.autograd.grad(loss, mean)[0][1]
+
+    expected, found = of_second(0.0), of_second(math.nan)
+    torch.testing.assert_close(found, expected)
+    assert not any(value.isnan().any() for value in found)
+
+
 def test_the_baselines_of_vimco_with_an_impossible_draw():
     """Of the impossible one it is the geometric mean of the others; theirs is 0, since it takes part in it."""
     log_w = torch.tensor([[0.0], [1.0], [-INF]], dtype=DTYPE)

@@ -666,9 +666,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, recwarn):
 
     monkeypatch.setattr(torch, "compile", none)
     plain, traced, _, batches = begun()
-    whole = fast.WholeSteps(traced)
+    whole, traced.captured = fast.WholeSteps(traced), "a graph of steps that are not traced"
     torch.testing.assert_close(torch.cat([whole(batches[:3]), whole(batches[3:])]), plainly(plain)(batches))
     assert_same_values(plain, traced)
+    assert traced.captured is None
     (warning,) = recwarn.list
     sentence = str(warning.message)
     assert sentence.startswith("torch.compile does not work here (No working C++ compiler found); training goes on")

@@ -97,3 +97,10 @@ def test_each_line_of_gains_has_the_seeds_of_its_own_pairs():
         ("elbo-path", "gaussian"): "3",
         ("elbo-path", "flow"): "1",
     }
+
+
+@pytest.mark.parametrize("name", ["flow-ring", "flow-vae"])
+def test_a_run_says_that_it_was_made_on_the_cpu_whatever_is_asked_for(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert grid.place_of(experiments.find(name), "auto") == grid.place_of(experiments.find(name), "cuda") == "cpu"
+    assert grid.place_of(experiments.find("stl-table-2"), "auto") == "cuda"

@@ -160,6 +160,20 @@ def test_a_prior_with_a_full_covariance_has_its_path_too():
     torch.testing.assert_close(*found)
 
 
+def test_a_prior_that_is_a_distribution_of_pytorch_has_a_density_alone():
+    def of_torch(p):
+        return torch.distributions.Independent(torch.distributions.Normal(p.mean, p.log_std.exp()), 1)
+
+    joint, encoder = layers()
+    eps, x = (randn(3, 4, 1), randn(3, 4, 1, seed=1)), randn(4, 1, seed=2)
+    other = models.HierarchicalJoint(Remade(joint.priors[0], of_torch), joint.decode)
+    torch.testing.assert_close(other(x, eps), joint(x, eps))
+    with pytest.raises(InputError, match="a Independent has no whiten: give a class that has, such as a DiagonalG"):
+        GDREG["iwae-dreg"].loss(other, encoder(x), x, eps)
+    with pytest.raises(InputError, match="a Independent has no map_parameters"):
+        other.sample_prior(eps)
+
+
 def test_a_prior_that_is_redefined_by_half_has_no_path():
     joint, encoder = layers()
     other = models.HierarchicalJoint(Remade(joint.priors[0], lambda p: Pointed(p.mean, p.log_std)), joint.decode)

@@ -199,6 +199,40 @@ def test_a_folder_of_pictures_with_labels_and_parts(tmp_path):
     assert images.test.labels.tolist() == [0, 0, 1, 1, 1]  # 16, 18; 15, 17, 19
 
 
+def test_a_class_that_is_called_like_a_part_is_told(tmp_path):
+    for name in ("bus", "car", "train"):
+        for i in range(10):
+            save(tmp_path / name / f"{i}.png", BYTES[i])
+    save(tmp_path / "beside.png", BYTES[0])
+    with pytest.warns(UserWarning, match="has beside.png, bus, car too, which is not read: .* if train is a class"):
+        assert len(all_of(data.load(str(tmp_path)))) == 10
+
+
+def test_a_part_without_classes_has_no_labels(tmp_path):
+    for i in range(10):
+        save(tmp_path / "train" / "ab"[i % 2] / f"{i}.png", BYTES[i])
+        save(tmp_path / "test" / f"{i}.png", BYTES[i])
+    images = data.load(str(tmp_path))
+    assert images.train.labels.unique().tolist() == [0, 1] and images.test.labels is None
+    save(tmp_path / "train" / "stray.png", BYTES[0])
+    with pytest.raises(InputError, match="'.*stray.png' lies beside folders, whose names are classes: put it into one"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("binarisation", ["fixed", "dynamic"])
+@pytest.mark.parametrize("wrong", [255.0, np.nan])
+def test_levels_that_are_none_are_refused_before_they_are_drawn(binarisation, wrong, tmp_path):
+    np.save(tmp_path / "a.npy", np.full((20, 4), wrong, "float32"))
+    with pytest.raises(InputError, match=r"grey levels must be in \[0, 1\]"):
+        data.load(str(tmp_path / "a.npy"), binarisation)
+
+
+def test_data_of_ones_own_is_not_fetched(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((20, 4), "float32"))
+    with pytest.raises(InputError, match="no data set is called '.*a.npy'"):
+        data.fetch(str(tmp_path / "a.npy"))
+
+
 def test_folders_behind_links_are_read_once(tmp_path):
     for name in ("cat", "elsewhere/dog"):
         for i in range(10):
@@ -494,6 +528,12 @@ def test_a_model_and_an_estimator_of_a_file_are_trained_and_found_again(run, fil
     assert set(json.loads((folder / "sources.json").read_text())) == {"model"}
     more = runs.train(folder, replace(config, epochs=2))
     assert more["training"]["epoch"] == 2 > result["training"]["epoch"]
+
+
+def test_a_file_may_have_any_name(file, tmp_path):
+    path = file.rename(tmp_path / "vae")
+    config = Config(model=f"{path}:build", epochs=1, batch_size=100, sizes={"latent": 2}, device="cpu")
+    assert runs.train(tmp_path / "run", config)["training"]["epoch"] == 1
 
 
 def test_a_model_is_found_from_elsewhere(file, tmp_path, monkeypatch):

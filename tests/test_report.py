@@ -245,6 +245,12 @@ def test_advice_is_for_the_draws_of_the_run_and_at_least_four(image, monkeypatch
     assert seen == [used]
 
 
+def test_advice_for_a_mixture_is_for_the_next_multiple_of_its_components(made):
+    folder = made("three components", **IMAGE, model="mlp-1-mixture", sizes=SMALL | {"components": 3}, k=3)
+    given, _ = report.advise(folder, device="cpu")
+    assert given.setting["k"] == 6 and any(row.name == "elbo-total" for row in given.rows)
+
+
 def test_advice_is_shown_before_it_is_written(image, monkeypatch):
     shown = []
 

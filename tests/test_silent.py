@@ -776,6 +776,21 @@ def test_the_tracked_scale_is_an_average_of_looks_that_forgets(family, x):
     torch.testing.assert_close(*(torch.autograd.grad(value, wanted) for value in found))
 
 
+def test_the_tracked_scale_knows_what_a_distribution_of_pytorch_is(x):
+    class Normals(Encoder):
+        def forward(self, x):
+            q = super().forward(x)
+            return torch.distributions.Normal(q.mean, q.log_std.exp())
+
+    joint, scales = tracked_model().joint, []
+    for encoder in (Normals(), Encoder()):
+        vae = models.VAE(joint, encoder, binary=False)
+        track = silent.TrackedScale(ALL["elbo-path"], vae, x, 2, generator=torch.Generator().manual_seed(0))
+        track()
+        scales.append(track.scale)
+    assert scales[0] == pytest.approx(scales[1]) != 0
+
+
 def test_the_tracked_scale_has_the_stated_defaults_and_knows_a_control_that_does_not_move(x):
     track = silent.TrackedScale(ALL["elbo-total"], tracked_model(), x)
     assert (track.every, track.memory, track.k, track.calls, track.scale) == (20, 0.5, 1, 0, 0.0)

@@ -364,3 +364,25 @@ def test_layers_that_draw_or_mix_a_batch_are_refused_and_the_models_left_as_they
         StackedTraining(runs)
     assert torch.equal(everywhere, torch.get_rng_state())
     assert all(p.untyped_storage().nbytes() == p.nbytes for run in runs for p in run.model.parameters())
+
+
+def test_encoders_that_return_distributions_of_pytorch_are_stacked(split):
+    class Normals(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x):
+            q = self.encoder(x)
+            return torch.distributions.Normal(q.mean, q.log_std.exp())
+
+    recipe = {"k": 2, "epochs": 1, "batch_size": 100}
+    ours, of_torch = ([t.model for t in trainings(split)] for _ in range(2))
+    of_torch = [models.VAE(model.joint, Normals(model.encoder), binary=True) for model in of_torch]
+    a, b = (stacked.fit(them, split, **recipe) for them in (ours, of_torch))
+    assert [h[-1]["bound"] for h in a] == pytest.approx([h[-1]["bound"] for h in b], rel=1e-5)
+
+
+def test_a_mistyped_field_of_the_recipe_is_told(split):
+    with pytest.raises(InputError, match="no field of the recipe is called 'epoch', did you mean 'epochs'"):
+        stacked.fit([t.model for t in trainings(split)], split, epoch=1)

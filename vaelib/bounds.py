@@ -19,6 +19,7 @@ from vaelib.posteriors import (
     FullGaussian,
     Latent,
     Posterior,
+    as_posterior,
     draws,
     redefines_half,
     standard_normal_log_prob,
@@ -58,7 +59,7 @@ def possible(log_w: Tensor) -> Tensor:
 
 def may_be_impossible(log_w: Tensor) -> bool:
     """Whether one of ``log_w`` is minus infinity, or none of them can be looked at."""
-    return tracing() or log_w.detach().amin().item() == -math.inf
+    return tracing() or not log_w.detach().amin().item() > -math.inf  # NaN hides the others
 
 
 def normalised(log_w: Tensor) -> Tensor:
@@ -129,6 +130,7 @@ def divergence(joint: nn.Module, q) -> Tensor:
         if the model does not tell its prior, or q is of another kind than that, or a mixture, whose divergence has no
         closed form.
     """
+    q = as_posterior(q)
     prior = prior_of(joint, q)
     return q.kl() if prior is None else q.kl(prior)
 
@@ -174,7 +176,9 @@ PARTS = {"forward": "log_likelihood", "log_prior": "prior"}
 
 
 def check_form(q: Posterior, form: str) -> None:
-    """Raise InputError if q has the closed form of its base, and another density."""
+    """Raise InputError if q does not have the closed form, or has that of its base, and another density."""
+    if not hasattr(q, form):
+        raise InputError(f"a {type(q).__name__} has no {form}: give a class that has, such as a DiagonalGaussian")
     if redefines_half(type(q), "log_prob", form):
         raise InputError(
             f"a {type(q).__name__} redefines log_prob, but its {form} is that of the class it comes from: redefine "
@@ -240,7 +244,7 @@ def estimate(form: str, bound: str, joint: FactoredJoint, x: Tensor, posterior, 
         have the shape ``[K, B]``, and for the importance-weighted bound in a form that is not the full Monte Carlo one:
         its integrand is then not a log-weight, and the "bound" bounds nothing.
     """
-    integrand = choose("form of the ELBO", form, FORMS)
+    integrand, posterior = choose("form of the ELBO", form, FORMS), as_posterior(posterior)
     combine = choose("bound", bound, BOUNDS)
     if form != "monte-carlo":
         if bound != "elbo":

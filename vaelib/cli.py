@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -109,7 +109,7 @@ RunDir = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 
-SETTINGS = {field.name: field for field in fields(Config)}
+SETTINGS = Config.__dataclass_fields__
 HELP = {name: field.metadata["help"] for name, field in SETTINGS.items()}
 """What the fields of the configuration mean."""
 

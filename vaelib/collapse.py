@@ -5,7 +5,8 @@ at the prior, the posterior *collapses*, and no gradient brings it back. "Laggin
 trains the encoder to the end of its way before each step of the decoder (:func:`aggressive_step`), for as long as that
 adds mutual information (:data:`RULES`). Its rivals change the objective (:func:`elbo_kl`: a weight on the KL, free
 bits) or the encoder (:class:`SemiAmortised`). :data:`METHODS` lists them all as data; :func:`fit` trains by any of
-them, in the loop of :mod:`vaelib.training` with hooks: :class:`Validation`, :class:`Aggressive`, :class:`Plateau`.
+them, in the loop of :mod:`vaelib.training` with hooks: :class:`Validation`, :class:`Aggressive`, :class:`Plateau` and
+:class:`Amortisation`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,8 +29,9 @@ from vaelib.config import Recipe, setting
 from vaelib.data import Sentences, Split
 from vaelib.errors import InputError, between, choose, positive, true_or_false, whole_number
 from vaelib.estimators import Estimator, LossEstimator
+from vaelib.estimators.tableau import check_path
 from vaelib.optimizers import Limited, shrinkage
-from vaelib.posteriors import DiagonalGaussian
+from vaelib.posteriors import DiagonalGaussian, as_posterior
 from vaelib.training import Hook, Progress, Training, drawing_from, gradient, offspring, stream, train_step
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
 
     The KL is in closed form; with free bits :math:`\lambda > 0` each dimension's is first averaged over the minibatch
     (Kingma et al. 2016). With :math:`\beta = 1` and :math:`\lambda = 0` it is the ELBO; otherwise its value bounds
-    nothing. The joint density must know its ``log_likelihood``, and the prior be standard normal.
+    nothing. The joint density must know its ``log_likelihood``, and with free bits the prior be standard normal.
     Introduced in book/05-inference-lag.ipynb.
     """
 
@@ -53,10 +55,12 @@ def elbo_kl(weight: float = 1.0, free_bits: float = 0.0) -> LossEstimator:
             rate = kl_by_dimension(posterior).mean(0).clamp_min(free_bits).sum()
         else:
             rate = divergence(joint, posterior)
-        return weight * rate - log_likelihood(joint, x, posterior.sample(eps)).mean(0)
+        z = posterior.sample(eps)
+        check_path(name, posterior, z, eps)
+        return weight * rate - log_likelihood(joint, x, z).mean(0)
 
-    target = "elbo" if weight == 1 and not free_bits else None
-    return LossEstimator(f"elbo-kl({weight:g}, {free_bits:g})", "elbo", target, 1, "he2019", loss)
+    name, target = f"elbo-kl({weight:g}, {free_bits:g})", "elbo" if weight == 1 and not free_bits else None
+    return LossEstimator(name, "elbo", target, 1, "he2019", loss)
 
 
 def kl_by_dimension(posterior: DiagonalGaussian) -> Tensor:
@@ -217,7 +221,7 @@ class SemiAmortised(nn.Module):
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Return the improved posterior for ``x``."""
         learning = torch.is_grad_enabled()
-        posterior, elbo = self.encoder(x), Elbo(self._joint[0], elbo_kl(self.weight))
+        posterior, elbo = gaussian(self.encoder(x)), Elbo(self._joint[0], elbo_kl(self.weight))
         start = (posterior.mean, 2 * posterior.log_std)
         parameters = {name: p for name, p in elbo.named_parameters() if p.requires_grad and learning}
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # its LSTM has no second derivative
@@ -233,6 +237,14 @@ class SemiAmortised(nn.Module):
                 here = tuple(part + self.lr * v for part, v in zip(here, velocity))
         mean, log_variance = here if learning else (part.detach() for part in here)
         return DiagonalGaussian(mean, 0.5 * log_variance)
+
+
+def gaussian(q: Any) -> DiagonalGaussian:
+    """Return a posterior that is a diagonal Gaussian, or raise InputError."""
+    q = as_posterior(q)
+    if not isinstance(q, DiagonalGaussian):
+        raise InputError(f"this needs an encoder that returns a DiagonalGaussian, but it returns a {type(q).__name__}")
+    return q
 
 
 class Elbo(nn.Module):
@@ -271,7 +283,7 @@ class LagRecipe(Recipe):
     adam_eps: float = 1e-8
     joint_clip: bool = setting(True, "Clip the gradients of encoder and decoder together, as published.")
     patience: int = setting(2, "Epochs on end without a better validation loss before the step size is halved.")
-    first_decay: int = setting(15, "The epoch before which it is not.")
+    first_decay: int = setting(15, "Epochs at the beginning in which it is not.")
     decays: int = setting(5, "Stop after so many halvings.")
     estimator: str | None = setting(None, "Gradient estimator; None for the ELBO in its KL form, see elbo_kl.")
     weight: str = setting("constant", "The weight on the KL: constant (beta), linear or cyclical.")
@@ -337,7 +349,7 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Return q(z given x), ``[B, D]``."""
-        q = self.encoder(x)
+        q = gaussian(self.encoder(x))
         return DiagonalGaussian(self.spread * self.norm(q.mean) + self.shift, q.log_std)
 
 
@@ -514,7 +526,7 @@ def prepare(
     ----------
     model
         with ``joint`` (which knows its ``log_likelihood``) and ``encoder``; trained in place, and left with the best
-        weights. With ``svi_steps`` its encoder is put into a :class:`SemiAmortised` one.
+        weights. With ``svi_steps`` its encoder is put into a :class:`SemiAmortised` one, and otherwise out of it.
     train, valid
         the data, on the device of the model.
     recipe
@@ -528,6 +540,8 @@ def prepare(
         whose history has besides what :class:`Aggressive` and :class:`Validation` note.
     """
     schedule = choose("weight", recipe.weight, WEIGHTS)
+    while isinstance(model.encoder, SemiAmortised):  # of an earlier training
+        model.encoder = model.encoder.encoder
     amortised = SemiAmortised(model.encoder, model.joint, recipe.svi_steps)
 
     def weight(progress: Progress) -> float:
@@ -569,7 +583,7 @@ def fit(
     Introduced in book/05-inference-lag.ipynb.
     """
     changes = {**choose("method", method, METHODS), **changes}
-    return prepare(model, train, valid, replace(recipe, **changes)).run(after_step, progress)
+    return prepare(model, train, valid, LagRecipe.of(**{**vars(recipe), **changes})).run(after_step, progress)
 
 
 @torch.no_grad()
@@ -584,11 +598,12 @@ def measure(
     Introduced in book/05-inference-lag.ipynb.
     """
     estimator, loss, kl = elbo_kl(), 0.0, 0.0
-    for batch in x.split(batch_size):
-        posterior = model.encoder(batch)
-        eps = posterior.noise(1, generator)
-        loss += estimator.loss(model.joint, posterior, batch, eps).double().sum().item()
-        kl += divergence(model.joint, posterior).double().sum().item()
+    with evaluation.evaluating(model.joint, model.encoder):
+        for batch in x.split(batch_size):
+            posterior = as_posterior(model.encoder(batch))
+            eps = posterior.noise(1, generator)
+            loss += estimator.loss(model.joint, posterior, batch, eps).double().sum().item()
+            kl += divergence(model.joint, posterior).double().sum().item()
     return {
         "nll_bound": loss / len(x),
         "kl": kl / len(x),
@@ -622,9 +637,10 @@ def posterior_mean(joint: nn.Module, x: Tensor, grid: Tensor | None = None, chun
         parameter = next(joint.parameters(), x)
         grid = torch.arange(-200, 200, dtype=parameter.dtype, device=x.device).unsqueeze(1) / 10
     means = []
-    for part in x.split(chunk):
-        log_p = joint(part, grid.unsqueeze(1).expand(-1, len(part), -1))
-        means.append(log_p.softmax(0).mT @ grid)
+    with evaluation.evaluating(joint):
+        for part in x.split(chunk):
+            log_p = joint(part, grid.unsqueeze(1).expand(-1, len(part), -1))
+            means.append(log_p.softmax(0).mT @ grid)
     return torch.cat(means)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from vaelib.errors import InputError, between, choose, plain, positive, shown, true_or_false, typed, whole_number
 
@@ -34,9 +34,9 @@ def is_name(value: Any) -> bool:
         return False
 
 
-def names(recipe: Any, *which: str) -> None:
+def names(recipe: Any, *fields: str) -> None:
     """Raise InputError unless these fields of a recipe are names, whatever they are names of."""
-    for name in which:
+    for name in fields:
         if not is_name(value := getattr(recipe, name)):
             raise InputError(f"{typed(name)} must be a name, but is {shown(value)}")
 
@@ -70,15 +70,23 @@ class Recipe:
     adam_eps: float = setting(1e-4, "The constant in Adam's denominator, for the gradient of the batch's mean.")
     seed: int = setting(0, "Seed of weights, data order, binarisation, noise and random layers, a stream for each.")
 
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """Return the recipe with these fields, or say which one it has not."""
+        for name in given:
+            choose("field of the recipe", name, cls.__dataclass_fields__)
+        return cls(**given)
+
     def __post_init__(self) -> None:
-        for name in (one.name for one in fields(self)):
+        for name in self.__dataclass_fields__:
             object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("k", "batch_size", "epochs"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0, most=2**63 - 1)
-        for name in ("lr", "adam_eps", "clip"):
-            if (value := getattr(self, name)) is not None or name != "clip":
-                positive(name, value)
+        positive("lr", self.lr)
+        positive("adam_eps", self.adam_eps)
+        if self.clip is not None:
+            positive("clip", self.clip)
         true_or_false("shuffle", self.shuffle)
         names(self, "schedule", "optimizer")
 

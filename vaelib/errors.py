@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import numpy as np
-
 Value = TypeVar("Value")
 
 OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("options", default={})
@@ -96,7 +94,8 @@ def choose(what: str, name: Any, options: Mapping[str, Value]) -> Value:
 
 def plain(value: Any) -> Any:
     """Return a number of NumPy's as Python's own, and anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    numpy = sys.modules.get("numpy")  # of which nobody has a number before it is loaded
+    return value.item() if numpy and isinstance(value, numpy.generic) else value
 
 
 def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:

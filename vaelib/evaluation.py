@@ -307,7 +307,8 @@ def mutual_information(
     Raises
     ------
     InputError
-        if there are less than two observations in a batch, or the posterior has no entropy in closed form.
+        if there are less than two observations in x, or asked for in a batch, or the posterior has no entropy in
+        closed form.
     """
     check_observations(x)
     if batch_size is not None:

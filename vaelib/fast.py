@@ -84,7 +84,7 @@ class WholeSteps:
     training
         what it takes the steps of, with ``estimator``, ``model``, ``optimizer``; ``plain_step(x, eps)``, which it
         stands for; ``limit(parameters)``, which limits their gradients; and ``mean(bound)``, what is reported of a
-        batch.
+        batch. Its ``captured`` is taken away where the steps stay plain.
     backend
         of ``torch.compile``; "eager" runs what was traced as it is, without a compiler.
     """
@@ -108,8 +108,7 @@ class WholeSteps:
                     return self.traced(batches)
             except Untraceable as error:
                 self.works = False
-                if isinstance(error, Unsteady):
-                    self.training.captured = None  # a graph would do it once too
+                self.training.captured = None  # a graph is one of traced steps
                 warnings.warn(
                     f"torch.compile does not work here ({error}); training goes on without it, to the same end and "
                     f"more slowly: {error.advice}",

@@ -48,7 +48,7 @@ from vaelib.errors import InputError, choose, whole_number
 from vaelib.estimators import Estimator
 from vaelib.evaluation import evaluating
 from vaelib.objectives import Objective, gradient
-from vaelib.posteriors import Discrete, Latent, Posterior, as_posterior, map_latent, modules_in
+from vaelib.posteriors import Discrete, Latent, Posterior, as_posterior, map_latent, modules_in, remade
 from vaelib.posteriors import draws as count
 
 ROWS = 8192
@@ -392,7 +392,7 @@ def advise(
     x
         observations as it is trained on, ``[N, ...]``; some hundreds at least, in random order.
     k
-        evaluations of the decoder for each observation.
+        evaluations of the decoder for each observation; of a mixture, the next multiple of its components.
     batch_size
         observations a step.
     estimator
@@ -421,6 +421,8 @@ def advise(
     with evaluating(model.joint, model.encoder):
         model = Networks(own(model.joint, copies), own(model.encoder, copies))
     few = x[:8]
+    with torch.no_grad():
+        k = as_posterior(model.encoder(few)).at_least(k)
     rows, left_out = advice.applicable(model, few, k)
 
     def bias(row: Estimator, reference: Estimator, k: int) -> Bias:
@@ -566,13 +568,9 @@ def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
     batch = len(lab.x)
 
     def gradients(eps: Latent) -> Tensor:
-        s, leaves = count(eps), []
-
-        def leaf(parameter: Tensor) -> Tensor:
-            leaves.append(torch.cat([parameter.detach()] * s).requires_grad_())
-            return leaves[-1]
-
-        q, x = lab.q.map_parameters(leaf), lab.x.repeat(s, *[1] * (lab.x.ndim - 1))
+        s = count(eps)
+        q, leaves = remade(lab.q, lambda p: torch.cat([p.detach()] * s).requires_grad_())
+        x = lab.x.repeat(s, *[1] * (lab.x.ndim - 1))
         side_by_side = map_latent(lambda e: e.transpose(0, 1).flatten(1, 2), eps)
         parts = gradient(estimator.loss(lab.joint, q, x, side_by_side).mean(), leaves)
         return -s * batch * torch.cat([part.reshape(s, -1) for part in parts], dim=1)
@@ -584,11 +582,10 @@ def _of_posterior(lab: Laboratory, estimator: Estimator) -> PerDraw:
             alone = (map_latent(lambda e, s=s: e[s : s + 1], eps) for s in range(count(eps)))
             return torch.cat([gradients(one) for one in alone])
 
-    sizes: list[int] = []
-    lab.q.map_parameters(lambda parameter: sizes.append(parameter.numel()) or parameter)
-    if not sum(sizes):
+    size = sum(p.numel() for p in remade(lab.q, lambda p: p)[1])
+    if not size:
         raise InputError(f"this {type(lab.q).__name__} has no numbers that a gradient could be taken in")
-    return PerDraw(together_or_alone, sum(sizes))
+    return PerDraw(together_or_alone, size)
 
 
 def _of_weights(*parts: str) -> Callable[..., PerDraw]:

@@ -26,7 +26,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
 
 
 class Look(NamedTuple):
-    """How one estimator is drawn wherever it appears: colour, dashes and marker (for print without colour)."""
+    """How an estimator, or what else is compared, is drawn wherever it appears: colour, dashes, marker (for print)."""
 
     color: str
     linestyle: str
@@ -78,7 +78,7 @@ LOOKS = {
     "entropy": Look(ORANGE, "--", "s", "entropy (2)"),
     "kl": Look(GREEN, "-.", "D", "KL (3)"),
 }
-"""The look of every estimator and of the three forms of the ELBO, by name."""
+"""The look of every estimator, posterior and method, and of the three forms of the ELBO, by name."""
 
 
 STYLE = {

@@ -27,7 +27,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ RESULT = {
 }
 """What the parts of ``result.json`` must say, as far as it is read again; "held_out" only where it was measured."""
 
-SETTINGS = {field.name: field for field in fields(Config)}
+SETTINGS = Config.__dataclass_fields__
 
-RECIPE = {field.name for field in fields(Recipe)}
+RECIPE = Recipe.__dataclass_fields__.keys()
 """What every checkpoint says of its run."""
 
 FREE = {"epochs", "patience", "log", "device", "checkpoint_seconds", "compile"}
@@ -498,15 +498,9 @@ def seen(images: Images | Text, training: Training) -> Images | Text:
 def sources(config: Config) -> dict[str, str]:
     """Return the SHA-256 of what nothing here vouches for, and so may change: data, and a model's files."""
     found = {name: hashlib.sha256(source.content).hexdigest() for name, source in code(config).items()}
-    if path := own_data(config):
+    if path := data.path_of(config.data):
         return found | {"data": data.own.digest(path)}
     return found | ({MADE: data.own.digest(path)} if (path := data.made(config.data)) else {})
-
-
-def own_data(config: Config) -> Path | None:
-    """Return where data of one's own lie; None if there is a data set of that name, as a folder may be called too."""
-    named = config.data in data.DATASETS or config.data in data.TEXTS
-    return Path(config.data) if data.own.is_own(config.data) and not named else None
 
 
 def code(config: Config) -> dict[str, models.own.Source]:
@@ -519,7 +513,10 @@ def check_place(config: Config, folder: Folder) -> None:
 
     Whoever gets a folder with code would run it.
     """
-    own = {"data": own_data(config), "model": models.own.file_of(config.model) if ":" in config.model else None}
+    own = {
+        "data": data.path_of(config.data),
+        "model": models.own.file_of(config.model) if ":" in config.model else None,
+    }
     if lost := [name for name, path in own.items() if path and not path.exists() and lexists(folder.checkpoint)]:
         places = " ".join({"data": "--data PLACE", "model": "--model FILE.py:FUNCTION"}[name] for name in lost)
         raise InputError(

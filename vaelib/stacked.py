@@ -349,8 +349,8 @@ def check_same(trainings: Sequence[Training], estimator: SideBySide) -> None:
     """Raise InputError unless two observations of each have the losses and slopes in the stack that they have alone."""
     model = stack([copy.deepcopy(t.model) for t in trainings])
     xs = [t.split.batch(slice(0, 2), stream("test", t.recipe.seed, t.device)) for t in trainings]
-    qs = [t.model.encoder(x) for t, x in zip(trainings, xs)]
-    if any(draws_by_itself(as_posterior(q)) for q in qs):
+    qs = [as_posterior(t.model.encoder(x)) for t, x in zip(trainings, xs)]
+    if any(map(draws_by_itself, qs)):
         raise InputError(f"a {type(qs[0]).__name__} draws its noise by itself: train each model by itself")
     noise = [q.noise(t.recipe.k, stream("test", t.recipe.seed, t.device, 1)) for t, q in zip(trainings, qs)]
     alone = [t.estimator.loss(t.model.joint, q, x, eps) for t, q, x, eps in zip(trainings, qs, xs, noise)]
@@ -423,7 +423,7 @@ def fit(
         raise InputError(f"there are {len(models)} models, {len(rows)} estimators and {len(seeds)} seeds")
     stacked = StackedTraining(
         [
-            Training(model, split, known.get(row), Recipe(**recipe, seed=seed))
+            Training(model, split, known.get(row), Recipe.of(**recipe, seed=seed))
             for model, row, seed in zip(models, rows, seeds, strict=True)
         ],
         compile,

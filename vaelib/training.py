@@ -816,7 +816,7 @@ def check_fit(training: Training) -> None:
     x = split.batch(slice(0, 2), noise)
 
     def attempt(x: Tensor) -> Tensor:
-        with torch.enable_grad(), training.undisturbed():
+        with torch.enable_grad(), training.undisturbed(), training.put_back():
             q = posteriors.as_posterior(model.encoder(x))
             return estimator.loss(model.joint, q, x, q.noise(recipe.k, noise))
 
@@ -877,6 +877,4 @@ def fit(
     :class:`vaelib.config.Recipe`, the records (and ``compile``) those of :class:`Training`. Introduced in
     book/01-elbo-forms.ipynb.
     """
-    for name in recipe:
-        choose("field of the recipe", name, Recipe.__dataclass_fields__)
-    return Training(model, split, estimator, Recipe(**recipe), compile=compile).run(progress=progress)
+    return Training(model, split, estimator, Recipe.of(**recipe), compile=compile).run(progress=progress)

@@ -28,6 +28,8 @@ from vaelib.posteriors import (
     learning_in,
     map_latent,
     modules_in,
+    remade,
+    tensors_in,
 )
 from vaelib.posteriors.base import standard_normal_log_prob
 from vaelib.posteriors.trial import TRIALS, try_out
@@ -62,7 +64,7 @@ def contract(subject: Any, joint: Callable[..., Tensor] | None = None, q: Any = 
     .. math:: \mathbb E_q[\partial_\phi \log q] = 0, \qquad
         \mathbb E_q[\partial_z \log q] = 0, \quad \mathbb E_q[(z - c)\, \partial_z \log q] = -1,
 
-    the second line of which (Stein's) is for samples that move with phi. A density that ends at an edge fails Stein's,
+    the last two of which (Stein's) are for samples that move with phi. A density that ends at an edge fails Stein's,
     and may instead be that of the noise by the change of variables,
     :math:`\log q(z) = \log p(\varepsilon) - \log|\det \partial z / \partial \varepsilon|`, draw by draw.
 
@@ -101,12 +103,12 @@ def contract(subject: Any, joint: Callable[..., Tensor] | None = None, q: Any = 
 def _faults_of_posterior(q: Posterior) -> Iterator[tuple[bool, str]]:
     """Yield whether each clause is kept, and the sentence for the case that it is not."""
     k = 4 * q.strata
-    eps = q.noise(k, _seeded(0))
-    yield _equal(eps, q.noise(k, _seeded(0))), "noise(k, generator) differs although the generator is the same"
-    yield not _equal(eps, q.noise(k, _seeded(1))), "noise(k, generator) does not depend on the generator"
+    eps = q.noise(k, _seeded(0, q))
+    yield _equal(eps, q.noise(k, _seeded(0, q))), "noise(k, generator) differs although the generator is the same"
+    yield not _equal(eps, q.noise(k, _seeded(1, q))), "noise(k, generator) does not depend on the generator"
     if _tells_noise(q):
         yield (
-            _equal(eps, draw(q.noise_like(k), _seeded(0))),
+            _equal(eps, draw(q.noise_like(k), _seeded(0, q))),
             "noise(k, generator) is not draw(noise_like(k), generator)",
         )
 
@@ -153,7 +155,7 @@ def _faults_of_posterior(q: Posterior) -> Iterator[tuple[bool, str]]:
 def _standard_errors_off(q: Posterior) -> dict[str, float]:
     """Return how far the means of the score and of the slope in z are from what they are for a density."""
     q, phi = _learning(q)
-    generator, k = _seeded(2), 64 * q.strata
+    generator, k = _seeded(2, q), 64 * q.strata
     share = _share(q, k)
     centre = map_latent(lambda layer: (share.unsqueeze(-1) * layer).mean(0).detach(), q.sample(q.noise(k, generator)))
     scores, slopes = [], []
@@ -182,7 +184,7 @@ def _is_that_of_the_noise(q: Posterior) -> bool:
     """
     if not _tells_noise(q) or q.strata > 1 or isinstance(noise := q.noise_like(TRIALS), tuple):
         return False
-    eps = draw(noise, _seeded(3)).requires_grad_()
+    eps = draw(noise, _seeded(3, q)).requires_grad_()
     z = q.sample(eps)
     if z.shape != eps.shape or not z.requires_grad:
         return False
@@ -255,14 +257,8 @@ def _learning(q: Posterior) -> tuple[Posterior, list[Tensor]]:
 
     A q that does not say what it is made of is returned as it is; its slopes in z tell enough.
     """
-    numbers: list[Tensor] = []
-
-    def own(p: Tensor) -> Tensor:
-        numbers.append(p.detach().clone().requires_grad_())
-        return numbers[-1]
-
     try:
-        q = q.map_parameters(own)
+        q, numbers = remade(q, lambda p: p.detach().clone().requires_grad_())
     except (InputError, NotImplementedError):
         numbers = []
     return q, numbers + learning_in(q)
@@ -289,7 +285,7 @@ def _setting(estimator: Estimator, joint: Any, q: Any, x: Any) -> tuple[Any, Pos
     """Return what the estimator is tried on: what was given, or the first of some small models that it takes."""
     if joint is not None:
         return joint, as_posterior(q), x
-    g = _seeded(3)
+    g = torch.Generator().manual_seed(3)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
@@ -307,7 +303,7 @@ def _setting(estimator: Estimator, joint: Any, q: Any, x: Any) -> tuple[Any, Pos
         (layers, HierarchicalGaussian(gaussian, (_Affine(randn(2, 2)),))),
     ):
         try:
-            estimator.loss(joint, q, x, q.noise(4, _seeded(0)))
+            estimator.loss(joint, q, x, q.noise(4, _seeded(0, q)))
         except InputError as error:
             refusal = error
         else:
@@ -331,10 +327,10 @@ def _faults_of_estimator(estimator: Estimator, joint: Any, q: Posterior, x: Tens
     """Yield whether each clause is kept, and the sentence for the case that it is not."""
     if estimator.least_k > 1:
         yield (
-            _refuses(estimator, estimator.least_k - 1),
+            _raises(InputError, estimator.check, estimator.least_k - 1),
             f"fewer than least_k = {estimator.least_k} draws are not refused",
         )
-    encoder, generator = _Numbers(q), _seeded(4)
+    encoder, generator = _Numbers(q), _seeded(4, q)
     objective = Objective(estimator, joint, encoder)
     named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     k = q.at_least(max(4, estimator.least_k))
@@ -373,7 +369,8 @@ def _faults_of_estimator(estimator: Estimator, joint: Any, q: Posterior, x: Tens
     yield all(_close(a, b[0]) for a, b in zip(frozen, mine, strict=False)), "theta gets another gradient if q is frozen"
 
     target = estimator.target or estimator.bound
-    row = next(row for row in map(TABLEAU.get, KNOWN_UNBIASED[target]) if _takes(row, joint, encoder(x), x, eps))
+    rows = map(TABLEAU.get, KNOWN_UNBIASED[target])
+    row = next(row for row in rows if not _raises(InputError, row.loss, joint, encoder(x), x, eps))
     truth, bounds = draws(row)
     off = _off(values - bounds)
     yield off <= CONTRACT_SIGMAS, f"the value is not -{estimator.bound}: it is off by {off:.0f} standard errors"
@@ -391,8 +388,12 @@ def _off(draws: Tensor) -> float:
     return z_scores(draws, torch.zeros_like(draws[0])).max().item()
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _device(q: Posterior) -> torch.device:
+    return next((tensor.device for tensor in tensors_in(q)), torch.device("cpu"))
+
+
+def _seeded(seed: int, q: Posterior) -> torch.Generator:
+    return torch.Generator(_device(q)).manual_seed(seed)
 
 
 def _equal(a: Latent, b: Latent) -> bool:
@@ -406,28 +407,16 @@ def _close(a: Latent, b: Latent) -> bool:
 def _share(q: Posterior, k: int) -> Tensor:
     """Return what each of ``k`` draws counts, ``[K, B]`` or ``[1, 1]``."""
     log_share = q.log_share(k)
-    return log_share.exp() if isinstance(log_share, Tensor) else torch.ones(1, 1)
+    return log_share.exp() if isinstance(log_share, Tensor) else torch.ones(1, 1, device=_device(q))
 
 
 def _tells_noise(q: Posterior) -> bool:
-    try:
-        q.noise_like(q.strata)
-    except NotImplementedError:
-        return False
-    return True
+    return not _raises(NotImplementedError, q.noise_like, q.strata)
 
 
-def _refuses(estimator: Estimator, k: int) -> bool:
+def _raises(error: type[Exception], call: Callable[..., Any], *arguments: Any) -> bool:
     try:
-        estimator.check(k)
-    except InputError:
+        call(*arguments)
+    except error:
         return True
     return False
-
-
-def _takes(row: Estimator, joint: Any, q: Posterior, x: Tensor, eps: Latent) -> bool:
-    try:
-        row.loss(joint, q, x, eps)
-    except InputError:
-        return False
-    return True

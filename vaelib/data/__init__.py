@@ -67,8 +67,8 @@ def load(
     seed : int
         Of the ``"fixed"`` draws, and of synthetic text; the splits never change.
     valid : int
-        Hold out the last ``valid`` training images as ``images.valid``. With 0, ``images.valid`` is None, but
-        for binarized-mnist, texts and one's own data, which have their own.
+        Hold out the last ``valid`` training images as ``images.valid``, or of one's own data random ones. With 0,
+        ``images.valid`` is None, but for binarized-mnist, texts and one's own data, which have their own.
     sizes : int, optional
         For text alone. Of synthetic text, ``sentences`` (20,000), ``vocabulary`` (1,000), ``length`` (10) and
         ``hidden`` (100), the width of the LSTM that writes them. Of the others, ``sentences``, how many of the training
@@ -96,17 +96,22 @@ def load(
 
 def find(name: str) -> ImageSet | TextSet:
     """Return the entry of a data set in the registry, or one for a path."""
-    known = {**DATASETS, **TEXTS}
-    return (
-        own.image_set(Path(name))
-        if isinstance(name, str) and name not in known and own.is_own(name)
-        else choose("data set", name, known)
-    )
+    return own.image_set(path) if (path := path_of(name)) else built_in(name)
+
+
+def built_in(name: str) -> ImageSet | TextSet:
+    """Return the entry of a data set in the registry."""
+    return choose("data set", name, {**DATASETS, **TEXTS})
+
+
+def path_of(name: str) -> Path | None:
+    """Return where data of one's own lie; None if there is a data set of that name, as a folder may be called too."""
+    return Path(name) if isinstance(name, str) and name not in names() and own.is_own(name) else None
 
 
 def absolute(name: str) -> str:
     """Return the name of a data set, a path of one's own from the root."""
-    return str(Path(name).absolute()) if name not in DATASETS and name not in TEXTS and own.is_own(name) else name
+    return str(path.absolute()) if (path := path_of(name)) else name
 
 
 def made(name: str) -> Path | None:
@@ -124,7 +129,7 @@ def fetch(name: str) -> Path | None:
     InputError
         as :func:`load`.
     """
-    paths = [files.fetch(name, parts) for parts in (find(name).files or {}).values()]
+    paths = [files.fetch(name, parts) for parts in (built_in(name).files or {}).values()]
     return paths[0].parent if paths else None
 
 

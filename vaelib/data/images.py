@@ -100,17 +100,22 @@ class Split:
         ----------
         images
             an array or tensor ``[N, D]``, ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, H, W, C]`` with one or three
-            channels; or a torch ``Dataset`` whose items are images, or images and labels.
+            channels; or a torch ``Dataset`` whose items are images, or images and labels. (Of longer items the first
+            is the image, and the rest is not read.)
         labels
             whole numbers, ``[N]``.
         """
+        if np.ma.is_masked(images):
+            raise InputError("some of these images are masked: fill them in first, such as by x.filled(0)")
+        if isinstance(images, Tensor) and images.layout != torch.strided:
+            raise InputError("images must be a dense tensor, but are a sparse one: give images.to_dense()")
         if not isinstance(images, Tensor | np.ndarray):
             images, found = stacked(images)
             labels = found if labels is None else labels
         grey = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
         grey = as_images(grey)
         shape = tuple(grey.shape[1:]) if grey.ndim > 2 else (1, grey.shape[1])
-        labels = None if labels is None else torch.as_tensor(labels, device=grey.device)
+        labels = None if labels is None else numbered(labels).to(grey.device)
         return cls(grey.flatten(1), labels, shape, binarisation)
 
     def __len__(self) -> int:
@@ -142,6 +147,10 @@ class Split:
     def sample(self, most: int | None, seed: int = 0) -> Split:
         """Return a random subset of at most ``most`` images, for None all, in random order: the same for a seed."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most].to(self.grey.device)
+        return self.part(chosen)
+
+    def part(self, chosen: Tensor | slice) -> Split:
+        """Return the chosen images of the split."""
         return replace(self, grey=self.grey[chosen], labels=None if self.labels is None else self.labels[chosen])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Split:
@@ -176,7 +185,14 @@ def whole(label: Any) -> int:
     with suppress(TypeError, ValueError, OverflowError):
         if int(label) == label:
             return int(label)
-    raise InputError(f"the labels of a Dataset must be whole numbers, but one is {label!r}: number the classes")
+    raise InputError(f"labels must be whole numbers, but one is {label!r}: number the classes")
+
+
+def numbered(labels: Any) -> Tensor:
+    """Return labels as int64, or raise InputError if one is no whole number."""
+    found = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    kept = not found.is_floating_point() if isinstance(found, Tensor) else found.dtype.kind in "iub"
+    return torch.as_tensor(found if kept else [whole(label) for label in labels]).long()
 
 
 def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
@@ -184,11 +200,14 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
     if (
         not hasattr(dataset, "__getitem__")
         or not hasattr(dataset, "__len__")
-        or isinstance(dataset, list | tuple | str)
+        or isinstance(dataset, list | tuple | str | Mapping)
+        or hasattr(dataset, "to_numpy")
+        or hasattr(dataset, "toarray")
     ):
         raise InputError(
             "images must be an array, a tensor, or a torch Dataset with a length, but are a "
-            f"{type(dataset).__name__}: a list becomes an array by np.stack, and a DataLoader has its .dataset"
+            f"{type(dataset).__name__}: a list becomes an array by np.stack, a data frame by .to_numpy(), a sparse "
+            "matrix by .toarray(), and a DataLoader has its .dataset"
         )
     items = [dataset[i] for i in range(len(dataset))]
     if not items:
@@ -252,12 +271,7 @@ class Images:
         if self.by_label:
             order = torch.from_numpy(np.random.RandomState(0).permutation(len(train)))  # NumPy keeps it for ever
             rest, last = (order[where].to(train.grey.device) for where in (rest, last))
-
-        def part(chosen: slice | Tensor) -> Split:
-            labels = None if train.labels is None else train.labels[chosen]
-            return replace(train, grey=train.grey[chosen], labels=labels)
-
-        return replace(self, train=part(rest), valid=part(last))
+        return replace(self, train=train.part(rest), valid=train.part(last))
 
 
 BINARISATIONS = {
@@ -313,12 +327,13 @@ class ImageSet:
         splits: dict[str, Split] = {}
         for split, (pixels, labels) in arrays.items():
             grey = torch.from_numpy(pixels.reshape(len(pixels), -1))
-            splits[split] = Split(
-                draw(grey, generator) if once else grey,
+            part = Split(
+                grey,
                 None if labels is None else torch.from_numpy(labels.astype(np.int64)),
                 pixels.shape[1:] if pixels.ndim > 2 else (1, pixels.shape[1]),
-                binarisation,
+                "dynamic" if once else binarisation,
             )
+            splits[split] = replace(part, grey=draw(grey, generator), binarisation="fixed") if once else part
         images = Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"], self.by_label)
         return images.hold_out(valid) if valid else images
 

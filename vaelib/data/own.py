@@ -21,7 +21,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,13 @@ def folder(path: Path) -> dict[str, Part]:
                 )
             )
     parts = {part: found[0] for part, found in places.items() if found} if places["train"] else {"train": path}
+    if left := [file for file in pictures(path) if not {*file.parents} & {*parts.values()}]:
+        names = dict.fromkeys(file.relative_to(path).parts[0] for file in left)
+        warnings.warn(
+            f"'{path}' has {', '.join([*names][:3])} too, which is not read: parts are folders called train, "
+            "valid and test; if train is a class, call its folder otherwise",
+            stacklevel=2,
+        )
     files = {part: pictures(place) for part, place in parts.items()}
     for part, found in files.items():
         if not found:
@@ -287,12 +294,20 @@ def folder(path: Path) -> dict[str, Part]:
             )
     colour = any(has_colours(file) for found in files.values() for file in found)
     images = {part: np.stack(list(same_size(found, colour))) for part, found in files.items()}
-    labels = {
-        part: np.array([file.relative_to(parts[part]).parts[0] if file.parent != parts[part] else "" for file in found])
-        for part, found in files.items()
-    }
-    named = len(np.unique(np.concatenate(list(labels.values())))) > 1
-    return {part: (images[part], labels[part] if named else None) for part in files}
+    labels = {part: names_of_classes(found, parts[part]) for part, found in files.items()}
+    named = len({name for names in labels.values() for name in names}) > 1
+    return {part: (images[part], np.array(labels[part]) if named and labels[part] else None) for part in files}
+
+
+def names_of_classes(files: Sequence[Path], place: Path) -> list[str]:
+    """Return the folders inside a place that pictures lie in; none if they lie in the place itself."""
+    inside = [file.relative_to(place).parts[0] for file in files if file.parent != place]
+    if inside and len(inside) < len(files):
+        beside = next(file for file in files if file.parent == place)
+        raise InputError(
+            f"'{beside}' lies beside folders, whose names are classes: put it into one of them, or take it out"
+        )
+    return inside
 
 
 def opened(file: Path) -> Any:

@@ -39,6 +39,7 @@ from vaelib.posteriors import (
     as_posterior,
     functions_in,
     is_ours,
+    remade,
     stop_gradient,
     tracing,
 )
@@ -442,13 +443,8 @@ def covariances(
     Here g is the gradient of ``base`` and h that of the control, in the numbers that q is made of, and
     :math:`\EE[h] = 0`, so that the ratio of the two means is :math:`c^* = \operatorname{Cov}[g, h] / \Var[h]`.
     """
-    leaves: list[Tensor] = []
-
-    def leaf(parameter: Tensor) -> Tensor:
-        leaves.append(parameter.detach().requires_grad_())
-        return leaves[-1]
-
-    q, still = of_tensors(q).map_parameters(leaf), stop_gradient(joint)
+    still = stop_gradient(joint)
+    q, leaves = remade(of_tensors(q), lambda p: p.detach().requires_grad_())
     with torch.enable_grad():
         g = torch.autograd.grad(base.loss(still.joint, q, x, eps).sum(), leaves)
         h = torch.autograd.grad(control(base, still, q, x, eps).sum(), leaves)
@@ -504,7 +500,7 @@ class TrackedScale:
     def __call__(self, progress: Any = None) -> LossEstimator:
         """Return the estimator for the next step, and look at the scale again every few calls."""
         if self.calls % self.every == 0:
-            q = stop_gradient(self.model.encoder)(self.x)  # its batch norms do not count these images
+            q = as_posterior(stop_gradient(self.model.encoder)(self.x))  # its batch norms do not count these images
             eps = q.noise(self.k, self.generator)
             covariance, variance = covariances(self.base, self.model.joint, q, self.x, eps, self.control)
             kept = self.memory if self.calls else 0.0

@@ -44,6 +44,7 @@ from vaelib.posteriors import (
     learning_in,
     map_latent,
     once,
+    remade,
     stop_gradient,
     tensors_in,
     tracing,
@@ -140,13 +141,13 @@ class Row(Estimator):
         log_share = self.shares(q, draws(eps))
         if self.automatic:
             score, (z, log_q) = None, q.sample_and_log_prob(eps)
-            self.check_path(q, z, eps)
+            check_path(self.name, q, z, eps)
         else:
             z = q.sample(eps)
             still = map_latent(Tensor.detach, z)
             score = None if self.example.score is None else q.log_prob_of_sample(still, eps)
             if self.reparameterised:
-                self.check_path(q, z, eps)
+                check_path(self.name, q, z, eps)
                 if self.scales:
                     z = map_latent(lambda layer: layer.view_as(layer), z)  # what arrives here is log w's alone
                 log_q = q.stop_gradient().log_prob_of_sample(z, eps)
@@ -184,7 +185,8 @@ class Row(Estimator):
         """Return the same loss with a line for each channel: theta, phi through the sample, phi through the density."""
         log_share = self.shares(q, draws(eps))
         z = q.sample(eps)
-        self.check_path(q, z, eps)
+        if self.reparameterised:
+            check_path(self.name, q, z, eps)
         still = map_latent(Tensor.detach, z)
 
         theta = log_joint(joint, x, still)
@@ -220,25 +222,26 @@ class Row(Estimator):
             )
         return log_share
 
-    def check_path(self, q: Posterior, z: Latent, eps: Latent) -> None:
-        """Raise InputError if the row has a path, but only the density of q moves with its parameters, not its sample.
 
-        If neither moves, the encoder is frozen, and the model learns by itself. Where some layers move and others do
-        not, or the class is not of this package, each number that the density moves with must move the sample.
-        """
-        moving = [layer.requires_grad for layer in layers_of(z)]
-        if not self.reparameterised or (any(moving) and tracing()):
-            return
-        if all(moving):
-            lacking = is_foreign(q) and q.strata == 1 and once(lacks_path, q, eps)  # strata learn by their shares
-        else:
-            lacking = lacks_path(q, eps) is not False if any(moving) else q.density_moves(z, eps)
-        if lacking:
-            raise InputError(
-                f"estimator '{self.name}' is reparameterised: it needs a sample that moves with the encoder's "
-                f"parameters, but that of a {type(q).__name__} does not; use a row without the path channel, such as "
-                "elbo-score-loo, iwae-vimco or rws"
-            )
+def check_path(name: str, q: Posterior, z: Latent, eps: Latent) -> None:
+    """Raise InputError if only the density of q moves with its parameters, not its sample, for a reparameterised name.
+
+    If neither moves, the encoder is frozen, and the model learns by itself. Where some layers move and others do
+    not, or the class is not of this package, each number that the density moves with must move the sample.
+    """
+    moving = [layer.requires_grad for layer in layers_of(z)]
+    if any(moving) and tracing():
+        return
+    if all(moving):
+        lacking = is_foreign(q) and q.strata == 1 and once(lacks_path, q, eps)  # strata learn by their shares
+    else:
+        lacking = lacks_path(q, eps) is not False if any(moving) else q.density_moves(z, eps)
+    if lacking:
+        raise InputError(
+            f"estimator '{name}' is reparameterised: it needs a sample that moves with the encoder's parameters, but "
+            f"that of a {type(q).__name__} does not; use a row without the path channel, such as elbo-score-loo, "
+            "iwae-vimco or rws"
+        )
 
 
 def lacks_path(q: Posterior, eps: Latent) -> bool | None:
@@ -247,16 +250,10 @@ def lacks_path(q: Posterior, eps: Latent) -> bool | None:
     As where one layer, or one coordinate, is of bits and another is Gaussian. The numbers of the observations count as
     one: each is asked in all of them.
     """
-    phi: list[Tensor] = []
-
-    def leaf(parameter: Tensor) -> Tensor:
-        phi.append(parameter.detach().requires_grad_(parameter.requires_grad))
-        return phi[-1]
-
     own = None
     if not any(layer.requires_grad for layer in layers_of(eps)):  # noise that moves does so with the numbers of q
         with suppress(InputError, NotImplementedError):
-            own = q.map_parameters(leaf)
+            own, phi = remade(q, lambda p: p.detach().requires_grad_(p.requires_grad))
     if own is None:
         own, phi = q, list(tensors_in(q))
         if not phi:

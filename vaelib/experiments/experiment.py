@@ -102,7 +102,7 @@ class Experiment:
     name, reproduces
         its name on the command line, and what it reproduces.
     presets
-        "smoke" (seconds), "short" (minutes to hours of two cores), "paper" (as published), or some of them.
+        "smoke" (seconds), "short" (minutes to hours of two cores), "paper" (as published) and others, or some of them.
     run
         ``run(config, seed, folder, device, report)`` makes one run. Checkpoints go to ``folder``, so that a killed run
         goes on; ``report(fraction)`` says how far it is.
@@ -118,6 +118,8 @@ class Experiment:
     together
         ``together(tasks, folder, device, add)``, if many runs can be made as one on a GPU: makes them, and calls
         ``add(task, measured, seconds)`` for each.
+    on_cpu
+        whether its runs are made on the CPU, whatever device is asked for.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Experiment:
     curves: Sequence[str] = ()
     gather: Callable[[str, Sequence[Path], Path], None] = lambda preset, folders, results_folder: None
     together: Callable[[Sequence[Task], Path, str, Callable[[Task, list[Measured], float], None]], None] | None = None
+    on_cpu: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:

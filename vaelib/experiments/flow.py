@@ -318,6 +318,7 @@ EXPERIMENTS = {
         metrics=("effective sample",),
         curves=("kl",),
         together=partial(together, fit_ring),
+        on_cpu=True,
     ),
     "flow-vae": Experiment(
         name="flow-vae",
@@ -328,5 +329,6 @@ EXPERIMENTS = {
         figure=figure_of_gains,
         metrics=("elbo", "log-likelihood"),
         together=partial(together, train_autoencoders),
+        on_cpu=True,
     ),
 }

@@ -154,7 +154,7 @@ def make_together(experiment: Experiment, tasks: list[Task], folder: Path, devic
     """Make runs as one, and add each to the table when it is done."""
     if experiment.together is None:
         raise InputError(f"the runs of '{experiment.name}' cannot be made as one: leave out --together")
-    place = find_device(device).type
+    place = place_of(experiment, device)
 
     def add(task: Task, measured: list[Measured], seconds: float) -> None:
         results.add(experiment, task, results.with_provenance(measured, seconds, place), table)
@@ -311,8 +311,9 @@ def execute(task: Task, folder: Path, device: str) -> str:
                     files.write_json(folder / "progress.json", {"done": fraction, "seconds": before + now - start})
 
             reported = start
-            place = find_device(device).type
-            measured = find(task.experiment).run(task.config, task.seed, folder, place, report)
+            experiment = find(task.experiment)
+            place = place_of(experiment, device)
+            measured = experiment.run(task.config, task.seed, folder, place, report)
             numbers = results.with_provenance(measured, before + time.monotonic() - start, place, code)
             files.write_json(outcome, outcome_of(task, numbers))
             return ""
@@ -377,6 +378,11 @@ def progress_in(folder: Path) -> dict[str, float]:
 
 
 # --- where runs run ---------------------------------------------------------------------------------------------------
+
+
+def place_of(experiment: Experiment, device: str) -> str:
+    """Return the kind of device that runs of an experiment are made on where ``device`` is asked for."""
+    return "cpu" if experiment.on_cpu else find_device(device).type
 
 
 def default_jobs(device: str) -> int:

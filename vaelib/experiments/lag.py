@@ -492,7 +492,7 @@ LAG_TEXT = Experiment(
             seeds=8,
             minutes=55,
         ),
-        "long": Preset(  # to the paper's rule: five halvings, none before epoch 15
+        "long": Preset(  # to the paper's rule: five halvings, none in the first 15 epochs
             grid(
                 (
                     "no-z", "plain", "anneal", "free-bits", "sa-vae-anneal", "aggressive", "aggressive-anneal",

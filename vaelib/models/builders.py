@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +134,7 @@ def _mlp(inputs: int, hidden: int, outputs: int, generator: torch.Generator | No
 
 def _hierarchy(start: Start, hidden: int, hidden_above: int, latents: tuple[int, ...]) -> VAE:
     def up_and_down(widths: tuple[int, ...]) -> list[GaussianMLP]:
-        pairs = zip(widths, widths[1:], strict=False)
-        return [GaussianMLP((here, hidden_above, hidden_above), to, start.generator) for here, to in pairs]
+        return [GaussianMLP((here, hidden_above, hidden_above), to, start.generator) for here, to in pairwise(widths)]
 
     first = GaussianMLP((start.pixels, hidden, hidden), latents[0], start.generator)
     encoder = HierarchicalEncoder(first, *up_and_down(latents))

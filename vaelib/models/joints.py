@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelib.bounds import StandardPrior, log_likelihood
+from vaelib.bounds import StandardPrior, check_form, log_likelihood
 from vaelib.models.encoders import family
 from vaelib.posteriors import Discrete, Latent, layers_of, standard_normal_log_prob
 
@@ -81,7 +81,9 @@ class HierarchicalJoint(Joint):
         """Return the layers of z that the noise makes, from the last one down."""
         z = [eps[-1]]
         for prior, noise in zip(reversed(self.priors), reversed(eps[:-1]), strict=True):
-            z.insert(0, prior(z[0]).sample(noise))
+            given = prior(z[0])
+            check_form(given, "map_parameters")  # a distribution of PyTorch has a density, and samples of another kind
+            z.insert(0, given.sample(noise))
         return tuple(z)
 
     def likelihood(self, z: Latent) -> Any:

@@ -21,6 +21,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import NamedTuple
@@ -141,7 +142,8 @@ def executed(path: Path):
     known = sys.modules.get(key)
     if known is not None and all(read(source.path) == source.content for source in known.__sources__.values()):
         return known
-    module = sys.modules[key] = module_from_spec(spec_from_file_location(key, path))
+    spec = spec_from_file_location(key, path, loader=SourceFileLoader(key, str(path)))
+    module = sys.modules[key] = module_from_spec(spec)
     module.__sources__, module.__beside__ = {"model": Source(path, content)}, {}
     try:
         with at_home(path):

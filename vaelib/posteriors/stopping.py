@@ -16,10 +16,7 @@ from torch.distributions import Distribution, Transform
 
 from vaelib.errors import InputError
 
-PLUMBING = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules"}
-"""What every module keeps of itself besides its content: hooks and switches."""
-
-CONTENT = PLUMBING | {"_parameters", "_buffers", "_modules"}
+CONTENT = frozenset(nn.Module().__dict__)
 """What every module has; the rest are its settings, such as the rate of a dropout."""
 
 
@@ -106,6 +103,6 @@ def _still_module(module: nn.Module, known: dict[int, Any]) -> nn.Module:
     content["_modules"] = {name: _still(child, known) for name, child in module._modules.items()}
     content["_buffers"] = {name: b if b is None else b.detach().clone() for name, b in module._buffers.items()}
     still.__dict__ = content
-    for name in content.keys() - PLUMBING - {"_parameters", "_modules", "_buffers"}:
+    for name in content.keys() - CONTENT:
         content[name] = _still(content[name], known)
     return still

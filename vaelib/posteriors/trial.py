@@ -182,6 +182,12 @@ def _live(q: Posterior) -> tuple[bool, ...]:
     return torch.is_grad_enabled(), any(tensor.requires_grad for tensor in tensors_in(q))
 
 
+def remade(q: Posterior, leaf: Callable[[Tensor], Tensor]) -> tuple[Posterior, list[Tensor]]:
+    """Return q made of ``leaf(p)`` in the place of each number p that it is made of, and a list of these."""
+    leaves: list[Tensor] = []
+    return q.map_parameters(lambda p: leaves.append(leaf(p)) or leaves[-1]), leaves
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors that a posterior holds, also in lists and distributions inside it."""
     if isinstance(value, Tensor):
