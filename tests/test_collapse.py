@@ -931,6 +931,9 @@ def test_a_second_training_has_steps_of_its_own_or_none():
     encoder = model.encoder
     collapse.fit(model, split, split, "sa-vae-anneal", epochs=1, svi_steps=3, warm_up=100)
     assert (model.encoder.encoder, model.encoder.weight < 1) == (encoder, True)
+    with pytest.raises(InputError, match="batch_size"):
+        collapse.fit(model, split, split, batch_size=2000)
+    assert model.encoder.encoder is encoder  # what was refused has changed nothing
     collapse.fit(model, split, split, "sa-vae", epochs=1, svi_steps=2)
     assert (model.encoder.encoder, model.encoder.steps, model.encoder.weight) == (encoder, 2, 1.0)
     collapse.fit(model, split, split, epochs=1)

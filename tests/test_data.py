@@ -1015,6 +1015,9 @@ def test_what_a_dataset_may_not_hold_is_said(item, sentence):
         (np.ma.array(np.zeros((3, 4)), mask=np.eye(3, 4)), None, "some of these images are masked: fill them in"),
         (np.zeros((3, 4)), ["cat"] * 3, "labels must be whole numbers, but one is 'cat': number the classes"),
         (np.zeros((3, 4)), np.array([0, 1, 1.5]), "labels must be whole numbers, but one is .*1.5"),
+        (np.zeros((3, 4)), np.ma.array([0, 1, 2], mask=[0, 0, 1]), "some of these labels are masked"),
+        (np.zeros((3, 4)), torch.tensor([1, 2, 2 + 1j]), "labels must be whole numbers, but one is .*2.*j"),
+        (np.zeros((3, 4)), 3.0, "labels must be whole numbers, one an image, but are 3.0"),
     ],
 )
 def test_what_is_no_array_of_images_or_labels_is_said(images, labels, sentence):
@@ -1022,7 +1025,15 @@ def test_what_is_no_array_of_images_or_labels_is_said(images, labels, sentence):
         Split.of(images, labels)
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 2], np.array([0.0, 1, 2]), torch.tensor([0, 1, 2], dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [0, 1, 2],
+        np.array([0.0, 1, 2]),
+        np.array([2, 1, 0], ">i2")[::-1],
+        torch.tensor([0, 1, 2], dtype=torch.uint8),
+    ],
+)
 def test_labels_are_int64(labels):
     """And a masked array without a masked number is an array."""
     found = Split.of(np.ma.array(np.zeros((3, 4))), labels).labels

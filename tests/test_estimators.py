@@ -262,7 +262,7 @@ def test_impossible_draws_leave_no_nan_in_the_gradient(estimator, case):
 
 @ROWS
 def test_an_observation_that_is_not_a_number_is_no_concern_of_another(estimator):
-    """Also beside a joint that rules some z out: who masks the NaN goes on with what is right."""
+    """Also beside a joint that rules some z out; its loss, and its slope in what is its own."""
     eps = torch.tensor([1.0, -1.0, 2.0], dtype=DTYPE).view(3, 1, 1).expand(3, 2, 1)
 
     def joint(x, z):

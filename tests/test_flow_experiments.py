@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,11 @@ def test_each_line_of_gains_has_the_seeds_of_its_own_pairs():
 
 
 @pytest.mark.parametrize("name", ["flow-ring", "flow-vae"])
-def test_a_run_says_that_it_was_made_on_the_cpu_whatever_is_asked_for(name, monkeypatch):
+def test_a_run_says_that_it_was_made_on_the_cpu_whatever_is_asked_for(name, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert grid.place_of(experiments.find(name), "auto") == grid.place_of(experiments.find(name), "cuda") == "cpu"
     assert grid.place_of(experiments.find("stl-table-2"), "auto") == "cuda"
+    places = []
+    experiment = replace(experiments.find(name), together=lambda tasks, folder, place, add: places.append(place))
+    grid.make_together(experiment, experiment.tasks("smoke"), tmp_path / "runs", "cuda", tmp_path)
+    assert places == ["cpu"]

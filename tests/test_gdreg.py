@@ -170,7 +170,7 @@ def test_a_prior_that_is_a_distribution_of_pytorch_has_a_density_alone():
     torch.testing.assert_close(other(x, eps), joint(x, eps))
     with pytest.raises(InputError, match="a Independent has no whiten: give a class that has, such as a DiagonalG"):
         GDREG["iwae-dreg"].loss(other, encoder(x), x, eps)
-    with pytest.raises(InputError, match="a Independent has no map_parameters"):
+    with pytest.raises(InputError, match="sampled by noise, which a Independent of PyTorch does not take"):
         other.sample_prior(eps)
 
 

@@ -350,11 +350,21 @@ def test_bad_names_and_sizes_are_named():
         (9, {"mean": [0.5] * 9}, r"mean must be a tensor \[9\] of .*, but is a list"),
         (9, {"mean": torch.full((9,), math.nan)}, "mean must be .* finite numbers.*, but holds one that is not"),
         (9, {"shape": (2, 2)}, r"shape must be that of 9 pixels, but is \(2, 2\)"),
+        (9, {"shape": (-3, -3)}, r"shape must be that of 9 pixels, but is \(-3, -3\)"),
+        (9, {"shape": 9}, "shape must be that of 9 pixels, but is 9"),
     ],
 )
 def test_a_model_of_other_data_is_refused(name, pixels, given, message):
     with pytest.raises(InputError, match=message):
         models.build(name, pixels, **given)
+
+
+def test_sizes_may_be_numpy_s():
+    ours, numpy_s = (
+        models.build("mlp-1", number(6), hidden=number(5), latent=number(2), generator=torch.Generator().manual_seed(0))
+        for number in (int, np.uint8)
+    )
+    torch.testing.assert_close(ours.state_dict(), numpy_s.state_dict())
 
 
 def test_a_guided_model_has_the_prior_of_its_model():

@@ -531,8 +531,13 @@ def test_a_model_and_an_estimator_of_a_file_are_trained_and_found_again(run, fil
 
 
 def test_a_file_may_have_any_name(file, tmp_path):
-    path = file.rename(tmp_path / "vae")
-    config = Config(model=f"{path}:build", epochs=1, batch_size=100, sizes={"latent": 2}, device="cpu")
+    """And is not taken for another one that is called alike."""
+    paths = [tmp_path / name for name in ("vae", "vae.v1", "vae.v2")]
+    for size, path in enumerate(paths, 3):
+        path.write_text(file.read_text().replace("latent=3", f"latent={size}"))
+    built = [models.build(f"{path}:build", 6) for path in (file, *paths)]
+    assert [model.encoder.head.out_features for model in built] == [6, 6, 8, 10]
+    config = Config(model=f"{paths[2]}:build", epochs=1, batch_size=100, sizes={"latent": 2}, device="cpu")
     assert runs.train(tmp_path / "run", config)["training"]["epoch"] == 1
 
 

@@ -119,6 +119,13 @@ FAULTS = {
         ("plain collapses", {"metric": "au", "at": None, "method": "plain", "seed": 5}, lambda au: 1),
         ("both are ahead", {"metric": "nll", "method": "aggressive"}, lambda nll: nll + 0.3),
     ],
+    "lag-text-middle-early": [
+        (
+            "annealed SA-VAE: two seeds",
+            {"metric": "au", "at": None, "method": "sa-vae-anneal", "preset": "middle", "seed": 0},
+            lambda au: 4,
+        ),
+    ],
     "lag-omniglot-check": [
         ("images: aggressive", {"metric": "kl", "at": None, "method": "aggressive", "seed": 0}, lambda kl: kl / 3),
     ],

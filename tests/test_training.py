@@ -828,25 +828,6 @@ def test_a_tracked_scale_resumes_bit_for_bit(split):
     assert differences(whole.state(), resumed.state())
 
 
-def test_a_training_that_has_not_begun_has_counted_nothing(split):
-    """Also where a buffer counts in evaluation mode."""
-
-    class Counting(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, *arguments):
-            self.calls += 1
-            return self.inner(*arguments)
-
-    model = small_model()
-    model = models.VAE(Counting(model.joint), Counting(model.encoder), binary=True)
-    small_training(split, model=model)
-    assert (model.joint.calls, model.encoder.calls) == (0, 0)
-
-
 def test_the_history_has_the_mean_of_an_epoch_s_bounds(split):
     class Counting(Hook):
         def update(self, training, x):

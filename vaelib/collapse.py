@@ -540,9 +540,10 @@ def prepare(
         whose history has besides what :class:`Aggressive` and :class:`Validation` note.
     """
     schedule = choose("weight", recipe.weight, WEIGHTS)
-    while isinstance(model.encoder, SemiAmortised):  # of an earlier training
-        model.encoder = model.encoder.encoder
-    amortised = SemiAmortised(model.encoder, model.joint, recipe.svi_steps)
+    encoder = model.encoder
+    while isinstance(encoder, SemiAmortised):  # of an earlier training
+        encoder = encoder.encoder
+    amortised = SemiAmortised(encoder, model.joint, recipe.svi_steps)
 
     def weight(progress: Progress) -> float:
         return schedule(progress, recipe)
@@ -560,8 +561,8 @@ def prepare(
         Amortisation(amortised),
     ]
     training = Training(model, train, recipe.estimator or estimator, recipe, hooks)
-    if recipe.svi_steps:
-        model.encoder, amortised.generator = amortised, training.streams["noise"]
+    amortised.generator = training.streams["noise"]
+    model.encoder = amortised if recipe.svi_steps else encoder
     model.train()
     return training
 
@@ -583,7 +584,7 @@ def fit(
     Introduced in book/05-inference-lag.ipynb.
     """
     changes = {**choose("method", method, METHODS), **changes}
-    return prepare(model, train, valid, LagRecipe.of(**{**vars(recipe), **changes})).run(after_step, progress)
+    return prepare(model, train, valid, type(recipe).of(**{**vars(recipe), **changes})).run(after_step, progress)
 
 
 @torch.no_grad()

@@ -98,24 +98,27 @@ def plain(value: Any) -> Any:
     return value.item() if numpy and isinstance(value, numpy.generic) else value
 
 
+def found(value: Any) -> str:
+    """Return how a message writes a value that should have been a number of Python's."""
+    return shown(value) if plain(value) is value else f"{shown(value)} of NumPy's: give {plain(value)!r}, by .item()"
+
+
 def whole_number(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
     """Raise InputError unless ``value`` is a whole number of at least ``least``, and no more than ``most``."""
-    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{typed(name)} must be a whole number of at least {least}, but is {shown(value)}")
+        raise InputError(f"{typed(name)} must be a whole number of at least {least}, but is {found(value)}")
     if value > most:
         raise InputError(f"{typed(name)} must be a whole number of at most {most}, but is {shown(value)}")
 
 
 def true_or_false(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is one of these."""
-    if not isinstance(plain(value), bool):
-        raise InputError(f"{typed(name)} must be true or false, but is {shown(value)}")
+    if not isinstance(value, bool):
+        raise InputError(f"{typed(name)} must be true or false, but is {found(value)}")
 
 
 def is_finite(value: Any) -> bool:
     """Tell whether ``value`` is a number that a float can hold: not NaN, not infinite, no whole number beyond them."""
-    value = plain(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -123,10 +126,10 @@ def between(name: str, value: Any, least: float, most: float) -> None:
     """Raise InputError unless ``value`` is a finite number from ``least`` to ``most``."""
     if not is_finite(value) or not least <= value <= most:
         limits = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise InputError(f"{typed(name)} must be a number {limits}, but is {shown(value)}")
+        raise InputError(f"{typed(name)} must be a number {limits}, but is {found(value)}")
 
 
 def positive(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is a positive number."""
     if not is_finite(value) or value <= 0:
-        raise InputError(f"{typed(name)} must be a positive number, but is {shown(value)}")
+        raise InputError(f"{typed(name)} must be a positive number, but is {found(value)}")

@@ -2,7 +2,6 @@ r"""What a trained model is worth: its log-likelihood and how much of its latent
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,8 +134,8 @@ def log_likelihood(
                 eps = q.noise(min(step, samples - start), generator)
                 z, log_q = ready(q, eps).sample_and_log_prob(eps)
                 most = most or draws_at_once(model.joint, batch, z)
-                joint = functools.partial(log_joint_in_pieces, model.joint, most)
-                estimate.add(log_weight(joint, batch, z, log_q) + q.log_share(draws(eps)))
+                log_p = log_joint_in_pieces(model.joint, most, batch, z)
+                estimate.add(log_p - log_posterior(log_q, batch, z) + q.log_share(draws(eps)))
             values.append(estimate.value)
             errors.append(estimate.standard_error)
     return (torch.cat(values), torch.cat(errors)) if return_standard_error else torch.cat(values)

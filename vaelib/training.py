@@ -816,7 +816,7 @@ def check_fit(training: Training) -> None:
     x = split.batch(slice(0, 2), noise)
 
     def attempt(x: Tensor) -> Tensor:
-        with torch.enable_grad(), training.undisturbed(), training.put_back():
+        with torch.enable_grad(), training.undisturbed():
             q = posteriors.as_posterior(model.encoder(x))
             return estimator.loss(model.joint, q, x, q.noise(recipe.k, noise))
 

@@ -105,7 +105,7 @@ class Split:
         labels
             whole numbers, ``[N]``.
         """
-        if np.ma.is_masked(images):
+        if isinstance(images, np.ma.MaskedArray) and np.ma.is_masked(images):
             raise InputError("some of these images are masked: fill them in first, such as by x.filled(0)")
         if isinstance(images, Tensor) and images.layout != torch.strided:
             raise InputError("images must be a dense tensor, but are a sparse one: give images.to_dense()")
@@ -190,9 +190,15 @@ def whole(label: Any) -> int:
 
 def numbered(labels: Any) -> Tensor:
     """Return labels as int64, or raise InputError if one is no whole number."""
-    found = labels if isinstance(labels, Tensor) else np.asarray(labels)
-    kept = not found.is_floating_point() if isinstance(found, Tensor) else found.dtype.kind in "iub"
-    return torch.as_tensor(found if kept else [whole(label) for label in labels]).long()
+    if not hasattr(labels, "__iter__"):
+        raise InputError(f"labels must be whole numbers, one an image, but are {labels!r}")
+    if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
+        raise InputError("some of these labels are masked: leave these images out, or number them as a class")
+    if isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex() or labels.is_sparse):
+        return labels.long()
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iub":
+        return torch.from_numpy(labels.astype(np.int64))
+    return torch.as_tensor([whole(label) for label in labels])
 
 
 def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:

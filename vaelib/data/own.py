@@ -275,14 +275,15 @@ def folder(path: Path) -> dict[str, Part]:
                 + (
                     f"which are one part, {part}: put them into one"
                     if len(found) > 1
-                    else "but no folder train beside it"
+                    else "but no folder train beside it: if that is a class, call its folder otherwise"
                 )
             )
     parts = {part: found[0] for part, found in places.items() if found} if places["train"] else {"train": path}
     if left := [file for file in pictures(path) if not {*file.parents} & {*parts.values()}]:
-        names = dict.fromkeys(file.relative_to(path).parts[0] for file in left)
+        names = list(dict.fromkeys(file.relative_to(path).parts[0] for file in left))
+        names = ", ".join(names[:3]) + " ..." * (len(names) > 3)
         warnings.warn(
-            f"'{path}' has {', '.join([*names][:3])} too, which is not read: parts are folders called train, "
+            f"'{path}' has {names} too, which is not read: parts are folders called train, "
             "valid and test; if train is a class, call its folder otherwise",
             stacklevel=2,
         )

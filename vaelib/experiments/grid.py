@@ -382,7 +382,8 @@ def progress_in(folder: Path) -> dict[str, float]:
 
 def place_of(experiment: Experiment, device: str) -> str:
     """Return the kind of device that runs of an experiment are made on where ``device`` is asked for."""
-    return "cpu" if experiment.on_cpu else find_device(device).type
+    asked_for = find_device(device).type
+    return "cpu" if experiment.on_cpu else asked_for
 
 
 def default_jobs(device: str) -> int:

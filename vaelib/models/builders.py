@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from vaelib.errors import InputError, choose, shown, whole_number
+from vaelib.errors import InputError, choose, plain, shown, whole_number
 from vaelib.flows import AffineCoupling, FlowEncoder
 from vaelib.layers import linear, tanh_layers
 from vaelib.models.convolutional import conv, conv_gaussian, conv_logistic
@@ -224,6 +224,7 @@ def build(
         for a name that does not exist, a size the model does not have, a size below 1, or a mean or shape of other
         data.
     """
+    data_dim, sizes = plain(data_dim), {size: plain(value) for size, value in sizes.items()}
     builder = builder_of(name) if isinstance(name, str) and ":" in name else choose("model", name, MODELS)
     for size, value in sizes.items():
         choose(f"size of model '{name}'", size, getattr(builder, "__kwdefaults__", None) or {})
@@ -234,7 +235,8 @@ def build(
         kind = f"tensor {list(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
         found = "holds one that is not" if fits else f"is a {kind}"
         raise InputError(f"mean must be a tensor [{data_dim}] of finite numbers, one for each pixel, but {found}")
-    if shape is not None and math.prod(shape) != data_dim:
+    sides = shape if isinstance(shape, tuple | list) else [0]
+    if shape is not None and not (all(isinstance(n, int) and n > 0 for n in sides) and math.prod(sides) == data_dim):
         raise InputError(f"shape must be that of {data_dim} pixels, but is {shown(shape)}")
     start = Start(data_dim, mean, generator, shape)
     if ":" not in name:

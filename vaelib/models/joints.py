@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from vaelib.bounds import StandardPrior, check_form, log_likelihood
+from vaelib.bounds import StandardPrior, log_likelihood
+from vaelib.errors import InputError
 from vaelib.models.encoders import family
 from vaelib.posteriors import Discrete, Latent, layers_of, standard_normal_log_prob
 
@@ -82,7 +84,11 @@ class HierarchicalJoint(Joint):
         z = [eps[-1]]
         for prior, noise in zip(reversed(self.priors), reversed(eps[:-1]), strict=True):
             given = prior(z[0])
-            check_form(given, "map_parameters")  # a distribution of PyTorch has a density, and samples of another kind
+            if isinstance(given, Distribution):
+                raise InputError(
+                    f"a prior is sampled by noise, which a {type(given).__name__} of PyTorch does not take: give a "
+                    "posterior of vaelib, such as a DiagonalGaussian"
+                )
             z.insert(0, given.sample(noise))
         return tuple(z)
 

@@ -128,7 +128,7 @@ def imported(place: str):
 
 def key_of(path: Path) -> str:
     """Return the name that a file goes by among the modules."""
-    return f"{path.stem} in {path.absolute().parent}"
+    return f"{path.name} in {path.absolute().parent}"
 
 
 def executed(path: Path):
