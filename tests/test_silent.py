@@ -782,8 +782,9 @@ def test_the_tracked_scale_knows_what_a_distribution_of_pytorch_is(x):
             q = super().forward(x)
             return torch.distributions.Normal(q.mean, q.log_std.exp())
 
-    joint, scales = tracked_model().joint, []
-    for encoder in (Normals(), Encoder()):
+    joint, scales, normals, gaussians = tracked_model().joint, [], Normals(), Encoder()
+    normals.load_state_dict(gaussians.state_dict())
+    for encoder in (normals, gaussians):
         vae = models.VAE(joint, encoder, binary=False)
         track = silent.TrackedScale(ALL["elbo-path"], vae, x, 2, generator=torch.Generator().manual_seed(0))
         track()

@@ -182,7 +182,7 @@ def as_images(images: Any) -> Any:
 
 def whole(label: Any) -> int:
     """Return a label that is a whole number, of Python, NumPy or PyTorch, or raise InputError."""
-    with suppress(TypeError, ValueError, OverflowError):
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
         if int(label) == label:
             return int(label)
     raise InputError(f"labels must be whole numbers, but one is {label!r}: number the classes")
