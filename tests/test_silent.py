@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
-from toys import DTYPE
+from toys import DTYPE, Normals
 
 from vaelib import bounds, checks, data, discrete, estimators, gradients, models, objectives, silent, training
 from vaelib.errors import InputError
@@ -777,14 +777,8 @@ def test_the_tracked_scale_is_an_average_of_looks_that_forgets(family, x):
 
 
 def test_the_tracked_scale_knows_what_a_distribution_of_pytorch_is(x):
-    class Normals(Encoder):
-        def forward(self, x):
-            q = super().forward(x)
-            return torch.distributions.Normal(q.mean, q.log_std.exp())
-
-    joint, scales, normals, gaussians = tracked_model().joint, [], Normals(), Encoder()
-    normals.load_state_dict(gaussians.state_dict())
-    for encoder in (normals, gaussians):
+    joint, scales, gaussians = tracked_model().joint, [], Encoder()
+    for encoder in (Normals(gaussians), gaussians):
         vae = models.VAE(joint, encoder, binary=False)
         track = silent.TrackedScale(ALL["elbo-path"], vae, x, 2, generator=torch.Generator().manual_seed(0))
         track()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_training import differences, kill_at
 from torch import nn
+from toys import Normals
 
 from vaelib import data, estimators, models, optimizers, stacked, training
 from vaelib.config import Recipe
@@ -367,15 +368,6 @@ def test_layers_that_draw_or_mix_a_batch_are_refused_and_the_models_left_as_they
 
 
 def test_encoders_that_return_distributions_of_pytorch_are_stacked(split):
-    class Normals(nn.Module):
-        def __init__(self, encoder):
-            super().__init__()
-            self.encoder = encoder
-
-        def forward(self, x):
-            q = self.encoder(x)
-            return torch.distributions.Normal(q.mean, q.log_std.exp())
-
     recipe = {"k": 2, "epochs": 1, "batch_size": 100}
     ours, of_torch = ([t.model for t in trainings(split)] for _ in range(2))
     of_torch = [models.VAE(model.joint, Normals(model.encoder), binary=True) for model in of_torch]

@@ -286,6 +286,18 @@ POSTERIORS = CONTINUOUS | ONE_PASS | DISCRETE
 """One of every family, of three observations: ``POSTERIORS[name](Leaves())``."""
 
 
+class Normals(nn.Module):
+    """An encoder of diagonal Gaussians that returns them as PyTorch has them."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        q = self.encoder(x)
+        return distributions.Normal(q.mean, q.log_std.exp())
+
+
 def is_mixture(name: str) -> bool:
     return "ixture" in name
 

@@ -227,7 +227,7 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor | None]:
         )
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise InputError(f"the images of a Dataset must have one shape, but some are {sorted(shapes)[:3]}")
-    labels = torch.as_tensor([whole(pair[1]) for pair in pairs]) if all(len(pair) == 2 for pair in pairs) else None
+    labels = numbered([pair[1] for pair in pairs]) if all(len(pair) == 2 for pair in pairs) else None
     return torch.stack([torch.as_tensor(image) for image in images]), labels
 
 

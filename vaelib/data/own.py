@@ -279,14 +279,8 @@ def folder(path: Path) -> dict[str, Part]:
                 )
             )
     parts = {part: found[0] for part, found in places.items() if found} if places["train"] else {"train": path}
-    if left := [file for file in pictures(path) if not {*file.parents} & {*parts.values()}]:
-        names = list(dict.fromkeys(file.relative_to(path).parts[0] for file in left))
-        names = ", ".join(names[:3]) + " ..." * (len(names) > 3)
-        warnings.warn(
-            f"'{path}' has {names} too, which is not read: parts are folders called train, "
-            "valid and test; if train is a class, call its folder otherwise",
-            stacklevel=2,
-        )
+    if places["train"]:
+        tell_of_others(path, parts)
     files = {part: pictures(place) for part, place in parts.items()}
     for part, found in files.items():
         if not found:
@@ -298,6 +292,17 @@ def folder(path: Path) -> dict[str, Part]:
     labels = {part: names_of_classes(found, parts[part]) for part, found in files.items()}
     named = len({name for names in labels.values() for name in names}) > 1
     return {part: (images[part], np.array(labels[part]) if named and labels[part] else None) for part in files}
+
+
+def tell_of_others(path: Path, parts: Mapping[str, Path]) -> None:
+    """Warn of what has pictures beside the parts of a folder."""
+    beside = [file for file in pictures(path) if not {*file.parents} & {*parts.values()}]
+    if names := list(dict.fromkeys(file.relative_to(path).parts[0] for file in beside)):
+        warnings.warn(
+            f"'{path}' has {', '.join(names[:3])}{' ...' * (len(names) > 3)} too, which is not read: parts are folders "
+            "called train, valid and test; if train is a class, call its folder otherwise",
+            stacklevel=3,
+        )
 
 
 def names_of_classes(files: Sequence[Path], place: Path) -> list[str]:

@@ -224,7 +224,7 @@ class Row(Estimator):
 
 
 def check_path(name: str, q: Posterior, z: Latent, eps: Latent) -> None:
-    """Raise InputError if only the density of q moves with its parameters, not its sample, for a reparameterised name.
+    """Raise InputError if the density of q moves with its parameters, and its sample, which ``name`` needs, does not.
 
     If neither moves, the encoder is frozen, and the model learns by itself. Where some layers move and others do
     not, or the class is not of this package, each number that the density moves with must move the sample.
