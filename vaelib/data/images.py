@@ -337,9 +337,9 @@ class ImageSet:
                 grey,
                 None if labels is None else torch.from_numpy(labels.astype(np.int64)),
                 pixels.shape[1:] if pixels.ndim > 2 else (1, pixels.shape[1]),
-                "dynamic" if once else binarisation,
+                binarisation,
             )
-            splits[split] = replace(part, grey=draw(grey, generator), binarisation="fixed") if once else part
+            splits[split] = replace(part, grey=draw(grey, generator)) if once else part
         images = Images(self.name, self.note, splits["train"], splits.get("valid"), splits["test"], self.by_label)
         return images.hold_out(valid) if valid else images
 
